@@ -1,0 +1,1 @@
+"""FX graph to plan: one stage, one file, one pure function (`pipeline.py` lists them)."""
