@@ -1,0 +1,1 @@
+"""Commands around the compiler: demos, dumps, benchmarks, and what a kernel compiles to."""

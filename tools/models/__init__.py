@@ -1,0 +1,1 @@
+"""Small models written out in plain torch, for demos, benchmarks and tests."""
