@@ -1,0 +1,208 @@
+"""Launching: compile a kernel once per pointer alignment, then hand its cubin straight to the driver.
+
+`JITFunction.run` derives a signature, a specialisation string and an options string on every call. A `Kernel` has its
+constexprs and options fixed when it is made, so all that can still change the binary is what the arguments *are*: the
+dtype and 16-byte alignment of each tensor, the block shape of each descriptor, the width of each int. A call builds
+that key (two attribute reads per tensor), looks it up, and calls Triton's compiled launcher with the current stream.
+
+Rules for the kernels launched this way, from what Triton 3.6's `native_specialize_impl` does:
+- Run-time ints are declared `do_not_specialize`, or 1 and multiples of 16 each compile a binary of their own.
+- Ints inside a tuple are specialised whatever is declared; sizes therefore travel as parameters, tuples carry tensors.
+
+Under TRITON_INTERPRET=1 the call goes to the interpreter, whose small floats are repaired first.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+from triton.runtime import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..lowering.errors import InternalError, UserError
+
+Grid = tuple[int, int, int]
+
+# An int of Python is an i32 to Triton below this; beyond, the parameter's type, and so the binary, is another.
+_I32 = 1 << 31
+
+# Compiled kernels by (fn, constexprs, options), then by the arguments' key: equal Kernels share them.
+_COMPILED: dict[tuple, dict[tuple, Any]] = {}
+
+
+class Kernel:
+    """A `@triton.jit` function with its constexprs and compile options fixed.
+
+    Args:
+        fn: the kernel.
+        constexprs: every constexpr parameter's value; each must be hashable (bodies are `@triton.jit` functions).
+        num_warps, num_stages: Triton's options.
+        pdl: launch with programmatic dependent launch; the kernel itself executes `gdc_wait`.
+        cooperative: launch as a cooperative grid (all programs resident), as grid barriers need.
+
+    Equal arguments share compiled code within the process.
+    """
+
+    __slots__ = ("_compiled", "_names", "_slots", "_tail", "constexprs", "fn", "interpreted", "options")
+
+    def __init__(
+        self,
+        fn: Callable,
+        constexprs: dict[str, Any],
+        num_warps: int,
+        num_stages: int = 3,
+        pdl: bool = False,
+        cooperative: bool = False,
+    ) -> None:
+        self.fn = fn
+        self.interpreted = not isinstance(fn, triton.JITFunction)
+        self.constexprs = dict(constexprs)
+        self.options = {
+            "num_warps": num_warps,
+            "num_stages": num_stages,
+            "launch_pdl": pdl,
+            "launch_cooperative_grid": cooperative,
+        }
+        names = list(inspect.signature(fn.fn).parameters)
+        self._names = [name for name in names if name not in self.constexprs]
+        # Launchers take the constexprs too, in parameter order. Most kernels have them last: then one addition does it.
+        trailing = names[: len(self._names)] == self._names
+        self._tail = tuple(self.constexprs[name] for name in names[len(self._names) :]) if trailing else ()
+        self._slots = () if trailing else tuple((name, self.constexprs.get(name)) for name in names)
+        # bool and int compare equal, so the values' types are part of the key.
+        ordered = tuple((name, type(value), value) for name, value in sorted(self.constexprs.items()))
+        self._compiled = _COMPILED.setdefault((fn, ordered, tuple(self.options.values())), {})
+
+    def __call__(self, grid: Grid, *args: Any) -> None:
+        """Launch on the current stream of the current device; a grid with a zero launches nothing.
+
+        Args:
+            grid: programs along x, y, z.
+            args: the parameters that are not constexprs, in order: tensors, descriptors, ints, bools, None, tuples.
+
+        Raises:
+            UserError: a tensor is not on a CUDA device and the interpreter is off.
+            InternalError: the kernel specialises on a run-time int.
+
+        Cost: one key (two attribute reads and a call per tensor), one lookup, one launch.
+        """
+        if 0 in grid:
+            return
+        if self.interpreted:
+            self._interpret(grid, args)
+            return
+        device, key = _key(args)
+        compiled = self._compiled.get(key)
+        if compiled is None:
+            compiled = self.precompile(*args)
+        bound = (*args, *self._tail) if not self._slots else self._bind(args)
+        stream = driver.active.get_current_stream(device)
+        runtime = triton.knobs.runtime
+        enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+        if enter.calls or leave.calls:
+            metadata = compiled.launch_metadata(grid, stream, *bound)
+        else:
+            enter = leave = metadata = None
+        compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, metadata, enter, leave, *bound)
+
+    def precompile(self, *args: Any) -> Any:
+        """Compile and load for arguments like these without launching; returns Triton's `CompiledKernel`.
+
+        The interpreter has nothing to compile: None is returned.
+        """
+        if self.interpreted:
+            return None
+        _, key = _key(args)
+        compiled = self._compiled.get(key)
+        if compiled is None:
+            _refuse_cpu(args)
+            named = dict(zip(self._names, args, strict=True))
+            self._refuse_specialised(named)
+            compiled = self.fn.warmup(grid=(1, 1, 1), **named, **self.constexprs, **self.options)
+            compiled = compiled.result() if hasattr(compiled, "result") else compiled
+            # Loads the module: cuModuleLoad must not happen for the first time inside a capture.
+            compiled._init_handles()
+            self._compiled[key] = compiled
+        return compiled
+
+    def _refuse_specialised(self, named: dict[str, Any]) -> None:
+        """An int that Triton specialises on is not in the key: 1 would run for 2."""
+        loose = {param.name for param in self.fn.params if param.do_not_specialize}
+        for name, value in named.items():
+            if type(value) is int and name not in loose:
+                raise InternalError(
+                    f"kernel {self.fn.__name__}",
+                    f"the run-time int `{name}` is specialised on",
+                    stage="kernels.launch",
+                    remedy=f"Add {name!r} to the kernel's do_not_specialize.",
+                )
+
+    def _bind(self, args: tuple) -> tuple:
+        """The arguments with each constexpr at its parameter's place."""
+        given = iter(args)
+        return tuple(value if name in self.constexprs else next(given) for name, value in self._slots)
+
+    def _interpret(self, grid: Grid, args: tuple) -> None:
+        _repair()
+        self.fn[grid](**dict(zip(self._names, args, strict=True)), **self.constexprs)
+
+
+def _key(args: tuple) -> tuple[int, tuple]:
+    """The current device, and everything about the arguments that can change the binary or where it is loaded."""
+    try:
+        device = torch.cuda.current_device()
+    except (AssertionError, RuntimeError) as error:
+        raise _needs_gpu(str(error).splitlines()[0]) from error
+    key: list = [device]
+    _describe(args, key)
+    return device, tuple(key)
+
+
+def _describe(args: tuple, key: list) -> None:
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            key.append(arg.dtype)
+            key.append(arg.data_ptr() & 15 == 0)
+        elif isinstance(arg, tuple):
+            key.append(len(arg))
+            for item in arg:
+                # Ints inside a tuple are specialised on 1 and on divisibility by 16.
+                if type(item) is int:
+                    key.append((item == 1, item & 15 == 0))
+            _describe(arg, key)
+        elif type(arg) is int:
+            key.append("i32" if -_I32 <= arg < _I32 else "i64")
+        elif isinstance(arg, TensorDescriptor):
+            key.append((arg.base.dtype, tuple(arg.block_shape)))
+        else:
+            key.append(type(arg))
+
+
+def _refuse_cpu(args: tuple) -> None:
+    for arg in args:
+        if isinstance(arg, tuple):
+            _refuse_cpu(arg)
+        tensor = arg.base if isinstance(arg, TensorDescriptor) else arg
+        if isinstance(tensor, torch.Tensor) and not tensor.is_cuda:
+            raise _needs_gpu(f"an argument of shape {tuple(tensor.shape)} is on {tensor.device}")
+
+
+def _needs_gpu(fact: str) -> UserError:
+    return UserError(
+        "kernel launch",
+        fact,
+        stage="kernels.launch",
+        remedy="Move the tensors to a CUDA device, or set TRITON_INTERPRET=1 before triton is imported.",
+    )
+
+
+@cache
+def _repair() -> None:
+    from .interpreter import repair
+
+    repair()
