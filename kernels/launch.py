@@ -203,6 +203,8 @@ def _needs_gpu(fact: str) -> UserError:
 
 @cache
 def _repair() -> None:
-    from .interpreter import repair
-
+    try:
+        from .interpreter import repair
+    except ModuleNotFoundError:
+        return
     repair()
