@@ -28,7 +28,9 @@ class StaleAddress(UserError, AssertionError):
 
     def __init__(self, piece: str, before: Sequence[int], now: Sequence[int]) -> None:
         moved = [i for i, (old, new) in enumerate(zip(before, now, strict=False)) if old != new]
-        super().__init__(
+        # By name: AssertionError is in between and takes no keywords.
+        UserError.__init__(
+            self,
             f"replay of {piece}",
             f"input addresses are different from the capture's: {len(before)} tensors then, {len(now)} now, "
             f"moved (by position among the tensors): {moved}",

@@ -22,6 +22,9 @@ import torch
 # Tensor types without behaviour of their own; a subclass may carry more than memory and metadata.
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
+# The kind of device whose memory a graph's pool owns.
+_POOL_DEVICE = "cuda"
+
 
 class _CudaBytes:
     """A range of device memory as the CUDA array interface describes it; owns nothing."""
@@ -60,7 +63,7 @@ def _weaken(value: Any, storages: dict[tuple[int, int], torch.UntypedStorage]) -
 def _in_pool(tensor: torch.Tensor) -> bool:
     """Say whether `tensor` is plain strided device memory that a graph's pool may own."""
     plain = type(tensor) in _PLAIN and tensor.layout is torch.strided and not (tensor.is_conj() or tensor.is_neg())
-    return plain and tensor.device.type == "cuda" and tensor.numel() > 0
+    return plain and tensor.device.type == _POOL_DEVICE and tensor.numel() > 0
 
 
 def _weak_tensor(tensor: torch.Tensor, storages: dict[tuple[int, int], torch.UntypedStorage]) -> torch.Tensor:
