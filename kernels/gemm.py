@@ -1,0 +1,256 @@
+"""What every GEMM family shares: the problem, the alignment rule of TMA, measured tables, the pick between families.
+
+    y[M, N] = epilogue(x[M, K] @ W)        W stored [N, K] ("nk", as nn.Linear keeps it) or [K, N] ("kn")
+
+A paired problem has two accumulators from one x tile: columns `n` and `n + pair_offset` of W (gate and up of a GLU).
+Sums are fp32; fp32 operands are multiplied in IEEE precision unless the problem allows TF32.
+The tokens `m` are a run-time argument of every kernel: `GemmProblem.m` only chooses the config.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..lowering.errors import Unsupported
+from .target import Target
+
+# TMA takes bases and outer strides in units of 16 bytes.
+TMA_ALIGNMENT_BYTES = 16
+
+FAMILIES = ("gemm_skinny", "gemm_persistent", "gemm_simple")
+
+
+@dataclass(frozen=True)
+class GemmProblem:
+    """One matrix product, as the selector sees it.
+
+    Args:
+        m: tokens the config is chosen for; kernels take the real number at run time.
+        n: output columns of one accumulator.
+        k: length of the sums.
+        dtype: of both operands: float32, float16 or bfloat16.
+        layout: "nk" (W is [N, K]) or "kn" (W is [K, N]).
+        paired: two accumulators, columns `n` and `n + pair_offset` of W.
+        pair_offset: distance of the second accumulator's columns, in columns of W.
+        batch: independent products (bmm); the epilogue's `m` then counts rows of all batches, `b * M + m`.
+        x_strides: (batch, m, k) in elements; None means dense.
+        w_strides: (batch, n, k) in elements whatever the layout; None means dense.
+        aligned: both base pointers are multiples of 16 bytes.
+        allow_tf32: fp32 operands may be rounded to TF32.
+    """
+
+    m: int
+    n: int
+    k: int
+    dtype: torch.dtype
+    layout: str = "nk"
+    paired: bool = False
+    pair_offset: int = 0
+    batch: int = 1
+    x_strides: tuple[int, int, int] | None = None
+    w_strides: tuple[int, int, int] | None = None
+    aligned: bool = True
+    allow_tf32: bool = False
+
+    @property
+    def w_columns(self) -> int:
+        """Output columns W has to hold."""
+        return self.n + self.pair_offset if self.paired else self.n
+
+    @property
+    def w_shape(self) -> tuple[int, int]:
+        """Shape of W in its layout, without the batch."""
+        return (self.w_columns, self.k) if self.layout == "nk" else (self.k, self.w_columns)
+
+    @property
+    def x_stride(self) -> tuple[int, int, int]:
+        return self.x_strides or (self.m * self.k, self.k, 1)
+
+    @property
+    def w_stride(self) -> tuple[int, int, int]:
+        size = self.w_columns * self.k
+        dense = (size, self.k, 1) if self.layout == "nk" else (size, 1, self.w_columns)
+        return self.w_strides or dense
+
+    @property
+    def accumulators(self) -> int:
+        return 2 if self.paired else 1
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.accumulators * self.n * self.k * self.dtype.itemsize * self.batch
+
+    @property
+    def bytes_moved(self) -> int:
+        """Fewest bytes through device memory: each operand once, the result once in the operands' dtype."""
+        rows = self.batch * self.m
+        return self.weight_bytes + rows * (self.k + self.n) * self.dtype.itemsize
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.batch * self.m * self.n * self.k * self.accumulators
+
+    @property
+    def precision(self) -> str:
+        """`input_precision` of the dots; it only matters for fp32."""
+        return "tf32" if self.allow_tf32 else "ieee"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A config that won, with its evidence.
+
+    Args:
+        config: the family's `Config`.
+        us: its time.
+        vendor_us: cuBLAS (`F.linear`, without the epilogue) in the same run.
+    """
+
+    config: Any
+    us: float
+    vendor_us: float
+
+    def why(self, source: str) -> str:
+        return f"measured {self.us:.1f} us, cuBLAS {self.vendor_us:.1f} us ({source})"
+
+
+# (n, k, paired) -> largest m of the bucket -> what won there.
+Table = Mapping[tuple[int, int, bool], Mapping[int, Measured]]
+
+
+def lookup(table: Table, buckets: tuple[int, ...], problem: GemmProblem) -> Measured | None:
+    """Return the entry measured for exactly this N, K and pairing in the bucket that holds m, if there is one."""
+    if problem.dtype not in (torch.float16, torch.bfloat16) or problem.layout != "nk" or problem.batch != 1:
+        return None
+    row = table.get((problem.n, problem.k, problem.paired), {})
+    bucket = next((bound for bound in buckets if problem.m <= bound), buckets[-1])
+    return row.get(bucket)
+
+
+def tma_obstacle(problem: GemmProblem) -> str | None:
+    """Return why TMA cannot read these operands, or None when it can."""
+    if problem.batch != 1:
+        return f"batch is {problem.batch}; the descriptors are two-dimensional"
+    if problem.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"dtype {problem.dtype} is not float32, float16 or bfloat16"
+    if not problem.aligned:
+        return f"a base pointer is not a multiple of {TMA_ALIGNMENT_BYTES} bytes"
+    _, x_row, x_col = problem.x_stride
+    _, w_n, w_k = problem.w_stride
+    w_inner, w_outer = (w_k, w_n) if problem.layout == "nk" else (w_n, w_k)
+    for name, inner, outer in (("x", x_col, x_row), ("W", w_inner, w_outer)):
+        if inner != 1:
+            return f"{name}'s innermost stride is {inner}, not 1"
+        if outer * problem.dtype.itemsize % TMA_ALIGNMENT_BYTES:
+            return f"{name}'s row stride of {outer * problem.dtype.itemsize} bytes is not a multiple of 16"
+    return None
+
+
+def reference(
+    problem: GemmProblem, x: torch.Tensor, w: torch.Tensor, epilogue: Callable[..., torch.Tensor] | None = None
+) -> torch.Tensor:
+    """Compute the product in x's dtype with torch, for tests and for reading.
+
+    Args:
+        x: [M, K] or [batch, M, K].
+        w: W in the problem's layout, with a leading batch when x has one.
+        epilogue: function of one accumulator (two when paired); None stacks a pair as it is.
+    """
+    columns = w.transpose(-1, -2) if problem.layout == "nk" else w
+    parts = [x @ columns[..., : problem.n]]
+    if problem.paired:
+        parts.append(x @ columns[..., problem.pair_offset : problem.pair_offset + problem.n])
+    if epilogue is not None:
+        return epilogue(*parts)
+    return torch.stack(parts) if problem.paired else parts[0]
+
+
+def pick(problem: GemmProblem, target: Target) -> tuple[str, Any, str]:
+    """Choose family and config: the least estimated (or measured) time among the families that support the problem.
+
+    Returns:
+        family name, its config, and why, refusals of the other families included.
+    """
+    best: tuple[float, str, Any, str] | None = None
+    refused = []
+    for name in FAMILIES:
+        family = importlib.import_module(f".{name}", __package__)
+        reason = family.supports(problem)
+        if reason is not None:
+            refused.append(f"not {name}: {reason}")
+            continue
+        config, why = family.choose(problem, target)
+        us = family.estimate_us(problem, config, target)
+        if best is None or us < best[0]:
+            best = (us, name, config, why)
+    assert best is not None, "gemm_simple supports every problem"
+    return best[1], best[2], "; ".join([best[3], *refused])
+
+
+@triton.jit
+def load_tile(desc, outer, k, KN: tl.constexpr):
+    """W's tile at columns `outer` and depth `k` as [columns, depth], whichever way W is stored."""
+    if KN:
+        return desc.load([k, outer]).T
+    else:
+        return desc.load([outer, k])
+
+
+def w_block(problem: GemmProblem, block_n: int, block_k: int) -> list[int]:
+    """Block shape of W's descriptor in W's own axis order."""
+    return [block_n, block_k] if problem.layout == "nk" else [block_k, block_n]
+
+
+def descriptor(tensor: torch.Tensor, block: list[int], name: str) -> TensorDescriptor:
+    """Describe a row-major matrix for TMA.
+
+    Args:
+        tensor: 2-D, unit innermost stride; rows may be apart (a slice of a wider matrix).
+        block: tile shape in the tensor's axis order.
+        name: for the error.
+
+    Raises:
+        Unsupported: base or row stride is not a multiple of 16 bytes, or the innermost stride is not 1.
+    """
+    rows, cols = tensor.shape
+    # torch gives axes of length 1 any stride it likes; the descriptor must not see those.
+    unit = TMA_ALIGNMENT_BYTES // tensor.itemsize
+    row_stride = tensor.stride(0) if rows > 1 else -(-cols // unit) * unit
+    inner = tensor.stride(1) if cols > 1 else 1
+    if tensor.data_ptr() % TMA_ALIGNMENT_BYTES or row_stride * tensor.itemsize % TMA_ALIGNMENT_BYTES or inner != 1:
+        raise Unsupported(
+            f"TMA descriptor of {name}",
+            f"address {tensor.data_ptr():#x}, strides {tuple(tensor.stride())} of {tensor.itemsize}-byte elements",
+            stage="kernels.gemm",
+            remedy="Choose gemm_simple for operands that are not 16-byte aligned.",
+        )
+    return TensorDescriptor(tensor, [rows, cols], [row_stride, 1], block)
+
+
+def type_name(dtype: torch.dtype) -> str:
+    """Triton's name of an operand's dtype."""
+    return {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
+
+
+@triton.jit
+def store_sample(acc, acc2, m, n, mask, t):
+    """The smallest epilogue: the accumulator, rounded, into a dense [M, 4096] matrix. Compile jobs use it."""
+    tl.store(t[0] + m.to(tl.int64) * 4096 + n, acc.to(t[0].dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def silu_mul_sample(acc, acc2, m, n, mask, t):
+    """The paired sample: silu(acc) * acc2, rounded where separate kernels would, into a dense [M, 4096] matrix."""
+    dtype: tl.constexpr = t[0].dtype.element_ty
+    gate = acc.to(dtype).to(tl.float32)
+    up = acc2.to(dtype).to(tl.float32)
+    act = (gate / (1 + tl.exp(-gate))).to(dtype).to(tl.float32)
+    tl.store(t[0] + m.to(tl.int64) * 4096 + n, (act * up).to(dtype), mask=mask)

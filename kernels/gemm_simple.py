@@ -1,0 +1,273 @@
+"""Simple GEMM: y[b, M, N] = epilogue(prologue(x)[b, M, K] @ W[b]) for any strides, alignment, batch and size.
+
+Schedule: one program per output tile, grouped in rows of 8 tiles; masked pointer loads, pipelined with cp.async where
+they can be. Everything that TMA cannot read comes here, and Triton's interpreter on the CPU.
+Bytes: x once per column tile, W once per row tile (mostly from L2). FLOPs: 2 * batch * M * N * K per accumulator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from .gemm import GemmProblem, reference, silu_mul_sample, store_sample, type_name
+from .jobs import CompileJob
+from .launch import Kernel
+from .target import Target
+
+__all__ = ["CONFIGS", "Config", "choose", "compile_jobs", "estimate_us", "prepare", "reference", "supports"]
+
+# Rows of tiles walked together: 8 keeps the x tiles of a group and one W tile in L2 at every size up to K = 28672
+# (8 * 128 * 28672 * 2 bytes = 58.7 MB, just under an H200's 60 MB).
+GROUP_M = 8
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile sizes and pipeline of one launch.
+
+    Args:
+        block_m, block_n, block_k: output tile and depth per step, powers of two of at least 16.
+        stages: tiles in flight.
+        warps: 4 or 8.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    stages: int
+    warps: int
+
+    def __str__(self) -> str:
+        return f"{self.block_m}x{self.block_n}x{self.block_k} stages {self.stages} warps {self.warps}"
+
+
+# Not measured against one another: this family is for correctness where TMA cannot go. Each row is a tile that fits
+# registers without spilling (see compile_jobs) for its range. Columns: largest m, config for 2-byte operands, for fp32.
+CONFIGS: tuple[tuple[int, Config, Config], ...] = (
+    (16, Config(16, 64, 128, 3, 4), Config(16, 64, 32, 3, 4)),
+    (64, Config(64, 64, 32, 3, 4), Config(32, 64, 32, 3, 4)),
+    (1 << 31, Config(128, 128, 32, 3, 8), Config(64, 64, 32, 3, 8)),
+)
+
+
+def supports(problem: GemmProblem) -> str | None:
+    """Return why this family cannot do the problem, or None."""
+    if problem.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"dtype {problem.dtype} is not float32, float16 or bfloat16"
+    return None
+
+
+def choose(problem: GemmProblem, target: Target) -> tuple[Config, str]:
+    """Return the config for the problem and why."""
+    if target.interpreted:
+        m, n, k = (max(16, triton.next_power_of_2(size)) for size in (problem.m, problem.n, problem.k))
+        return Config(min(m, 128), min(n, 256), min(k, 256), 1, 4), "interpreter: few programs, large tiles"
+    bound, half, full = next(row for row in CONFIGS if problem.m <= row[0])
+    return half if problem.dtype.itemsize == 2 else full, f"the tile for up to {bound} tokens"
+
+
+# Masked pointer loads reach about this share of the memory's bandwidth: the loss that loading x that way cost at 64
+# tokens against TMA (30 %, decode sizes, H200, 2026-11-23).
+LOAD_SHARE = 0.7
+# Half of the persistent family's measured rate per multiprocessor, and the FMA units' peak for fp32 in IEEE precision.
+SM_FLOPS = 0.5 * 700e12 / 132
+SM_FLOPS_FP32 = 128 * 2 * 1.755e9
+FIXED_US = 4.0
+
+
+def estimate_us(problem: GemmProblem, config: Config, target: Target) -> float:
+    """Estimate the time: waves of tiles at the arithmetic rate, or W once per row tile at the memory's, if more."""
+    tiles_m = ceil(max(problem.m, 1) / config.block_m)
+    tiles = tiles_m * ceil(problem.n / config.block_n) * problem.batch
+    waves = ceil(tiles / (target.sm_count * 2))
+    flops = 2 * config.block_m * config.block_n * problem.k * problem.accumulators * 2
+    half = problem.dtype.itemsize == 2 or problem.allow_tf32
+    compute_us = waves * flops / (SM_FLOPS if half else SM_FLOPS_FP32) * 1e6
+    bytes_us = problem.bytes_moved * (1 + 0.1 * (tiles_m - 1)) / (LOAD_SHARE * target.bandwidth_bytes_s) * 1e6
+    return FIXED_US + max(compute_us, bytes_us)
+
+
+@triton.jit(do_not_specialize=["m_size", "x_b", "x_m", "x_k", "w_b", "w_n", "w_k"])
+def gemm_simple_kernel(
+    x,
+    w,
+    m_size,
+    x_b,
+    x_m,
+    x_k,
+    w_b,
+    w_n,
+    w_k,
+    t,
+    t_prologue,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    PAIR_OFFSET: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    GROUP: tl.constexpr,
+    X_UNIT_K: tl.constexpr,
+    W_UNIT: tl.constexpr,
+    STRIDE_FACTOR: tl.constexpr,
+    PAIRED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PROLOGUE: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+):
+    # What the strides have in common is known when this is compiled; it decides how wide the loads may be.
+    x_m = tl.multiple_of(x_m.to(tl.int64), STRIDE_FACTOR)
+    x_b = tl.multiple_of(x_b.to(tl.int64), STRIDE_FACTOR)
+    w_b = tl.multiple_of(w_b.to(tl.int64), STRIDE_FACTOR)
+    x_k = 1 if X_UNIT_K else x_k.to(tl.int64)
+    w_n = 1 if W_UNIT == "n" else tl.multiple_of(w_n.to(tl.int64), STRIDE_FACTOR)
+    w_k = 1 if W_UNIT == "k" else tl.multiple_of(w_k.to(tl.int64), STRIDE_FACTOR)
+    batch = tl.program_id(1).to(tl.int64)
+    tiles_m = tl.cdiv(m_size, BLOCK_M)
+    TILES_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    tile = tl.program_id(0)
+    group = tile // (GROUP * TILES_N)
+    rows = min(tiles_m - group * GROUP, GROUP)
+    in_group = tile % (GROUP * TILES_N)
+    m = (group * GROUP + in_group % rows) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    n = in_group // rows * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    m_ok = m < m_size
+    n_ok = n < N
+
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    acc2 = acc
+    for k0 in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        k_row = k0 + tl.arange(0, BLOCK_K)[None, :]
+        k_col = k0 + tl.arange(0, BLOCK_K)[:, None]
+        x_ok = m_ok & (k_row < K)
+        x_tile = tl.load(x + batch * x_b + m * x_m + k_row * x_k, mask=x_ok, other=0.0)  # [BLOCK_M, BLOCK_K]
+        if PROLOGUE is not None:
+            x_tile = PROLOGUE(x_tile, batch * m_size + m, k_row, x_ok, t_prologue)
+            # It may have turned the zeros beyond K into something else (an infinity, say): put them back.
+            x_tile = tl.where(x_ok, x_tile, 0.0).to(w.dtype.element_ty)
+        w_at = w + batch * w_b + n * w_n + k_col * w_k  # [BLOCK_K, BLOCK_N]
+        w_ok = n_ok & (k_col < K)
+        acc = tl.dot(x_tile, tl.load(w_at, mask=w_ok, other=0.0), acc, input_precision=PRECISION)
+        if PAIRED:
+            acc2 = tl.dot(
+                x_tile, tl.load(w_at + PAIR_OFFSET * w_n, mask=w_ok, other=0.0), acc2, input_precision=PRECISION
+            )
+    if not PAIRED:
+        acc2 = acc
+    EPILOGUE(acc, acc2, batch * m_size + m, n, m_ok & n_ok, t)
+
+
+def _stride_factor(strides: tuple[int, ...]) -> int:
+    """Largest of 16, 8, 4, 2, 1 that divides every stride that is not 1."""
+    wide = [stride for stride in strides if stride != 1]
+    return next(factor for factor in (16, 8, 4, 2, 1) if all(stride % factor == 0 for stride in wide))
+
+
+def _constexprs(
+    problem: GemmProblem, config: Config, epilogue: Any, prologue: Any, unit: tuple[bool, str, int]
+) -> dict[str, Any]:
+    x_unit_k, w_unit, factor = unit
+    return {
+        "N": problem.n,
+        "K": problem.k,
+        "PAIR_OFFSET": problem.pair_offset if problem.paired else 0,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "STAGES": config.stages,
+        "GROUP": GROUP_M,
+        "X_UNIT_K": x_unit_k,
+        "W_UNIT": w_unit,
+        "STRIDE_FACTOR": factor,
+        "PAIRED": problem.paired,
+        "PRECISION": problem.precision,
+        "PROLOGUE": prologue,
+        "EPILOGUE": epilogue,
+    }
+
+
+class SimpleGemm:
+    """A prepared launch; call it with x, W in the problem's layout, and the tensors of epilogue and prologue."""
+
+    def __init__(self, epilogue: Any, config: Config, problem: GemmProblem, prologue: Any) -> None:
+        self.config, self.problem, self.epilogue, self.prologue = config, problem, epilogue, prologue
+        self._kernels: dict[tuple[bool, str, int], Kernel] = {}
+
+    def kernel(self, x_strides: tuple[int, int, int], w_strides: tuple[int, int, int]) -> Kernel:
+        """Return the binary for operands with such strides: which axis is dense, and what divides the others."""
+        w_unit = "k" if w_strides[2] == 1 else "n" if w_strides[1] == 1 else ""
+        unit = (x_strides[2] == 1, w_unit, _stride_factor((*x_strides[:2], *w_strides)))
+        if unit not in self._kernels:
+            constexprs = _constexprs(self.problem, self.config, self.epilogue, self.prologue, unit)
+            config = self.config
+            self._kernels[unit] = Kernel(gemm_simple_kernel, constexprs, config.warps, num_stages=config.stages)
+        return self._kernels[unit]
+
+    def __call__(self, x: torch.Tensor, w: torch.Tensor, t: tuple, t_prologue: tuple = ()) -> None:
+        m = x.shape[-2]
+        x_strides = (x.stride(0) if x.dim() == 3 else 0, _stride(x, -2), _stride(x, -1))
+        n_axis, k_axis = (-2, -1) if self.problem.layout == "nk" else (-1, -2)
+        w_strides = (w.stride(0) if w.dim() == 3 else 0, _stride(w, n_axis), _stride(w, k_axis))
+        tiles = ceil(m / self.config.block_m) * ceil(self.problem.n / self.config.block_n)
+        kernel = self.kernel(x_strides, w_strides)
+        # An empty tuple is no kernel argument: x stands in for a prologue without tensors.
+        kernel((tiles, x.shape[0] if x.dim() == 3 else 1, 1), x, w, m, *x_strides, *w_strides, t, t_prologue or (x,))
+
+
+def _stride(tensor: torch.Tensor, axis: int) -> int:
+    """The stride, with torch's arbitrary stride of an axis of length 1 replaced by what a dense tensor has there."""
+    if tensor.shape[axis] != 1:
+        return tensor.stride(axis)
+    return 1 if axis == -1 else tensor.shape[-1]
+
+
+def prepare(epilogue: Any, config: Config, problem: GemmProblem, *, prologue: Any = None) -> SimpleGemm:
+    """Fix everything that does not change between calls.
+
+    Args:
+        epilogue: `@triton.jit` body `(acc, acc2, m, n, mask, t)`; with a batch, `m` is `b * M + row`.
+        config: from `choose`.
+        problem: sizes and layout; `m` and the strides are only hints, the tensors' own are used.
+        prologue: `@triton.jit` body `(x, m, k, mask, t) -> value` on x's tiles, `m` as above; None leaves x as it is.
+    """
+    return SimpleGemm(epilogue, config, problem, prologue)
+
+
+def compile_jobs(arch: int) -> Iterable[CompileJob]:
+    """Yield every tile for a dense and an unaligned problem, plain and paired."""
+    for bound, half, full in CONFIGS:
+        for dtype, config in ((torch.bfloat16, half), (torch.float32, full)):
+            m = min(bound, 4096)
+            for paired in (False, True):
+                yield _job(GemmProblem(m, 4096, 4096, dtype, paired=paired, pair_offset=4096), config, 16)
+            yield _job(GemmProblem(m, 1001, 333, dtype), config, 1)
+
+
+def _job(problem: GemmProblem, config: Config, factor: int) -> CompileJob:
+    dtype = type_name(problem.dtype)
+    return CompileJob(
+        family="gemm_simple",
+        label=f"{config} {dtype} {problem.n}x{problem.k}{' paired' if problem.paired else ''}",
+        fn=gemm_simple_kernel,
+        signature={
+            "x": f"*{dtype}",
+            "w": f"*{dtype}",
+            **dict.fromkeys(("m_size", "x_b", "x_m", "x_k", "w_b", "w_n", "w_k"), "i32"),
+            "t": (f"*{dtype}",),
+            "t_prologue": (f"*{dtype}",),
+        },
+        constexprs=_constexprs(
+            problem, config, silu_mul_sample if problem.paired else store_sample, None, (True, "k", factor)
+        ),
+        num_warps=config.warps,
+        num_stages=config.stages,
+        divisible=("x", "w", "t", "t_prologue") if factor == 16 else (),
+    )

@@ -1,0 +1,250 @@
+"""The three GEMM families against an fp64 oracle: layouts, pairing, split-K, odd sizes, untouched memory, repeats."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from terrazzo.kernels import gemm_persistent, gemm_simple, gemm_skinny
+from terrazzo.kernels.gemm import GemmProblem, reference
+from terrazzo.lowering.errors import Unsupported
+
+from .oracle import check
+
+SKINNY = gemm_skinny.Config(16, 64, 64, 3, 4, 1)
+SPLIT = gemm_skinny.Config(16, 64, 64, 3, 4, 3)
+WIDE = gemm_skinny.Config(64, 64, 64, 2, 4, 2, prefetch=1)
+PERSISTENT = gemm_persistent.Config(64, 64, 64, 3, 4, group_m=2)
+FLAT = gemm_persistent.Config(64, 128, 64, 2, 4, flatten=True, subtile=True)
+SIMPLE = gemm_simple.Config(32, 64, 32, 2, 4)
+
+FAMILIES = [
+    pytest.param(gemm_skinny, SKINNY, id="skinny"),
+    pytest.param(gemm_skinny, SPLIT, id="split"),
+    pytest.param(gemm_skinny, WIDE, id="split-wide"),
+    pytest.param(gemm_persistent, PERSISTENT, id="persistent"),
+    pytest.param(gemm_persistent, FLAT, id="persistent-flat"),
+    pytest.param(gemm_simple, SIMPLE, id="simple"),
+]
+# One token, primes, one beside a power of two, several tiles each way; K stays a multiple of 8 for TMA.
+SIZES = [(1, 61, 72), (7, 97, 200), (17, 65, 136), (67, 128, 64)]
+LARGE = [(1, 4096, 4096), (61, 3072, 2048), (128, 2048, 8192), (509, 6144, 4096)]
+CANARY = 64
+
+
+@triton.jit
+def store(acc, acc2, m, n, mask, t):
+    tl.store(t[0] + m * t[1] + n, acc.to(t[0].dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def silu_residual(acc, acc2, m, n, mask, t):
+    at = m * t[1] + n
+    value = acc / (1 + tl.exp(-acc)) + tl.load(t[2] + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(t[0] + at, value.to(t[0].dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def silu_mul(acc, acc2, m, n, mask, t):
+    tl.store(t[0] + m * t[1] + n, (acc / (1 + tl.exp(-acc)) * acc2).to(t[0].dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def scale_rows(x, m, k, mask, t):
+    return x.to(tl.float32) * tl.load(t[0] + m, mask=mask, other=0.0) + 1.0
+
+
+def operands(problem: GemmProblem, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    x = torch.randn(problem.m, problem.k).to(device, problem.dtype)
+    w = (torch.randn(problem.w_shape) / problem.k**0.5).to(device, problem.dtype)
+    return x, w
+
+
+def poisoned(problem: GemmProblem, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """A NaN-filled result with canaries around it, and the whole buffer."""
+    size = problem.batch * problem.m * problem.n
+    buffer = torch.full((size + 2 * CANARY,), float("nan"), dtype=problem.dtype, device=device)
+    return buffer[CANARY : CANARY + size].view(-1, problem.n), buffer
+
+
+def run(
+    family: ModuleType,
+    config: Any,
+    problem: GemmProblem,
+    device: torch.device,
+    body: Any,
+    torch_body: Callable,
+    **kw: Any,
+) -> torch.Tensor:
+    """Launch on fresh operands, compare, and return the result."""
+    x, w = operands(problem, device)
+    y, buffer = poisoned(problem, device)
+    residual = torch.randn(problem.m, problem.n).to(device, problem.dtype)
+    family.prepare(body, config, problem)(x, w, (y, problem.n, residual))
+    eager = reference(problem, x, w, lambda *parts: torch_body(residual, *parts))
+    oracle = reference(problem, x.double(), w.double(), lambda *parts: torch_body(residual.double(), *parts))
+    check(y, eager, oracle)
+    assert torch.cat([buffer[:CANARY], buffer[-CANARY:]]).isnan().all(), "written outside of the result"
+    return y
+
+
+def plain(residual: torch.Tensor, acc: torch.Tensor) -> torch.Tensor:
+    return acc
+
+
+def with_residual(residual: torch.Tensor, acc: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.silu(acc) + residual
+
+
+def glu(residual: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.silu(gate) * up
+
+
+@pytest.mark.parametrize(("family", "config"), FAMILIES)
+@pytest.mark.parametrize("size", SIZES)
+def test_sizes(family: ModuleType, config: Any, size: tuple[int, int, int], device: torch.device) -> None:
+    run(family, config, GemmProblem(*size, torch.float16), device, store, plain)
+
+
+@pytest.mark.parametrize(("family", "config"), FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dtypes(family: ModuleType, config: Any, dtype: torch.dtype, device: torch.device) -> None:
+    if dtype == torch.float32:
+        config = replace(config, block_m=16, block_k=32)
+    run(family, config, GemmProblem(19, 80, 144, dtype), device, silu_residual, with_residual)
+
+
+@pytest.mark.parametrize(("family", "config"), FAMILIES)
+@pytest.mark.parametrize("layout", ["nk", "kn"])
+def test_paired(family: ModuleType, config: Any, layout: str, device: torch.device) -> None:
+    # The pair starts beyond the first accumulator's last column, and the last tile reaches beyond W.
+    problem = GemmProblem(5, 72, 136, torch.float16, layout, paired=True, pair_offset=80)
+    run(family, config, problem, device, silu_mul, glu)
+
+
+@pytest.mark.parametrize(("family", "config"), FAMILIES)
+def test_columns_first(family: ModuleType, config: Any, device: torch.device) -> None:
+    run(family, config, GemmProblem(9, 88, 104, torch.float16, "kn"), device, silu_residual, with_residual)
+
+
+@pytest.mark.parametrize(("family", "config"), FAMILIES)
+def test_one_preparation_serves_every_m(family: ModuleType, config: Any, device: torch.device) -> None:
+    problem = GemmProblem(70, 72, 64, torch.float16)
+    x, w = operands(problem, device)
+    launch = family.prepare(store, config, problem)
+    expected = reference(problem, x.double(), w.double())
+    for m in (0, 1, 2, 17, 64, 70):
+        y = torch.full((m + 1, problem.n), float("nan"), dtype=x.dtype, device=device)
+        launch(x[:m], w, (y, problem.n))
+        assert y[m].isnan().all(), "a row beyond m was written"
+        torch.testing.assert_close(y[:m].double(), expected[:m], rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize(("family", "config"), FAMILIES)
+def test_rows_of_a_wider_matrix(family: ModuleType, config: Any, device: torch.device) -> None:
+    problem = GemmProblem(6, 64, 64, torch.float16, x_strides=(0, 192, 1))
+    wide = torch.randn(6, 192).to(device, torch.float16)
+    w = torch.randn(64, 64).to(device, torch.float16)
+    y, _ = poisoned(problem, device)
+    family.prepare(store, config, problem)(wide[:, 64:128], w, (y, problem.n))
+    x = wide[:, 64:128]
+    check(y, reference(problem, x, w), reference(problem, x.double(), w.double()))
+
+
+@pytest.mark.parametrize("config", [SPLIT, WIDE], ids=["split", "split-wide"])
+@pytest.mark.parametrize("paired", [False, True])
+def test_split_k_repeats_bit_by_bit(config: gemm_skinny.Config, paired: bool, device: torch.device) -> None:
+    n, k = (72, 456) if device.type == "cpu" else (4096, 14336)
+    problem = GemmProblem(13, n, k, torch.float16, paired=paired, pair_offset=n)
+    x, w = operands(problem, device)
+    launch = gemm_skinny.prepare(silu_mul if paired else store, config, problem)
+    results = []
+    for _ in range(3):
+        y, _ = poisoned(problem, device)
+        launch(x, w, (y, n))
+        results.append(y)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+    combine = (lambda gate, up: glu(gate, gate, up)) if paired else (lambda acc: acc)
+    check(results[0], reference(problem, x, w, combine), reference(problem, x.double(), w.double(), combine))
+
+
+def test_more_splits_than_depth(device: torch.device) -> None:
+    # Two of the four programs have nothing to sum; they must still count in.
+    run(gemm_skinny, replace(SPLIT, split_k=4), GemmProblem(3, 64, 72, torch.float16), device, store, plain)
+
+
+@pytest.mark.parametrize("size", [(1, 1, 1), (3, 1, 5), (2, 7, 1), (5, 3, 33)])
+def test_simple_takes_tiny_sizes(size: tuple[int, int, int], device: torch.device) -> None:
+    run(gemm_simple, SIMPLE, GemmProblem(*size, torch.float32), device, silu_residual, with_residual)
+
+
+def test_simple_takes_any_strides(device: torch.device) -> None:
+    problem = GemmProblem(11, 13, 21, torch.float32)
+    x = torch.randn(21, 23)[:, 1::2].T.to(device)
+    w = torch.randn(13, 63)[:, ::3].to(device)
+    y, _ = poisoned(problem, device)
+    gemm_simple.prepare(store, SIMPLE, problem)(x, w, (y, problem.n))
+    check(y, x @ w.T, x.double() @ w.double().T)
+
+
+@pytest.mark.parametrize("layout", ["nk", "kn"])
+def test_simple_batches(layout: str, device: torch.device) -> None:
+    problem = GemmProblem(37, 20, 19, torch.float16, layout, batch=3)
+    x = torch.randn(3, 37, 19).to(device, torch.float16)
+    w = torch.randn(3, *problem.w_shape).to(device, torch.float16)
+    y, buffer = poisoned(problem, device)
+    gemm_simple.prepare(store, SIMPLE, problem)(x, w, (y, problem.n))
+    check(y.view(3, 37, 20), reference(problem, x, w), reference(problem, x.double(), w.double()))
+    assert buffer[-CANARY:].isnan().all()
+
+
+def test_simple_prologue_is_masked_again(device: torch.device) -> None:
+    # The prologue adds one, also to the zeros beyond K: those must not reach the sums.
+    problem = GemmProblem(6, 24, 40, torch.float32)
+    x, w = operands(problem, device)
+    scale = torch.randn(6).to(device)
+    y, _ = poisoned(problem, device)
+    gemm_simple.prepare(store, SIMPLE, problem, prologue=scale_rows)(x, w, (y, problem.n), (scale,))
+    eager, oracle = x * scale[:, None] + 1, x.double() * scale[:, None].double() + 1
+    check(y, reference(problem, eager, w), reference(problem, oracle, w.double()))
+
+
+def test_unaligned_operand_is_refused_by_name(device: torch.device) -> None:
+    problem = GemmProblem(4, 64, 64, torch.float16)
+    x = torch.randn(4 * 64 + 1).to(device, torch.float16)[1:].view(4, 64)
+    w = torch.randn(64, 64).to(device, torch.float16)
+    with pytest.raises(Unsupported, match="TMA descriptor of x"):
+        gemm_skinny.prepare(store, SKINNY, problem)(x, w, (torch.empty(4, 64, dtype=x.dtype, device=device), 64))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("family", "config"), FAMILIES)
+@pytest.mark.parametrize("size", LARGE)
+def test_large_sizes(family: ModuleType, config: Any, size: tuple[int, int, int], device: torch.device) -> None:
+    run(family, config, GemmProblem(*size, torch.bfloat16), device, silu_residual, with_residual)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("family", "config"), FAMILIES[:5])
+def test_dependent_launch_keeps_the_order(family: ModuleType, config: Any, device: torch.device) -> None:
+    # Each product reads what the one before it wrote; an early read would repeat an older link of the chain.
+    problem = GemmProblem(70, 512, 512, torch.bfloat16)
+    x, w = operands(problem, device)
+    links: dict[bool, list[torch.Tensor]] = {}
+    for pdl in (False, True):
+        launch = family.prepare(store, config, problem, pdl=pdl)
+        links[pdl] = [x]
+        for _ in range(12):
+            links[pdl].append(torch.full_like(x, float("nan")))
+        torch.cuda.synchronize()
+        for source, sink in zip(links[pdl], links[pdl][1:], strict=False):
+            launch(source, w, (sink, problem.n))
+        torch.cuda.synchronize()
+    assert all(torch.equal(one, other) for one, other in zip(links[False], links[True], strict=True))
