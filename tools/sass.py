@@ -9,8 +9,8 @@ The compiler asks no driver whether a kernel fits, so the limits stand here and 
 architecture, local memory (spills) against the bound the job states. Exit status 1 when a job breaks one or does not
 compile.
 
-Compiling and interpreting cannot share a process: `compile_for` refuses under TRITON_INTERPRET=1; `compile_isolated` and
-the command line work from there.
+Compiling and interpreting cannot share a process: `compile_for` refuses under TRITON_INTERPRET=1;
+`compile_isolated` and the command line work from there.
 """
 
 from __future__ import annotations
