@@ -1,1 +1,29 @@
-"""Small models written out in plain torch, for demos, benchmarks and tests."""
+"""Models written out in plain torch at published dimensions, and the pieces they are cut into.
+
+`names`, `config`, `build`: the models. `pieces`: what a compiler backend would get, with fake values. `save_piece`,
+`load_piece`: a piece as JSON. `whole`, `run_whole`: a model run through its pieces.
+"""
+
+from terrazzo.tools.models import ops as ops
+from terrazzo.tools.models.config import ModelConfig, RopeScaling, config, names
+from terrazzo.tools.models.fill import Fill
+from terrazzo.tools.models.piece import Piece
+from terrazzo.tools.models.store import load_piece, save_piece
+from terrazzo.tools.models.whole import Whole, build, pieces, run_eagerly, run_whole, whole
+
+__all__ = [
+    "Fill",
+    "ModelConfig",
+    "Piece",
+    "RopeScaling",
+    "Whole",
+    "build",
+    "config",
+    "load_piece",
+    "names",
+    "pieces",
+    "run_eagerly",
+    "run_whole",
+    "save_piece",
+    "whole",
+]

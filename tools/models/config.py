@@ -1,0 +1,136 @@
+"""The dimensions of the models terrazzo is run on: published ones, and a tiny twin of each for the CPU."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, replace
+
+from terrazzo.lowering.errors import UserError
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """The Llama 3.1 frequency scaling: low frequencies divided by `factor`, high ones kept, the rest interpolated."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_positions: int
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One model's dimensions.
+
+    `family` names the architecture ('llama', 'gemma2', 'gpt2', 'mixtral'); `layers` is the published depth, which a
+    capture rarely needs. `soft_cap` bounds the attention scores (0 means none); `query_scale` multiplies them.
+    """
+
+    name: str
+    family: str
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    max_positions: int
+    norm_eps: float
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    qk_norm: bool = False
+    soft_cap: float = 0.0
+    query_scale: float = 0.0
+    experts: int = 0
+    experts_per_token: int = 0
+
+    @property
+    def q_size(self) -> int:
+        """Columns of all query heads."""
+        return self.heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Columns of all key (or value) heads."""
+        return self.kv_heads * self.head_dim
+
+    @property
+    def scale(self) -> float:
+        """The factor on the attention scores."""
+        return self.query_scale or self.head_dim**-0.5
+
+
+# Published dimensions: each model's own config.json (Meta, Qwen, Google, OpenAI, Mistral AI).
+_CONFIGS = {
+    c.name: c
+    for c in (
+        ModelConfig(
+            "llama-3.1-8b", "llama", hidden=4096, layers=32, heads=32, kv_heads=8, head_dim=128, intermediate=14336,
+            vocab=128256, max_positions=131072, norm_eps=1e-5, rope_theta=5e5,
+            rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192),
+        ),
+        ModelConfig(
+            "llama-3.2-1b", "llama", hidden=2048, layers=16, heads=32, kv_heads=8, head_dim=64, intermediate=8192,
+            vocab=128256, max_positions=131072, norm_eps=1e-5, rope_theta=5e5,
+            rope_scaling=RopeScaling(32.0, 1.0, 4.0, 8192),
+        ),
+        ModelConfig(
+            "qwen3-8b", "llama", hidden=4096, layers=36, heads=32, kv_heads=8, head_dim=128, intermediate=12288,
+            vocab=151936, max_positions=40960, norm_eps=1e-6, rope_theta=1e6, qk_norm=True,
+        ),
+        ModelConfig(
+            "gemma-2-9b", "gemma2", hidden=3584, layers=42, heads=16, kv_heads=8, head_dim=256, intermediate=14336,
+            vocab=256000, max_positions=8192, norm_eps=1e-6, soft_cap=50.0, query_scale=256**-0.5,
+        ),
+        ModelConfig(
+            "gpt2", "gpt2", hidden=768, layers=12, heads=12, kv_heads=12, head_dim=64, intermediate=3072,
+            vocab=50257, max_positions=1024, norm_eps=1e-5,
+        ),
+        ModelConfig(
+            "mixtral-8x7b", "mixtral", hidden=4096, layers=32, heads=32, kv_heads=8, head_dim=128, intermediate=14336,
+            vocab=32000, max_positions=32768, norm_eps=1e-5, rope_theta=1e6, experts=8, experts_per_token=2,
+        ),
+    )
+}  # fmt: skip
+
+
+def names() -> list[str]:
+    """The models' names, in the order of the table above."""
+    return list(_CONFIGS)
+
+
+def config(name: str, tiny: bool = False) -> ModelConfig:
+    """The dimensions of a model, or of its tiny twin (same structure, also reachable as `tiny-<name>`).
+
+    Raises:
+        UserError: there is no such model.
+    """
+    plain = name.removeprefix("tiny-")
+    if plain not in _CONFIGS:
+        near = difflib.get_close_matches(plain, _CONFIGS, n=3, cutoff=0.3) or list(_CONFIGS)
+        raise UserError(f"model {name!r}", "there is no model of that name", stage="models",
+                        remedy=f"Did you mean {', '.join(near)}?")  # fmt: skip
+    full = _CONFIGS[plain]
+    return _tiny(full) if tiny or plain != name else full
+
+
+def _tiny(c: ModelConfig) -> ModelConfig:
+    """The twin: grouped heads stay grouped, head sizes keep their order, Gemma keeps heads * head_dim != hidden."""
+    head_dim = 16 if c.head_dim <= 64 else 32
+    hidden = {"gemma2": 96}.get(c.family, 4 * head_dim)
+    return replace(
+        c,
+        name=f"tiny-{c.name}",
+        hidden=hidden,
+        layers=3,
+        heads=4,
+        kv_heads=4 if c.kv_heads == c.heads else 2,
+        head_dim=head_dim,
+        intermediate=2 * hidden,
+        vocab=256,
+        max_positions=512,
+        rope_scaling=c.rope_scaling and replace(c.rope_scaling, original_max_positions=128),
+        query_scale=c.query_scale and head_dim**-0.5,
+        experts=min(c.experts, 4),
+    )
