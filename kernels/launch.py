@@ -28,6 +28,8 @@ from ..lowering.errors import InternalError, UserError
 
 Grid = tuple[int, int, int]
 
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
 # An int of Python is an i32 to Triton below this; beyond, the parameter's type, and so the binary, is another.
 _I32 = 1 << 31
 
@@ -203,8 +205,6 @@ def _needs_gpu(fact: str) -> UserError:
 
 @cache
 def _repair() -> None:
-    try:
-        from .interpreter import repair
-    except ModuleNotFoundError:
-        return
+    from .interpreter import repair
+
     repair()
