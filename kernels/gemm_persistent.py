@@ -41,7 +41,7 @@ from .target import Target
 __all__ = ["CONFIGS", "Config", "choose", "compile_jobs", "estimate_us", "prepare", "reference", "supports"]
 
 # Largest m of each row of CONFIGS; the last row serves everything above it too.
-BUCKETS = (128, 256, 512, 1024, 2048, 8192)
+BUCKETS = (256, 512, 1024, 2048, 8192)
 
 
 @dataclass(frozen=True)

@@ -263,7 +263,8 @@ def gemm_skinny_kernel(
 def _constexprs(problem: GemmProblem, config: Config, epilogue: Any, pdl: bool) -> dict[str, Any]:
     # Splits are whole depth steps; the last may be shorter, or empty.
     per_split = ceil(ceil(problem.k / config.block_k) / config.split_k) * config.block_k
-    # The hint must stay inside a row: no prefetch where a split is shorter than it, or W's rows are not along K.
+    # The hint must stay inside a row: no prefetch where a split is shorter than it, or W's rows are not along K
+    # (nor in the interpreter, which has no inline assembly).
     short = problem.k - (config.split_k - 1) * per_split < config.prefetch * config.block_k
     _, w_n, _ = problem.w_stride
     return {
@@ -278,7 +279,7 @@ def _constexprs(problem: GemmProblem, config: Config, epilogue: Any, pdl: bool) 
         "STAGES": config.stages,
         "SPLIT_K": config.split_k,
         "K_PER_SPLIT": per_split,
-        "PREFETCH": 0 if short or problem.layout == "kn" else config.prefetch,
+        "PREFETCH": 0 if short or problem.layout == "kn" or triton.knobs.runtime.interpret else config.prefetch,
         "PAIRED": problem.paired,
         "KN": problem.layout == "kn",
         "PDL": pdl,

@@ -1,0 +1,330 @@
+"""Measure GEMM configs on this GPU: compile in parallel, check against fp64, time what survives, print the table.
+
+    python -m terrazzo.tools.tune_gemm                                    every shape and size below
+    python -m terrazzo.tools.tune_gemm --shapes 4096x4096,14336x4096p     some shapes (N x K, p: paired)
+    python -m terrazzo.tools.tune_gemm --families gemm_skinny --m 16,64 --json out.jsonl
+
+A time is that of one GEMM within a CUDA graph of many, each on its own copy of W, so that L2 holds none when it is read;
+kernels wait for one another with programmatic dependent launch, as in a plan. cuBLAS (`F.linear`) runs in the same
+harness, without the epilogue; ours includes it (SiLU·mul for pairs). A config that errs by more than twice what cuBLAS
+does is reported and never timed. The last lines are entries for `CONFIGS`; exit status 1 when any config was wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from terrazzo.kernels import gemm_persistent, gemm_skinny
+from terrazzo.kernels.gemm import GemmProblem, reference
+from terrazzo.kernels.target import Target
+
+# Projections of Llama-3.1-8B, Llama-3.2-1B and Qwen3-8B, as (N, K, paired).
+SHAPES = (
+    (4096, 4096, False),
+    (6144, 4096, False),
+    (14336, 4096, True),
+    (4096, 14336, False),
+    (2048, 2048, False),
+    (3072, 2048, False),
+    (8192, 2048, True),
+    (2048, 8192, False),
+    (12288, 4096, True),
+    (4096, 12288, False),
+)
+# What the copies of W must exceed together: five times an H200's 60 MB of L2.
+ROTATION_BYTES = 300_000_000
+# Rows compared with the oracle: fp64 products of the largest sizes would take longer than the tuning.
+CHECKED_ROWS = 256
+
+
+@triton.jit
+def store_body(acc, acc2, m, n, mask, t):
+    tl.store(t[0] + m * t[1] + n, acc.to(t[0].dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def silu_mul_body(acc, acc2, m, n, mask, t):
+    dtype: tl.constexpr = t[0].dtype.element_ty
+    gate = acc.to(dtype).to(tl.float32)
+    act = (gate / (1 + tl.exp(-gate))).to(dtype).to(tl.float32)
+    tl.store(t[0] + m * t[1] + n, (act * acc2.to(dtype).to(tl.float32)).to(dtype), mask=mask)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One config of one family for one problem."""
+
+    family: str
+    problem: GemmProblem
+    config: Any
+    pdl: bool = True
+
+    def prepare(self) -> Any:
+        body = silu_mul_body if self.problem.paired else store_body
+        return importlib.import_module(f"terrazzo.kernels.{self.family}").prepare(
+            body, self.config, self.problem, pdl=self.pdl
+        )
+
+    def binary(self) -> tuple:
+        """What the compiled code depends on: m does not reach it."""
+        return self.family, replace(self.problem, m=0), self.config, self.pdl
+
+
+def skinny_space(problem: GemmProblem, target: Target) -> Iterable[gemm_skinny.Config]:
+    """Tiles whose programs fill the multiprocessors 0.6 to 4.2 times, at the deepest pipeline that fits."""
+    block_m = min(256, max(16, triton.next_power_of_2(problem.m)))
+    tiles_m = -(-problem.m // block_m)
+    for block_n in (64, 128):
+        warps = (4,) if block_n == 64 or block_m < 64 else (8,) if block_m == 256 else (4, 8)
+        if block_n * block_m * problem.accumulators > 128 * 256:
+            continue
+        for split_k in (1, 2, 3, 4, 5, 6, 8):
+            per_sm = -(-problem.n // block_n) * tiles_m * split_k / target.sm_count
+            if per_sm > 4.2 or (per_sm < 0.6 and split_k > 1):
+                continue
+            for block_k in (64, 128):
+                for count in warps:
+                    base = gemm_skinny.Config(block_m, block_n, block_k, 1, count, split_k)
+                    one = gemm_skinny.smem_bytes(problem, base) - 1024
+                    resident = max(1, round(per_sm + 0.3))
+                    deep = min(8, (target.smem_bytes // resident - 2048) // one)
+                    for stages in {deep, min(deep, 4)}:
+                        if stages >= 2:
+                            yield replace(base, stages=stages)
+
+
+def persistent_space(problem: GemmProblem) -> Iterable[gemm_persistent.Config]:
+    """Tiles that the tensor cores like, with the pipelines that fit in 227 KB."""
+    config = gemm_persistent.Config
+    if problem.paired:
+        for flatten, subtile in ((False, False), (True, False), (True, True)):
+            yield config(128, 128, 64, 3, 8, flatten=flatten, subtile=subtile)
+        yield config(128, 128, 64, 4, 8)
+        yield config(128, 128, 64, 4, 8, flatten=True, subtile=True)
+        yield config(128, 64, 64, 4, 4, programs_per_sm=1)
+        yield config(128, 64, 64, 3, 4, programs_per_sm=2)
+        yield config(64, 128, 64, 4, 4)
+        yield config(64, 128, 64, 2, 4, programs_per_sm=2)
+        yield config(256, 64, 64, 4, 8)
+        yield config(128, 128, 64, 3, 8, group_m=16)
+        return
+    for flatten, subtile in ((False, False), (True, False), (True, True)):
+        yield config(128, 256, 64, 3, 8, flatten=flatten, subtile=subtile)
+        yield config(128, 256, 64, 4, 8, flatten=flatten, subtile=subtile)
+    yield config(128, 256, 64, 3, 8, group_m=16)
+    yield config(256, 128, 64, 3, 8)
+    yield config(256, 128, 64, 4, 8, flatten=True)
+    yield config(128, 128, 64, 4, 4)
+    yield config(128, 128, 64, 6, 8)
+    yield config(128, 128, 64, 5, 8, flatten=True)
+    yield config(128, 128, 64, 3, 4, programs_per_sm=2)
+    yield config(128, 128, 64, 3, 8, programs_per_sm=2)
+    yield config(64, 128, 64, 4, 4, programs_per_sm=2)
+    yield config(64, 256, 64, 4, 8)
+    yield config(64, 256, 64, 5, 4)
+    yield config(128, 64, 64, 4, 4, programs_per_sm=2)
+
+
+def candidates(families: Sequence[str], shapes: Sequence[tuple], sizes: Sequence[int]) -> list[Candidate]:
+    """Every candidate of every problem, by problem."""
+    target, found = Target.current(), []
+    for n, k, paired in shapes:
+        for m in sizes:
+            problem = GemmProblem(m, n, k, torch.bfloat16, paired=paired, pair_offset=n if paired else 0)
+            if "gemm_skinny" in families and gemm_skinny.supports(problem) is None:
+                found += [Candidate("gemm_skinny", problem, config) for config in skinny_space(problem, target)]
+            if "gemm_persistent" in families and m >= 256:
+                found += [Candidate("gemm_persistent", problem, config) for config in persistent_space(problem)]
+    return found
+
+
+def variants(family: str, config: Any) -> Iterable[tuple[Any, bool]]:
+    """What is tried around a winner: without dependent launch, and with W asked into L2 before the wait."""
+    yield config, False
+    if family == "gemm_skinny":
+        for prefetch in (2, 4):
+            yield replace(config, prefetch=prefetch), True
+        if config.block_m == 16:
+            yield replace(config, block_m=32), True
+
+
+def compile_one(candidate: Candidate) -> str | None:
+    """Compile in a worker, so that the main process finds the binary in Triton's cache; the error if it does not."""
+    problem = candidate.problem
+    try:
+        x = torch.empty(problem.m, problem.k, dtype=problem.dtype, device="cuda")
+        w = torch.empty(problem.w_shape, dtype=problem.dtype, device="cuda")
+        launch = candidate.prepare()
+        launch.kernel.precompile(*launch.arguments(x, w, (x, problem.n))[1])
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:160] if str(error).strip() else ''}"
+    return None
+
+
+def compile_all(found: Sequence[Candidate], workers: int) -> dict[tuple, str | None]:
+    """Compile each binary once; returns its error or None."""
+    binaries = {candidate.binary(): candidate for candidate in found}
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        return dict(zip(binaries, pool.map(compile_one, binaries.values(), chunksize=4), strict=True))
+
+
+class Bench:
+    """Operands of one problem: copies of W that L2 cannot hold, the oracle, and what cuBLAS makes of it."""
+
+    def __init__(self, problem: GemmProblem) -> None:
+        self.problem = problem
+        copies = max(2, -(-ROTATION_BYTES // problem.weight_bytes))
+        self.x = torch.randn(problem.m, problem.k, device="cuda").to(problem.dtype)
+        scale = problem.k**-0.5
+        first = (torch.randn(problem.w_shape, device="cuda") * scale).to(problem.dtype)
+        self.ws = [first, *(first.roll(i + 1, 0) for i in range(copies - 1))]
+        self.y = torch.empty(problem.m, problem.n, dtype=problem.dtype, device="cuda")
+        rows = self.x[:CHECKED_ROWS]
+        glu = (lambda gate, up: torch.nn.functional.silu(gate) * up) if problem.paired else None
+        self.oracle = reference(problem, rows.double(), self.ws[0].double(), glu)
+        eager = reference(problem, rows, self.ws[0], glu)
+        self.bound = 2 * (eager.double() - self.oracle).abs().max().item() + 2**-8 * self.oracle.abs().max().item()
+        self.vendor_us = self.graph_us(lambda w: torch.nn.functional.linear(self.x, w))
+
+    def error(self, launch: Any) -> float:
+        """Largest error against the oracle; NaN where an element was not written."""
+        self.y.fill_(float("nan"))
+        launch(self.x, self.ws[0], (self.y, self.problem.n))
+        if not bool(self.y.isfinite().all()):
+            return float("nan")
+        return (self.y[:CHECKED_ROWS].double() - self.oracle).abs().max().item()
+
+    def time(self, launch: Any) -> float:
+        t = (self.y, self.problem.n)
+        return self.graph_us(lambda w: launch(self.x, w, t))
+
+    def graph_us(self, call: Any, replays: int = 12) -> float:
+        """Median time of one call in a graph over all copies of W."""
+        rounds = max(1, 8 // len(self.ws)) if self.problem.flops < 1e11 else 1
+        call(self.ws[0])
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for w in self.ws * rounds:
+                call(w)
+        graph.replay()
+        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(replays)]
+        for start, end in events:
+            start.record()
+            graph.replay()
+            end.record()
+        torch.cuda.synchronize()
+        return statistics.median(start.elapsed_time(end) for start, end in events) * 1e3 / (len(self.ws) * rounds)
+
+
+def measure(candidate: Candidate, bench: Bench, compiled: str | None) -> dict[str, Any]:
+    """One line of the journal: the time, or why there is none."""
+    problem = candidate.problem
+    line = {"family": candidate.family, "m": problem.m, "n": problem.n, "k": problem.k, "paired": problem.paired}
+    line |= {"config": asdict(candidate.config), "pdl": candidate.pdl, "vendor_us": round(bench.vendor_us, 2)}
+    if compiled is not None:
+        return line | {"failed": compiled}
+    try:
+        launch = candidate.prepare()
+        error = bench.error(launch)
+        if not error <= bench.bound:
+            return line | {"wrong": error, "bound": bench.bound}
+        return line | {"us": round(bench.time(launch), 2), "error": error}
+    except Exception as failure:
+        return line | {"failed": f"{type(failure).__name__}: {str(failure)[:160]}"}
+
+
+def tune(found: Sequence[Candidate], workers: int, write: Any, deadline: float) -> list[dict[str, Any]]:
+    """Compile and time everything, then the variants of each problem's two best; returns all lines."""
+    compiled = compile_all(found, workers)
+    lines, winners = [], []
+    for problem in dict.fromkeys(candidate.problem for candidate in found):
+        if time.monotonic() > deadline:
+            break
+        bench, own = Bench(problem), []
+        for candidate in found:
+            if candidate.problem == problem:
+                own.append((measure(candidate, bench, compiled[candidate.binary()]), candidate))
+                write(own[-1][0])
+        for family in dict.fromkeys(candidate.family for _, candidate in own):
+            timed = sorted((line["us"], i) for i, (line, c) in enumerate(own) if "us" in line and c.family == family)
+            winners += [own[i][1] for _, i in timed[:2]]
+        lines += [line for line, _ in own]
+    more = [replace(c, config=config, pdl=pdl) for c in winners for config, pdl in variants(c.family, c.config)]
+    more = [replace(c, problem=replace(c.problem, m=32)) if getattr(c.config, "block_m", 0) == 32 else c for c in more]
+    # One token shares its config with sixteen: measured to be reported, with the best of them.
+    more += [replace(c, problem=replace(c.problem, m=1)) for c in winners if c.problem.m == 16]
+    compiled = compile_all(more, workers)
+    for problem in dict.fromkeys(candidate.problem for candidate in more):
+        if time.monotonic() > deadline:
+            break
+        bench = Bench(problem)
+        for candidate in more:
+            if candidate.problem == problem:
+                lines.append(measure(candidate, bench, compiled[candidate.binary()]))
+                write(lines[-1])
+    return lines
+
+
+def table(lines: Sequence[dict[str, Any]]) -> list[str]:
+    """The best of each family, shape and size, as entries for `CONFIGS`."""
+    best: dict[tuple, dict[str, Any]] = {}
+    for line in lines:
+        key = (line["family"], line["n"], line["k"], line["paired"], line["m"])
+        if line["pdl"] and "us" in line and line["us"] < best.get(key, {"us": float("inf")})["us"]:
+            best[key] = line
+    return [
+        f"{family} ({n}, {k}, {paired}) {m}: Measured(Config({', '.join(map(str, line['config'].values()))}), "
+        f"{line['us']:.1f}, {line['vendor_us']:.1f}),"
+        for (family, n, k, paired, m), line in sorted(best.items())
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m terrazzo.tools.tune_gemm", description=__doc__.splitlines()[0])
+    parser.add_argument("--families", default="gemm_skinny,gemm_persistent")
+    parser.add_argument("--shapes", default="", help="NxK, with p for paired; default: the projections in SHAPES")
+    parser.add_argument("--m", default="16,64,128,256,512,1024,2048,8192")
+    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
+    parser.add_argument("--budget-s", type=float, default=3600, help="start no further problem after so many seconds")
+    parser.add_argument("--json", default="", help="write every measurement there, one JSON object a line")
+    options = parser.parse_args(arguments)
+    shapes = [
+        (*map(int, text.rstrip("p").split("x")), text.endswith("p")) for text in options.shapes.split(",") if text
+    ]
+    deadline = time.monotonic() + options.budget_s
+    found = candidates(options.families.split(","), shapes or SHAPES, [int(m) for m in options.m.split(",")])
+    with open(options.json or os.devnull, "w") as journal:
+
+        def write(line: dict[str, Any]) -> None:
+            journal.write(json.dumps(line) + "\n")
+            journal.flush()
+
+        lines = tune(found, options.workers, write, deadline)
+    print("\n".join(table(lines)))
+    wrong = [line for line in lines if "wrong" in line]
+    failed = [line for line in lines if "failed" in line]
+    print(f"{len(lines)} measured, {len(failed)} failed, {len(wrong)} wrong")
+    for line in (*wrong[:5], *failed[:5]):
+        print(json.dumps(line))
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
