@@ -119,7 +119,7 @@ def split(graph: fx.GraphModule) -> tuple[fx.GraphModule, list[str]]:
             part += 2
         else:
             parts[node] = part
-    whole = split_module(graph, None, lambda node: parts[node], keep_original_order=True)
+    whole = split_module(graph, graph, lambda node: parts[node], keep_original_order=True)
     names = [n.target for n in whole.graph.find_nodes(op="call_module")]
     return whole, [name for name in names if int(name.removeprefix("submod_")) not in cuts]
 

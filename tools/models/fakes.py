@@ -16,7 +16,7 @@ import sympy
 import torch
 from torch import fx
 from torch._dynamo.source import ConstantSource
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils._sympy.functions import FloorDiv
 
@@ -142,12 +142,12 @@ def retarget(graph: fx.GraphModule, device: torch.device) -> None:
     graph.recompile()
 
 
-def _new_symbol(env: ShapeEnv, name: str) -> torch.SymInt:
+def _new_symbol(env: ShapeEnv, name: str) -> int | torch.SymInt:
     source = ConstantSource(name)
     return env.create_symintnode(env.create_symbol(HINT, source, DimDynamic.DYNAMIC), hint=HINT, source=source)
 
 
-def _fake(spec: Spec, symbols: Mapping[str, torch.SymInt]) -> FakeTensor | torch.SymInt | int:
+def _fake(spec: Spec, symbols: Mapping[str, int | torch.SymInt]) -> torch.Tensor | torch.SymInt | int:
     if isinstance(spec, SizeSpec):
         return from_dim(spec.value, symbols)
     shape, stride = ([from_dim(d, symbols) for d in sizes] for sizes in (spec.shape, spec.stride))

@@ -33,6 +33,9 @@ class Filled(nn.Module):
 class Linear(Filled):
     """x @ weight.T + bias; weight [out, in]."""
 
+    weight: Tensor
+    bias: Tensor | None
+
     def __init__(self, inputs: int, outputs: int, bias: bool = False) -> None:
         super().__init__()
         self.own("weight", (outputs, inputs), fill.matrix(inputs))
@@ -48,6 +51,8 @@ class Linear(Filled):
 class Embedding(Filled):
     """Rows of a table."""
 
+    weight: Tensor
+
     def __init__(self, rows: int, width: int, std: float = 1.0) -> None:
         super().__init__()
         self.own("weight", (rows, width), Fill("normal", (0.0, std)))
@@ -61,6 +66,8 @@ class RMSNorm(Filled):
 
     The norm sees the sum in fp32; the residual is its rounding.
     """
+
+    weight: Tensor
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -81,6 +88,8 @@ class RMSNorm(Filled):
 
 class GemmaRMSNorm(Filled):
     """RMSNorm scaled by 1 + weight, all of it in fp32; the residual sum is rounded first."""
+
+    weight: Tensor
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -103,6 +112,9 @@ class GemmaRMSNorm(Filled):
 class LayerNorm(Filled):
     """LayerNorm over the last axis, with weight and bias."""
 
+    weight: Tensor
+    bias: Tensor
+
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.own("weight", (width,), fill.around(1.0))
@@ -115,6 +127,8 @@ class LayerNorm(Filled):
 
 class Rotary(Filled):
     """Rotary embedding, neox form (halves, not pairs), from a cache of [positions, cos | sin]."""
+
+    cos_sin_cache: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -36,12 +36,13 @@ def save_piece(piece: Piece, path: str | Path) -> None:
     Raises:
         Unsupported: the graph has a target or an argument that the format has no name for.
     """
+    names: dict[str, str] = {}
     data = {
         "format": FORMAT,
         "model": piece.model,
         "index": piece.index,
         "kind": piece.kind,
-        "nodes": [_node_to_json(node) for node in piece.graph.graph.nodes],
+        "nodes": [_node_to_json(node, names) for node in piece.graph.graph.nodes],
     }
     Path(path).write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
 
@@ -69,10 +70,11 @@ def load_piece(path: str | Path, device: torch.device | str | None = None) -> Pi
                         remedy="Save it again.") from e  # fmt: skip
 
 
-def _node_to_json(node: fx.Node) -> dict[str, Any]:
+def _node_to_json(node: fx.Node, names: dict[str, str]) -> dict[str, Any]:
+    """One node; `names` gives symbols their stored names, in the order in which they turn up."""
     data = {"op": node.op, "name": node.name, "target": name_of(node)}
     if node.op == "placeholder":
-        data["value"] = _spec_to_json(spec_of(node))
+        data["value"] = _spec_to_json(spec_of(node), names)
     else:
         data["args"] = [_to_json(a, node) for a in node.args]
     if node.kwargs:
@@ -83,7 +85,9 @@ def _node_to_json(node: fx.Node) -> dict[str, Any]:
 
 
 def _graph_of(nodes: list[dict[str, Any]]) -> tuple[fx.GraphModule, list[Spec]]:
-    graph, made, specs = fx.Graph(), {}, []
+    graph = fx.Graph()
+    made: dict[str, fx.Node] = {}
+    specs: list[Spec] = []
     for data in nodes:
         target = target_of(data["op"], data["target"])
         args = tuple(_from_json(a, made) for a in data.get("args", []))
@@ -98,15 +102,15 @@ def _graph_of(nodes: list[dict[str, Any]]) -> tuple[fx.GraphModule, list[Spec]]:
     return fx.GraphModule({}, graph), specs
 
 
-def _spec_to_json(spec: Spec) -> dict[str, Any]:
+def _spec_to_json(spec: Spec, names: dict[str, str]) -> dict[str, Any]:
     if isinstance(spec, SizeSpec):
-        return {"size": spec.value}
+        return {"size": _renamed(spec.value, names)}
     return {
-        "shape": list(spec.shape),
-        "stride": list(spec.stride),
+        "shape": [_renamed(d, names) for d in spec.shape],
+        "stride": [_renamed(d, names) for d in spec.stride],
         "dtype": _short(spec.dtype),
         "device": str(spec.device),
-        "fill": [spec.fill.kind, *spec.fill.values],
+        "fill": [spec.fill.kind, *map(float, spec.fill.values)],
     }
 
 
@@ -117,6 +121,12 @@ def _spec_from_json(data: Mapping[str, Any]) -> Spec:
     shape, stride = (tuple(map(_dim, data[key])) for key in ("shape", "stride"))
     fill = Fill(str(kind), tuple(map(float, values)))
     return TensorSpec(shape, stride, _dtype(data["dtype"]), torch.device(data["device"]), fill)
+
+
+def _renamed(dim: Dim, names: dict[str, str]) -> Dim:
+    if isinstance(dim, list):
+        return [dim[0], *(_renamed(d, names) for d in dim[1:])]
+    return names.setdefault(dim, f"s{len(names)}") if isinstance(dim, str) else dim
 
 
 def _dim(data: Any) -> Dim:

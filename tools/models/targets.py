@@ -60,7 +60,7 @@ def _table() -> Mapping[str, Callable[..., Any]]:
 
 
 _BY_NAME = _table()
-_BY_FUNCTION = {function: name for name, function in reversed(_BY_NAME.items())}
+_BY_FUNCTION = {function: name for name, function in reversed(list(_BY_NAME.items()))}
 
 
 def name_of(node: fx.Node) -> str:
