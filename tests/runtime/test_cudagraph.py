@@ -9,11 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import fx
+
 from terrazzo.runtime import weak
 from terrazzo.runtime.cudagraph import CUDA, StaleAddress, addresses, capture
 from terrazzo.runtime.dispatcher import PiecewiseBackend
 from terrazzo.runtime.weak import weak_ref
-from torch import fx
 
 Pair = namedtuple("Pair", "q k")
 BORROWERS = ["from the data pointer", "through the array interface"]

@@ -11,11 +11,12 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from torch import fx
+
 from terrazzo.lowering.errors import Unsupported
 from terrazzo.runtime import vllm_compat
 from terrazzo.runtime.cudagraph import GraphDriver
 from terrazzo.runtime.dispatcher import PiecewiseBackend
-from torch import fx
 
 GRAPH = fx.symbolic_trace(lambda n, x: x + 1)
 
