@@ -6,10 +6,11 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
 from terrazzo.kernels.launch import Kernel, _describe
 from terrazzo.kernels.target import Target
 from terrazzo.lowering.errors import InternalError, UserError
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .oracle import check
 

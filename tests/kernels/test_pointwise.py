@@ -52,6 +52,9 @@ def row_scale(SEGMENT: tl.constexpr, row, col, mask, t):
     tl.store(t[2] + row * t[3] + col, tl.load(t[0] + row * t[3] + col, mask=mask) * scale, mask=mask)
 
 
+CHOICES = [((1,), 1), ((1,), 10**7), ((1 << 20,), 3), ((64,), 1025), ((0,), 7), ((8, 8), 130)]
+
+
 def poisoned(shape, dtype, device):
     """An output in the middle of NaNs: what is not written stays visible, and so does what is written beside it."""
     guarded = torch.full((shape[0] + 2, *shape[1:]), torch.nan, dtype=dtype, device=device)
@@ -170,7 +173,7 @@ def test_pdl_chain_is_ordered(device, pdl):
 
 
 @pytest.mark.parametrize("name", ["h200", "a100"])
-@pytest.mark.parametrize(("rows", "cols"), [((1,), 1), ((1,), 10**7), ((1 << 20,), 3), ((64,), 1025), ((0,), 7), ((8, 8), 130)])  # fmt: skip
+@pytest.mark.parametrize(("rows", "cols"), CHOICES)
 def test_choice_wastes_little(name, rows, cols):
     problem = Problem(rows, cols, torch.bfloat16)
     assert pointwise.supports(problem) is None
