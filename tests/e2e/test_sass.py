@@ -1,4 +1,4 @@
-"""The tool that compiles without a GPU: what it reports, what it refuses, and that interpreting processes can use it."""
+"""The tool that compiles without a GPU: what it reports, what it refuses, and its use from an interpreting process."""
 
 from __future__ import annotations
 
