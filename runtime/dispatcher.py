@@ -60,9 +60,11 @@ class _Entry:
     sizes: tuple[int, ...] = ()
 
     def state(self) -> str:
-        """Name the state in one word or two."""
-        how = "captured" if self.captured else "waiting" if self.run is None else "compiled"
-        return f"{how}, general graph" if self.fell_back else how
+        """Name the state in a few words."""
+        if self.run is None:
+            return "not used yet"
+        what = "general graph" if self.fell_back else "plan"
+        return f"{what} captured" if self.captured else what
 
 
 def _compile_with_terrazzo(graph: fx.GraphModule) -> Any:
@@ -198,10 +200,13 @@ class PiecewiseBackend:
             cause = str(error)
         else:
             cause = f"{type(error).__name__}: {error}. {_REMEDY}"
-        level = logging.DEBUG if self._warned else logging.WARNING
+        logger, level = vllm_compat.logger(), logging.DEBUG if self._warned else logging.WARNING
         self._warned = True
         line = "%s is not compiled for size %s and runs the general graph: %s"
-        vllm_compat.logger().log(level, line, self._name(), entry.size, cause)
+        logger.log(level, line, self._name(), entry.size, cause)
+        logger.debug("Where it failed:", exc_info=error)
+        # The traceback's frames hold this call's tensors, and the error may be kept.
+        error.__traceback__ = None
 
     def _warm_up_or_capture(self, entry: _Entry, run: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         if self._driver.in_capture():

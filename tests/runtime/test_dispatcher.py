@@ -313,7 +313,7 @@ def test_a_size_that_does_not_compile_falls_back_with_one_warning(journal, vllm,
         "mm_3: needs 288 KB of shared memory [select]. Lower BLOCK_M."
     ]
     assert saved == [1], "a size that fell back is no longer waited for"
-    assert backend.summary() == "piece 3 of 3: compiled: 1; compiled, general graph: 2 4"
+    assert backend.summary() == "piece 3 of 3: plan: 1; general graph: 2 4"
 
 
 def test_a_piece_that_does_not_compile_is_tried_once_and_its_general_graph_captured(journal, caplog):
@@ -332,6 +332,8 @@ def test_a_piece_that_does_not_compile_is_tried_once_and_its_general_graph_captu
     assert "piece 1 of 3" in line
     assert "RuntimeError: no lowering" in line
     assert "tools/dump_kernels.py" in line
+    assert journal.refuse_piece.__traceback__ is None, "its frames would keep the call's tensors alive"
+    assert backend.summary() == "piece 1 of 3: general graph captured: 2 4"
 
 
 def test_a_plan_that_fails_while_it_runs_is_not_hidden(journal):

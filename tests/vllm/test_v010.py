@@ -114,7 +114,7 @@ def test_captured_sizes_replay_with_new_inputs_and_others_run(ended):
     # No warm-up runs (vLLM's default outside its engine): the first of a size's four calls captures.
     assert [[g.replays for g in piece.graphs] for piece in made] == [[3, 3, 3]] * PIECES
     assert {pool for piece in made for pool in piece.pools} == {"the shared pool"}
-    assert made[0].summary() == "piece 1 of 3: captured: 2 4 8"
+    assert made[0].summary() == "piece 1 of 3: plan captured: 2 4 8"
 
 
 def test_warm_up_runs_come_before_the_capture(ended):
