@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import resource
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from terrazzo.lowering.errors import UserError
@@ -29,8 +31,10 @@ from terrazzo.tools.models import (
     save_piece,
     whole,
 )
+from terrazzo.tools.models.fakes import TensorSpec, from_dim, symbols_of, to_dim, with_fakes
 
 NAMES = names()
+CUDA = torch.device("cuda", 0)
 
 
 @cache
@@ -104,7 +108,7 @@ def test_every_node_has_a_value_and_a_place(name: str) -> None:
                 continue
             value = node.meta["example_value"]
             if isinstance(value, FakeTensor):
-                assert value.device == torch.device("cuda", 0)
+                assert value.device == CUDA
                 envs.add(id(value.fake_mode.shape_env))
             if node.op != "placeholder":
                 assert "tools/models" in node.meta["stack_trace"]
@@ -192,6 +196,22 @@ def test_a_stored_piece_moves_to_another_device(tmp_path: Path) -> None:
         value = node.meta.get("example_value")
         assert not isinstance(value, FakeTensor) or value.device.type == "cpu"
         assert node.kwargs.get("device", torch.device("cpu")).type == "cpu"
+
+
+@pytest.mark.parametrize(
+    "key",
+    [0, -1, slice(1, 4), (slice(None), 2), (..., 3), (..., None, slice(None, None, 2)), (1, ..., slice(-3, None))],
+)
+def test_fake_indexing_is_torchs_indexing(key: Any) -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    graph.output(graph.call_function(operator.getitem, (x, key)))
+    spec = TensorSpec((5, "s", ["mul", 2, "s"]), (["mul", 2, "s", "s"], ["mul", 2, "s"], 1), torch.float32, CUDA)
+    module = with_fakes(fx.GraphModule({}, graph), [spec])
+    value = module.graph.output_node().args[0].meta["example_value"]
+    real = torch.empty(5, 7, 14)[key]
+    for fake, true in ((value.shape, real.shape), (value.stride(), real.stride())):
+        assert [from_dim(to_dim(d), dict.fromkeys(symbols_of(to_dim(d)), 7)) for d in fake] == list(true)
 
 
 def _first_call(data: dict[str, Any], **changes: Any) -> None:

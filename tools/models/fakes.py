@@ -65,6 +65,8 @@ def _expression(e: sympy.Expr) -> Dim:
         return int(e)
     if e.is_Symbol:
         return e.name
+    if e.is_Pow and e.exp.is_Integer and e.exp > 0:
+        return ["mul", *[_expression(e.base)] * int(e.exp)]
     name = {sympy.Add: "add", sympy.Mul: "mul", FloorDiv: "floordiv"}.get(e.func)
     if name is None:
         raise Unsupported(f"size {e}", f"{e.func.__name__} has no place in a stored size", stage="models")
