@@ -8,7 +8,7 @@ on bf16 are garbage, fp32 -> bf16 truncates, fp8 rounds wrongly. `repair()` repl
 - Arithmetic, reductions and scans on bf16 and fp8 compute in fp32 and round once at the end. A GPU rounds a bf16 sum
   after every addition: a kernel that widens first gets the same from both.
 - `tl.dot` on bf16, fp16 and fp8 multiplies exactly and accumulates in fp32; fp32 operands are not cut down to tf32, as
-  a GPU does by default (errors near 1e-3).
+  a GPU does by default (on an H200, K = 64, normal operands: errors up to 9e-3).
   What the NVIDIA backend refuses (K below 16, below 32 for 8-bit operands) is refused here as well.
 - `tl.maximum`, `tl.minimum` and `tl.clamp` return the other operand for a NaN unless asked to propagate NaN. `tl.max`
   and `tl.min` drop NaN as well, here and on the GPU: only a row that is all NaN shows one.
