@@ -37,8 +37,8 @@ def capture(c: ModelConfig, layers: int, dtype: torch.dtype, device: torch.devic
     """The model's graph for any number of tokens, with fake values on `device`.
 
     Cost: 0.5-1.6 s per model on two CPU cores (torch 2.13), 0.6-1.8 s with torch 2.11 and 4.4 s for the first one in
-    a process there (three layers, 2026-11-24); no memory for weights. Forgets what Dynamo has compiled so far in this process, since the
-    models share code and would otherwise run into its limit of recompilations.
+    a process there (three layers, 2026-11-24); no memory for weights. Forgets what Dynamo has compiled so far in this
+    process, since the models share code and would otherwise run into its limit of recompilations.
     """
     model = skeleton(c, layers, dtype, "meta")
     graph, values, inputs = _trace(model)
