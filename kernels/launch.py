@@ -26,6 +26,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..lowering.errors import InternalError, UserError
 
+_Tensor = torch.Tensor
+_PLAIN = frozenset((int, tuple, bool, float, type(None), TensorDescriptor))
+
 Grid = tuple[int, int, int]
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -98,11 +101,11 @@ class Kernel:
         if self.interpreted:
             self._interpret(grid, args)
             return
-        device, key = _key(args)
+        device, key, passed = _describe(args)
         compiled = self._compiled.get(key)
         if compiled is None:
             compiled = self.precompile(*args)
-        bound = (*args, *self._tail) if not self._slots else self._bind(args)
+        bound = (*passed, *self._tail) if not self._slots else self._bind(passed)
         stream = driver.active.get_current_stream(device)
         runtime = triton.knobs.runtime
         enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
@@ -119,10 +122,9 @@ class Kernel:
         """
         if self.interpreted:
             return None
-        _, key = _key(args)
+        _, key, _ = _describe(args)
         compiled = self._compiled.get(key)
         if compiled is None:
-            _refuse_cpu(args)
             named = dict(zip(self._names, args, strict=True))
             self._refuse_specialised(named)
             compiled = self.fn.warmup(grid=(1, 1, 1), **named, **self.constexprs, **self.options)
@@ -144,9 +146,9 @@ class Kernel:
                     remedy=f"Add {name!r} to the kernel's do_not_specialize.",
                 )
 
-    def _bind(self, args: tuple) -> tuple:
+    def _bind(self, passed: list) -> tuple:
         """The arguments with each constexpr at its parameter's place."""
-        given = iter(args)
+        given = iter(passed)
         return tuple(value if name in self.constexprs else next(given) for name, value in self._slots)
 
     def _interpret(self, grid: Grid, args: tuple) -> None:
@@ -154,44 +156,51 @@ class Kernel:
         self.fn[grid](**dict(zip(self._names, args, strict=True)), **self.constexprs)
 
 
-def _key(args: tuple) -> tuple[int, tuple]:
-    """The current device, and everything about the arguments that can change the binary or where it is loaded."""
+def _describe(args: tuple) -> tuple[int, tuple, list]:
+    """One pass over the arguments.
+
+    Returns:
+        the current device; the key: everything that can change the binary or where it is loaded; the arguments as the
+        launcher takes them, tensors as addresses (given a tensor, Triton's launcher asks the driver about its pointer).
+    """
     try:
         device = torch.cuda.current_device()
     except (AssertionError, RuntimeError) as error:
         raise _needs_gpu(str(error).splitlines()[0]) from error
     key: list = [device]
-    _describe(args, key)
-    return device, tuple(key)
+    passed = _walk(args, key, False)
+    return device, tuple(key), passed
 
 
-def _describe(args: tuple, key: list) -> None:
+def _walk(args: tuple, key: list, nested: bool) -> list:
+    """Appends what of `args` can change the binary to the key; returns them as the launcher takes them."""
+    passed = []
     for arg in args:
-        if isinstance(arg, torch.Tensor):
+        # Exact types first: `isinstance(…, torch.Tensor)` goes through a metaclass and costs twice as much.
+        kind = type(arg)
+        if kind is _Tensor or (kind not in _PLAIN and isinstance(arg, _Tensor)):
+            if not arg.is_cuda:
+                raise _needs_gpu(f"an argument of shape {tuple(arg.shape)} is on {arg.device}")
+            address = arg.data_ptr()
             key.append(arg.dtype)
-            key.append(arg.data_ptr() & 15 == 0)
-        elif isinstance(arg, tuple):
-            key.append(len(arg))
-            for item in arg:
-                # Ints inside a tuple are specialised on 1 and on divisibility by 16.
-                if type(item) is int:
-                    key.append((item == 1, item & 15 == 0))
-            _describe(arg, key)
-        elif type(arg) is int:
+            if address & 15:
+                key.append("unaligned")
+            passed.append(address)
+            continue
+        if kind is int:
             key.append("i32" if -_I32 <= arg < _I32 else "i64")
-        elif isinstance(arg, TensorDescriptor):
+            if nested:
+                # Ints inside a tuple are specialised on 1 and on divisibility by 16.
+                key.append((arg == 1, arg & 15 == 0))
+        elif kind is tuple:
+            key.append(len(arg))
+            arg = tuple(_walk(arg, key, True))
+        elif kind is TensorDescriptor:
             key.append((arg.base.dtype, tuple(arg.block_shape)))
         else:
-            key.append(type(arg))
-
-
-def _refuse_cpu(args: tuple) -> None:
-    for arg in args:
-        if isinstance(arg, tuple):
-            _refuse_cpu(arg)
-        tensor = arg.base if isinstance(arg, TensorDescriptor) else arg
-        if isinstance(tensor, torch.Tensor) and not tensor.is_cuda:
-            raise _needs_gpu(f"an argument of shape {tuple(tensor.shape)} is on {tensor.device}")
+            key.append(kind)
+        passed.append(arg)
+    return passed
 
 
 def _needs_gpu(fact: str) -> UserError:

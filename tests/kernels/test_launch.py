@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from terrazzo.kernels.launch import Kernel, _describe
+from terrazzo.kernels.launch import Kernel, _walk
 from terrazzo.kernels.target import Target
 from terrazzo.lowering.errors import InternalError, UserError
 
@@ -89,24 +89,30 @@ def test_equal_kernels_share_compiled_code():
 
 def _described(*args):
     key = []
-    _describe(args, key)
+    _walk(args, key, False)
     return tuple(key)
 
 
-def test_key_changes_with_what_changes_the_binary():
-    x = torch.zeros(64, 64)
-    assert _described(x) == _described(torch.zeros(3))
+@pytest.mark.gpu
+def test_key_changes_with_the_tensors(device):
+    x = torch.zeros(64, 64, device=device)
+    assert _described(x) == _described(torch.zeros(3, device=device))
     assert _described(x) != _described(x.half())
     assert _described(x) != _described(x.view(-1)[1:])
     assert _described((x, x)) != _described((x, x.view(-1)[1:]))
     assert _described((x,), x) != _described((x, x))
     assert _described(None) != _described(x)
+    assert _described(torch.nn.Parameter(x)) == _described(x)
+
+
+def test_key_changes_with_the_ints():
     assert _described(True) != _described(1)
     # Sizes: one binary until the type changes.
     assert _described(1) == _described(16) == _described(2**31 - 1)
     assert _described(1) != _described(2**31)
     # Triton specialises ints inside tuples whatever is declared.
     assert len({_described((1,)), _described((16,)), _described((17,))}) == 3
+    x = torch.zeros(64, 64)
     wide, tall = (TensorDescriptor.from_tensor(x, block) for block in ([16, 64], [64, 16]))
     assert _described(wide) != _described(tall)
 
@@ -119,10 +125,18 @@ def test_specialised_int_is_refused(device):
         kernel((1, 1, 1), (x, x), 8)
 
 
-@pytest.mark.gpu
 def test_cpu_tensors_are_refused():
+    with pytest.raises(UserError, match="TRITON_INTERPRET=1"):
+        _described((torch.zeros(8),))
+
+
+@pytest.mark.gpu
+def test_cpu_tensors_are_refused_after_compiling(device):
     x = torch.zeros(8)
     kernel = Kernel(runtime_n, {"body": double, "BLOCK": 8}, num_warps=1)
+    with pytest.raises(UserError, match="TRITON_INTERPRET=1"):
+        kernel((1, 1, 1), (x, x), 8)
+    kernel((1, 1, 1), (x.to(device), x.to(device)), 8)
     with pytest.raises(UserError, match="TRITON_INTERPRET=1"):
         kernel((1, 1, 1), (x, x), 8)
 
