@@ -8,7 +8,7 @@ A row is one head of one token, `row = token * heads + head`: segment 0 holds q'
 several consecutive rows, so those of one token read its cos and sin from the L1 after the first. x's partner elements
 are a second load of the same lines. The body may normalise the row over head_dim first (q/k norm).
 Schedule: `segments.tiles` over whole rows. Why its own family: rows this short (head_dim is 64 to 512) want many rows
-per program, and the table weighs that against spreading one token's heads over the device at decode.
+per program, where rows and norm count warps per row.
 Bytes: q and k once in, once out; cos and sin once per token. FLOPs: 3 per element.
 Source: RoFormer (arXiv 2104.09864); the two layouts are those of GPT-NeoX and GPT-J.
 """
@@ -32,14 +32,14 @@ Config = Tile
 
 MAX_HEAD_DIM = 512
 
-# Elements of a tile and warps, from decode to prefill, by the programs per multiprocessor that must remain.
-# Derived, not yet measured: 8 bf16 per thread.
-CONFIGS: tuple[tuple[int, int, int], ...] = (
-    # elements, warps, programs per multiprocessor
-    (256, 1, 0),
-    (512, 2, 4),
-    (1024, 4, 8),
-)
+# Elements of a tile and warps: 8 elements per thread. Measured: neox, 32 q and 8 k heads of 128, bf16, NVIDIA H200,
+# torch 2.11, triton 3.6, 2026-11-24, in a chain of launches (with PDL), by tokens:
+#       1: 1.41 (0.90) us; 1 head of 1 warp 1.36 (0.89)        16: 1.51 (1.03); 2 heads of 1 warp 1.55 (1.08)
+#      64: 1.63 (1.17); 4 heads of 2 warps 1.74 (1.27)
+#    2048: 12.2 (13.1), floor 9.8; 16 heads of 4 warps 13.4 (12.7)
+#    8192: 42.8 (50.0), floor 39.0; 16 heads of 4 warps 45.8 (45.1); 4 of 2 warps 51.3 (99.2): see segments.pdl_pays
+ELEMENTS, WARPS = 1024, 4
+CONFIGS: tuple[Config, ...] = tuple(Config(ELEMENTS // d, d, WARPS) for d in (64, 128, 256, 512))
 
 
 def supports(problem: Problem) -> str | None:
@@ -50,13 +50,10 @@ def supports(problem: Problem) -> str | None:
 
 
 def choose(problem: Problem, target: Target) -> tuple[Config, str]:
-    """Return the tile for the problem and why: as many heads per program as leave every multiprocessor its share."""
+    """Return the tile for the problem and why."""
     width, rows = power_of_two(problem.cols), sum(problem.rows)
-    elements, warps, per_sm = next(
-        entry for entry in reversed(CONFIGS) if rows * width >= entry[0] * entry[2] * target.sm_count
-    )
-    block_r = min(max(1, elements // width), power_of_two(max(rows, 1)))
-    return Config(block_r, width, warps), f"{block_r} heads per program: at least {per_sm} programs per multiprocessor"
+    block_r = min(ELEMENTS // width, power_of_two(max(rows, 1)))
+    return Config(block_r, width, max(1, WARPS * block_r * width // ELEMENTS)), f"{block_r} heads per program"
 
 
 def reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleaved: bool = False) -> torch.Tensor:
@@ -104,5 +101,4 @@ def prepare(body: Any, config: Config, *, pdl: bool = False, wide: bool | None =
 
 def compile_jobs(arch: int) -> Iterable[CompileJob]:
     """One job per entry of CONFIGS, for two segments; any architecture."""
-    configs = [Config(elements // 128, 128, warps) for elements, warps, _ in CONFIGS]
-    return tile_jobs("rope", sample, ("*bf16",) * 6, configs, whole=True, segments=2)
+    return tile_jobs("rope", sample, ("*bf16",) * 6, CONFIGS, whole=True, segments=2)

@@ -73,9 +73,7 @@ def inputs(tokens, q_heads, k_heads, head_dim, dtype, device):
     k = qkv[:, q_heads * head_dim : (q_heads + k_heads) * head_dim].view(tokens, k_heads, head_dim)
     angle = torch.rand(tokens, 8, device=device) * 6
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
-    outs = [
-        torch.full((tokens, heads, head_dim), torch.nan, dtype=dtype, device=device) for heads in (q_heads, k_heads)
-    ]
+    outs = [torch.full_like(x, torch.nan, memory_format=torch.contiguous_format) for x in (q, k)]
     t = (q, k, cos, sin, *outs, head_dim, qkv.stride(0), q_heads, k_heads)
     return t, (tokens * q_heads, tokens * k_heads)
 
@@ -85,7 +83,7 @@ def oracle64(x, cos, sin, interleaved):
     half = cos.shape[-1]
     head = x[..., : 2 * half].double()
     pairs = head.unflatten(-1, (half, 2)) if interleaved else head.unflatten(-1, (2, half)).transpose(-1, -2)
-    turned = torch.view_as_complex(pairs.contiguous()) * torch.complex(cos.double(), sin.double())[:, None]
+    turned = torch.complex(pairs[..., 0], pairs[..., 1]) * torch.complex(cos.double(), sin.double())[:, None]
     y = torch.view_as_real(turned)
     y = y.flatten(-2) if interleaved else y.transpose(-1, -2).flatten(-2)
     return torch.cat((y, x[..., 2 * half :].double()), -1)
