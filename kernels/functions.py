@@ -1,0 +1,164 @@
+"""Scalar functions that bodies call: torch's arithmetic where Triton's differs, in fp32 or the integers given.
+
+    relu, maximum, minimum   hand NaN on, as torch does and `tl.maximum` alone does not
+    div_floor, remainder     round towards minus infinity for both signs; `//` and `%` of Triton truncate
+    row_max, row_min, …      reductions over axis 1 that keep the axis
+
+Schedule, bytes: none of their own; they are inlined into the body.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+from .launch import INTERPRETED
+
+# The interpreter reduces with numpy and only knows plain combine functions as fast.
+PLAIN = tl.constexpr(INTERPRETED)
+
+
+@triton.jit
+def maximum(a, b):
+    """Elementwise maximum; NaN if either is."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def minimum(a, b):
+    """Elementwise minimum; NaN if either is."""
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def relu(x):
+    """max(x, 0); NaN stays."""
+    return tl.where(x > 0, x, tl.where(x != x, x, x * 0))
+
+
+@triton.jit
+def silu(x):
+    """x * sigmoid(x)."""
+    return x / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x))."""
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def tanh(x):
+    """Hyperbolic tangent."""
+    return libdevice.tanh(x)
+
+
+@triton.jit
+def sign(x):
+    """−1, 0 or 1 in x's dtype; NaN stays."""
+    one = (x > 0).to(x.dtype) - (x < 0).to(x.dtype)
+    return tl.where(x != x, x, one)
+
+
+@triton.jit
+def div_floor(a, b):
+    """a / b rounded towards minus infinity, floating point."""
+    return tl.floor(tl.div_rn(a, b))
+
+
+@triton.jit
+def div_floor_int(a, b):
+    """a / b rounded towards minus infinity, integers; `//` of Triton truncates."""
+    quotient = a // b
+    return quotient - ((a % b != 0) & ((a < 0) != (b < 0))).to(quotient.dtype)
+
+
+@triton.jit
+def div_trunc(a, b):
+    """a / b rounded towards zero, floating point."""
+    return libdevice.trunc(tl.div_rn(a, b))
+
+
+@triton.jit
+def remainder(a, b):
+    """The remainder that has the sign of b, floating point."""
+    rest = libdevice.fmod(a, b)
+    return tl.where((rest != 0) & ((rest < 0) != (b < 0)), rest + b, rest)
+
+
+@triton.jit
+def remainder_int(a, b):
+    """The remainder that has the sign of b, integers; `%` of Triton has a's."""
+    rest = a % b
+    return tl.where((rest != 0) & ((rest < 0) != (b < 0)), rest + b, rest)
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _smaller(a, b):
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _times(a, b):
+    return a * b
+
+
+@triton.jit
+def row_sum(x):
+    """Sum over the columns, [R, C] to [R, 1]."""
+    return tl.sum(x, axis=1, keep_dims=True)
+
+
+@triton.jit
+def row_max(x):
+    """Largest over the columns, [R, C] to [R, 1]; NaN if there is one (outside the interpreter)."""
+    if PLAIN:
+        return tl.max(x, axis=1, keep_dims=True)
+    else:
+        return tl.reduce(x, axis=1, combine_fn=_larger, keep_dims=True)
+
+
+@triton.jit
+def row_min(x):
+    """Smallest over the columns, [R, C] to [R, 1]; NaN if there is one (outside the interpreter)."""
+    if PLAIN:
+        return tl.min(x, axis=1, keep_dims=True)
+    else:
+        return tl.reduce(x, axis=1, combine_fn=_smaller, keep_dims=True)
+
+
+@triton.jit
+def row_prod(x):
+    """Product over the columns, [R, C] to [R, 1]."""
+    return tl.reduce(x, axis=1, combine_fn=_times, keep_dims=True)
+
+
+@triton.jit
+def row_any(x):
+    """Whether any column holds, [R, C] to [R, 1]."""
+    return tl.max(x.to(tl.int32), axis=1, keep_dims=True) != 0
+
+
+@triton.jit
+def row_all(x):
+    """Whether every column holds, [R, C] to [R, 1]."""
+    return tl.min(x.to(tl.int32), axis=1, keep_dims=True) != 0
+
+
+@triton.jit
+def row_argmax(x):
+    """Index of the first largest column, [R, C] to [R, 1], int64."""
+    return tl.argmax(x, axis=1, tie_break_left=True, keep_dims=True).to(tl.int64)
+
+
+@triton.jit
+def row_argmin(x):
+    """Index of the first smallest column, [R, C] to [R, 1], int64."""
+    return tl.argmin(x, axis=1, tie_break_left=True, keep_dims=True).to(tl.int64)

@@ -1,0 +1,83 @@
+"""Which ATen ops are taken apart while tracing, and by whose rule.
+
+The core ATen decompositions of torch, less the ops that `define` lowers as they are: a SiLU stays one function in a body,
+and a softmax is written by us in the order that suits one row in registers.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch._decomp import core_aten_decompositions, get_decompositions
+
+aten = torch.ops.aten
+
+# Lowered as they are, although torch would take them apart.
+KEPT = (
+    aten.silu,
+    aten.mish,
+    aten.softplus,
+    aten.addmm,
+    aten.mm,
+    aten.bmm,
+    aten.baddbmm,
+    aten.index_select,
+    aten.embedding,
+    aten.slice_scatter,
+    aten.select_scatter,
+    aten.sum,
+    aten.std,
+    aten.mean,
+    aten.var,
+    aten.var_mean,
+    aten.split_with_sizes,
+    aten.unbind,
+    aten.stack,
+    aten.triu,
+    aten.tril,
+    aten.sgn,
+    aten.log_sigmoid_forward,
+    aten.logaddexp,
+)
+
+# Not core, but better as parts than as an op of its own.
+TAKEN_APART = (
+    aten._softmax,
+    aten._log_softmax,
+    aten.native_layer_norm,
+    aten.addcmul,
+    aten.addcdiv,
+    aten.lerp,
+    aten.t,
+    aten.transpose,
+    aten.rsub,
+    aten.baddbmm,
+    aten.logsumexp,
+    aten.native_group_norm,
+    aten.split,
+    aten.hardswish,
+    aten.hardsigmoid,
+    aten.elu,
+    aten.celu,
+    aten.selu,
+    aten.leaky_relu,
+    aten.threshold,
+    aten.hardtanh,
+    aten.squeeze,
+)
+
+
+@functools.cache
+def table() -> Mapping[Any, Callable[..., Any]]:
+    """The decomposition table for tracing."""
+    kept = {overload for packet in KEPT for overload in _overloads(packet)}
+    rules = {op: rule for op, rule in core_aten_decompositions().items() if op not in kept}
+    rules.update({op: rule for op, rule in get_decompositions(list(TAKEN_APART)).items()})
+    return rules
+
+
+def _overloads(packet: Any) -> list[Any]:
+    return [getattr(packet, name) for name in packet.overloads()]

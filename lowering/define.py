@@ -1,0 +1,269 @@
+"""Stage 4: every node becomes a definition over indices.
+
+Enters: a concrete canonical trace. Leaves: `Values`: for each node an expression per element (`Map`), a reduction, a matrix
+product, or, where there is no rule or the rule refuses, the op itself (`Extern`) with the reason. View ops leave no
+definition: their result is the base's memory at another geometry, read from the op's own fake result, so that no
+list of view ops has to be kept. Rules stand in `rules_*.py`, each registered for the op it lowers.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from .affine import Affine, delinearize, linear, variables
+from .errors import InternalError, Unsupported
+from .expr import Const, Expr, const, keep, load
+from .ir import Node, Ref, Spec, Trace, iter_refs, op_name
+from .values import Contract, Definition, Empty, Extern, Item, Layout, Map, Reduce, Values, View
+
+Rule = Callable[["Definer", Node], None]
+RULES: dict[Any, Rule] = {}
+
+# Dtypes a kernel computes with; anything else runs as the op itself.
+COMPUTABLE = {
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float64,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+}
+
+
+def rule(*ops: Any) -> Callable[[Rule], Rule]:
+    """Registers a lowering rule for ops or for all overloads of op packets."""
+
+    def register(fn: Rule) -> Rule:
+        for op in ops:
+            overloads = [op] if isinstance(op, torch._ops.OpOverload) else [getattr(op, n) for n in op.overloads()]
+            for overload in overloads:
+                RULES[overload] = fn
+        return fn
+
+    return register
+
+
+def define(trace: Trace) -> Values:
+    """The definitions of a concrete trace.
+
+    Raises:
+        InternalError: an op's result has a geometry that cannot be that op's.
+    """
+    from . import rules_matmul, rules_pointwise, rules_reduce, rules_shape  # noqa: F401  (they register themselves)
+
+    definer = Definer(trace)
+    for node in trace.nodes:
+        definer.node(node)
+    return definer.finish()
+
+
+class Definer:
+    """Collects definitions while `define` walks the trace; the rules' view of the piece."""
+
+    def __init__(self, trace: Trace) -> None:
+        self.trace = trace
+        self.definitions: dict[str, Definition] = {}
+        self.views: dict[str, View] = {}
+        self.layouts: dict[str, Layout] = {}
+        self.scalars: dict[str, str] = {}
+        self.shared_views: dict[str, View] = {}
+        for entry in trace.inputs:
+            if entry.spec is not None:
+                self.layouts[entry.name] = Layout.of(entry.spec)
+
+    def node(self, node: Node) -> None:
+        """One node: a view, a part of a multi-result op, by its rule, or as itself."""
+        if node.op is operator.getitem:
+            self._part(node)
+        elif _is_view(node):
+            self._view(node, node.args[0].name, node.spec)
+        elif (why := self._refusal(node)) is not None:
+            self.extern(node, why)
+        else:
+            size = len(self.definitions)
+            try:
+                RULES[node.op](self, node)
+            except Unsupported as refusal:
+                for name in list(self.definitions)[size:]:
+                    del self.definitions[name], self.layouts[name]
+                self.extern(node, refusal.fact)
+
+    def _refusal(self, node: Node) -> str | None:
+        if node.op not in RULES:
+            return f"no lowering rule for {op_name(node.op)}"
+        specs = [self.layouts.get(r.name) for r in iter_refs((node.args, dict(node.kwargs)))]
+        made = node.spec if isinstance(node.spec, tuple) else (node.spec,)
+        for spec in [*specs, *made]:
+            if spec is not None and spec.dtype not in COMPUTABLE:
+                return f"{str(spec.dtype).removeprefix('torch.')} is not computed by kernels"
+        return None
+
+    def _part(self, node: Node) -> None:
+        source, position = node.args[0].name, node.args[1]
+        if source in self.shared_views:
+            base = self.shared_views[source]
+            self._view(node, base.base, node.spec)
+        elif f"{source}#{position}" in self.layouts:
+            inner = f"{source}#{position}"
+            self.views[node.name] = View(inner, self.layouts[inner], 0)
+            self.layouts[node.name] = self.layouts[inner]
+        else:
+            layout = Layout.of(node.spec)  # type: ignore[arg-type]
+            self._put(Item(node.name, layout, source, position, node.source))
+
+    def _view(self, node: Node, of: str, spec: Any) -> None:
+        base, offset = (self.views[of].base, 0) if of in self.views else (of, 0)
+        if isinstance(spec, tuple):
+            self.shared_views[node.name] = View(base, self.layouts[of], offset)
+            return
+        layout = Layout.of(spec)
+        if layout.dtype != self.layouts[base].dtype:
+            self.extern(node, f"it reads {self.layouts[base].dtype} memory as {layout.dtype}")
+            return
+        self.views[node.name] = View(base, layout, int(spec.offset))
+        self.layouts[node.name] = layout
+
+    def _put(self, definition: Definition) -> None:
+        if isinstance(definition, (Map, Reduce, Contract)) and definition.layout.numel == 0:
+            definition = Empty(definition.name, definition.layout, definition.source)
+        self.definitions[definition.name] = definition
+        if not isinstance(definition, Extern):
+            self.layouts[definition.name] = definition.layout
+
+    def extern(self, node: Node, why: str) -> None:
+        """The op as itself."""
+        made = node.spec if isinstance(node.spec, tuple) else (node.spec,)
+        layouts = tuple(Layout.of(s) if isinstance(s, Spec) else None for s in made)
+        self._put(Extern(node.name, node, layouts, tuple(node.refs()), why, node.source))
+        if isinstance(node.spec, Spec):
+            self.layouts[node.name] = layouts[0]  # type: ignore[assignment]
+
+    # What the rules use.
+
+    def layout(self, value: Any) -> Layout:
+        """Geometry of an argument that is a tensor."""
+        if not isinstance(value, Ref) or value.name not in self.layouts:
+            raise Unsupported(str(value), f"{value} is not a tensor with a known layout", stage="define")
+        return self.layouts[value.name]
+
+    def view(self, value: Ref) -> View:
+        """The argument as geometry over the value in whose memory it lies."""
+        return self.views.get(value.name) or View(value.name, self.layout(value), 0)
+
+    def read(self, value: Any, index: Sequence[Affine]) -> Expr:
+        """The element of a tensor argument at `index` (one entry per dimension)."""
+        where = self.view(value)
+        offset = linear(index, where.layout.stride, where.offset)
+        return load(where.base, offset, where.layout.dtype)
+
+    def read_broadcast(self, value: Any, index: Sequence[Affine]) -> Expr:
+        """The element of an argument, broadcast to the rank and shape of `index`; a number is itself."""
+        if not isinstance(value, Ref):
+            return self.number(value)
+        shape = self.layout(value).shape
+        own = index[len(index) - len(shape) :]
+        return self.read(value, [Affine() if s == 1 else i for s, i in zip(shape, own, strict=True)])
+
+    def number(self, value: Any) -> Expr:
+        """A Python number, or a number only known at run time, as an expression of its natural dtype."""
+        if isinstance(value, bool):
+            return const(value, torch.bool)
+        if isinstance(value, int):
+            return const(value, torch.int64)
+        if isinstance(value, float):
+            return const(value, torch.float32)
+        raise Unsupported(str(value), f"{value} is only known at run time", stage="define")
+
+    def map(self, node: Node, expr: Expr, *, name: str = "", layout: Layout | None = None) -> None:
+        """Defines the node's value element by element; `expr` is over `variables(layout.shape)`."""
+        layout = layout or Layout.of(node.spec)  # type: ignore[arg-type]
+        if not layout.dense:
+            layout = Layout.contiguous(layout.shape, layout.dtype, layout.device)
+        self._put(Map(name or node.name, layout, keep(expr, layout.dtype), node.source))
+
+    def reduce(
+        self, name: str, node: Node, kind: str, expr: Expr, domain: tuple[int, ...], reduced: tuple[int, ...], layout: Layout
+    ) -> None:
+        """Defines a value as a reduction of `expr`, which is over `variables(domain)`."""
+        self._put(Reduce(name, layout, domain, reduced, kind, expr, node.source))
+
+    def put(self, definition: Definition) -> None:
+        """Defines a value of another class."""
+        self._put(definition)
+
+    def finish(self) -> Values:
+        """The collected definitions, with outputs whose geometry differs from their value's copied to it."""
+        outputs = tuple(self._output(i, o) for i, o in enumerate(self.trace.outputs))
+        return Values(
+            self.trace.inputs,
+            self.definitions,
+            self.views,
+            outputs,
+            self.trace.mutations,
+            self.trace.structure,
+            self.layouts,
+        )
+
+    def _output(self, position: int, output: Any) -> Any:
+        if output.kind != "value":
+            return output
+        layout, wanted = self.layouts[output.ref], Layout.of(output.spec)
+        base = self.views[output.ref].base if output.ref in self.views else output.ref
+        foreign = any(i.name == base for i in self.trace.inputs)
+        if layout.shape != wanted.shape:
+            raise InternalError(output.ref, f"shape {layout.shape} became {wanted.shape}", stage="define")
+        strides_match = all(a == b for a, b, s in zip(layout.stride, wanted.stride, wanted.shape, strict=True) if s > 1)
+        if strides_match and not foreign:
+            return output
+        return self._copied(position, output, wanted)
+
+    def _copied(self, position: int, output: Any, wanted: Layout) -> Any:
+        from dataclasses import replace
+
+        name = f"{output.ref}_out{position}"
+        expr = self.read(Ref(output.ref), variables(wanted.shape))
+        if wanted.dense:
+            self._put(Map(name, wanted, expr))
+        else:
+            raise Unsupported(output.ref, f"it is returned with strides {wanted.stride}", stage="define")
+        return replace(output, ref=name)
+
+
+def at_flat(flat: Affine, shape: Sequence[int]) -> tuple[Affine, ...]:
+    """The index of the `flat`-th element of a tensor of this shape, row-major."""
+    from .affine import contiguous_strides
+
+    return delinearize(flat, shape, contiguous_strides(shape))
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (bool, int, float)) and not isinstance(value, Const)
+
+
+def _is_view(node: Node) -> bool:
+    if not isinstance(node.op, torch._ops.OpOverload):
+        return False
+    if node.op is torch.ops.aten._unsafe_view.default:
+        return True
+    schema = node.op._schema
+    first = schema.arguments[0].alias_info if schema.arguments else None
+    returns = [r.alias_info for r in schema.returns]
+    return bool(
+        first is not None
+        and not first.is_write
+        and returns
+        and returns[0] is not None
+        and node.args
+        and isinstance(node.args[0], Ref)
+    )
+
+
+__all__ = ["COMPUTABLE", "Definer", "Empty", "Rule", "at_flat", "define", "is_number", "rule"]

@@ -1,0 +1,120 @@
+"""Stage 5: who needs whom, as a networkx graph with bytes on its edges.
+
+Enters: `Values`. Leaves: `Dependencies`: the graph over values (an edge from each value to each that reads it, with the bytes that
+pass), which values must be in memory whatever is fused (returned, operands of GEMMs and of ops that run as themselves), and
+which are so cheap that each reader computes them for itself. It stands between definition and fusion because it is the last
+place where nothing has been decided yet. It refuses nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import networkx as nx
+
+from .expr import Apply, Load, loads, walk
+from .group import EXPENSIVE, _footprint
+from .values import Contract, Definition, Extern, Item, Map, Reduce, Values
+
+# A value that reads at most this much more than it would occupy is computed by each reader.
+CHEAP_BYTES = 1.0625
+# A value that only moves elements (a gather, a cat) may cost its readers this many bytes more: what a launch costs in time
+# (2 µs) at 4.3 TB/s, shared between the readers one expects, about four.
+MOVE_BYTES = 2_000_000
+MOVES = ("where", "cast", "keep")
+# ... if that takes no more operations than this.
+CHEAP_OPERATIONS = 12
+
+
+@dataclass(frozen=True)
+class Dependencies:
+    """Args:
+    graph: values as nodes, `bytes` on edges; inputs included.
+    pinned: values that must be in memory.
+    inlined: values that readers compute for themselves.
+    """
+
+    values: Values
+    graph: nx.DiGraph
+    pinned: frozenset[str]
+    inlined: frozenset[str]
+
+    def reads(self, name: str) -> set[str]:
+        """What computing this value reads, seen through inlined values."""
+        found: set[str] = set()
+        stack = list(self.graph.predecessors(name))
+        seen = set(stack)
+        while stack:
+            value = stack.pop()
+            if value in self.inlined:
+                fresh = [p for p in self.graph.predecessors(value) if p not in seen]
+                seen.update(fresh)
+                stack.extend(fresh)
+            else:
+                found.add(value)
+        return found
+
+    def __str__(self) -> str:
+        lines = [f"{u} -> {v}: {data['bytes']} bytes" for u, v, data in self.graph.edges(data=True)]
+        return "\n".join([*lines, f"in memory: {sorted(self.pinned)}", f"inlined: {sorted(self.inlined)}"])
+
+
+def direct_reads(made: Definition, values: Values) -> list[str]:
+    """Values whose memory or element this definition reads, before any inlining."""
+    if isinstance(made, (Map, Reduce)):
+        return list(dict.fromkeys(n.value for n in loads(made.expr)))
+    if isinstance(made, Contract):
+        return [made.a.base, made.b.base]
+    if isinstance(made, Extern):
+        return list(dict.fromkeys(values.base(r) for r in made.reads))
+    return [made.of] if isinstance(made, Item) else []
+
+
+def depend(values: Values) -> Dependencies:
+    """The dependency graph of a piece's values."""
+    graph = nx.DiGraph()
+    for entry in values.inputs:
+        graph.add_node(entry.name)
+    pinned = {values.base(o.ref) for o in values.outputs if o.kind == "value"} | {values.base(v) for _, v in values.mutations}
+    for made in values.definitions.values():
+        graph.add_node(made.name)
+        for name in direct_reads(made, values):
+            size = values.layouts[name].nbytes if name in values.layouts else 0
+            graph.add_edge(name, made.name, bytes=size)
+            if isinstance(made, (Contract, Extern)):
+                pinned.add(name)
+    names = {i.name for i in values.inputs}
+    inlined: set[str] = set()
+    for made in values.definitions.values():
+        if isinstance(made, Map) and _cheap(made, values, inlined):
+            inlined.add(made.name)
+    return Dependencies(values, graph, frozenset(pinned - names), frozenset(inlined))
+
+
+def _cheap(made: Map, values: Values, inlined: set[str]) -> bool:
+    """Whether readers should compute this value rather than read it."""
+    nodes = list(walk(made.expr))
+    operations = [n for n in nodes if isinstance(n, Apply)]
+    if len(operations) > CHEAP_OPERATIONS or any(n.fn in EXPENSIVE or n.fn in ("rsqrt", "sqrt", "div") for n in operations):
+        return False
+    read = {}
+    for node in nodes:
+        if isinstance(node, Load):
+            if isinstance(values.definitions.get(node.value), Contract):
+                return False
+            read[node.value] = read.get(node.value, 0) + _footprint(node.offset)
+    cost = sum(min(n, values.layouts[v].numel) * _source_itemsize(v, values, inlined) for v, n in read.items())
+    moves = all(n.fn in MOVES or not n.args[0].dtype.is_floating_point for n in operations)
+    return cost <= CHEAP_BYTES * made.layout.nbytes + (MOVE_BYTES if moves else 0)
+
+
+def _source_itemsize(name: str, values: Values, inlined: set[str]) -> float:
+    """Bytes per element that reading `name` costs, when it is itself computed by its readers."""
+    made = values.definitions.get(name)
+    if name not in inlined or not isinstance(made, Map) or not made.layout.numel:
+        return values.layouts[name].dtype.itemsize
+    cost = 0.0
+    for node in loads(made.expr):
+        size = min(_footprint(node.offset), values.layouts[node.value].numel)
+        cost += size / made.layout.numel * _source_itemsize(node.value, values, inlined)
+    return cost

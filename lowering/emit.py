@@ -1,0 +1,274 @@
+"""Stage 9: a schedule as one readable Python module.
+
+Enters: a `Schedule`. Leaves: `Plan`: source text with the fused bodies as `@triton.jit` functions, the launches prepared at import,
+and `call(*args)`, which makes buffers, launches in order and returns what the piece returns. Equal schedules give
+byte-equal text. What cannot be written as text (script objects, higher-order ops) travels beside it in `Plan.objects`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .emit_expr import HELPERS, Body, identifier
+from .group import Group
+from .ir import Output, Ref, iter_refs, map_tree
+from .schedule import Schedule, Step
+from .select import Kernel, operand
+from .values import Empty, Extern, Item, Layout, Values, View
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will run.
+
+    Args:
+        source: the module's text.
+        schedule: what it was written from.
+        objects: what the text cannot hold, by position.
+        constants: tensors the piece holds, by input name.
+    """
+
+    source: str
+    schedule: Schedule
+    objects: tuple[Any, ...] = ()
+    constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+def emit(schedule: Schedule, title: str) -> Plan:
+    """The plan's text.
+
+    Args:
+        schedule: order, configs, buffers.
+        title: the header's first line: which piece and which sizes.
+    """
+    writer = _Writer(schedule)
+    bodies = [writer.body(step.kernel) for step in schedule.steps if step.kernel.family]
+    prepared = [writer.prepared(step.kernel) for step in schedule.steps if step.kernel.family]
+    call = writer.call()
+    text = "\n\n\n".join([writer.header(title, "\n".join([*bodies, *prepared, call])), *bodies, "\n".join(prepared), call])
+    text = text.replace("\n\n\n\n\n", "\n\n\n").rstrip() + "\n"
+    constants = {i.name: i.value for i in schedule.values.inputs if i.kind == "constant"}
+    return Plan(text, schedule, tuple(writer.objects), constants)
+
+
+class _Writer:
+    """Turns steps into text; holds names that must stay unique."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
+        self.values: Values = schedule.values
+        self.objects: list[Any] = []
+        self.names: dict[str, str] = {}
+        for step in schedule.steps:
+            self.names[step.kernel.name] = identifier(step.kernel.name)
+
+    # Module level.
+
+    def header(self, title: str, rest: str) -> str:
+        launches = self.schedule.launches()
+        ours = [k for k in launches if k.family]
+        lines = ['"""' + title, ""]
+        lines.append(f"{len(ours)} kernels, {len(launches) - len(ours)} ops as themselves.")
+        lines += [f"  {k.name}: {k.family} {k.config} ({k.why})" if k.family else f"  {k.name}: itself ({k.why})" for k in launches]
+        lines += ['"""', "", "import torch"]
+        if "tl." in rest:
+            lines += ["import triton", "import triton.language as tl"]
+        if "libdevice." in rest:
+            lines.append("from triton.language.extra import libdevice")
+        lines.append("")
+        families = sorted({k.family for k in ours})
+        if families:
+            lines.append(f"from terrazzo.kernels import {', '.join(families)}")
+        helpers = sorted(set(HELPERS.findall(rest)))
+        if helpers:
+            lines.append(f"from terrazzo.kernels.functions import {', '.join(helpers)}")
+        if any(k.group.contract is not None for k in ours):
+            lines.append("from terrazzo.kernels.gemm import GemmProblem")
+        return "\n".join(lines)
+
+    def body(self, kernel: Kernel) -> str:
+        """The body function of a launch."""
+        epilogue = kernel.group.contract is not None
+        tensors = self.tensors(kernel)
+        dtypes = {n: self.values.layouts[n].dtype for n in tensors}
+        head = f"def {self.names[kernel.name]}_body({'acc, acc2, m, n, mask, t' if epilogue else 'SEGMENT: tl.constexpr, row, col, mask, t'}):"
+        lines = ["@triton.jit", head]
+        for number, group in enumerate(kernel.segments):
+            inner = [f"# {line}" for line in self.sources(group)]
+            used = {load.value for load in group.loads} | {s.value for s in group.stores}
+            inner += [f"{identifier(n + '_ptr')} = t[{i}]" for i, n in enumerate(tensors) if n in used]
+            if epilogue and self.wide(group):
+                inner.append("m = m.to(tl.int64)")
+            inner += Body(group, dtypes, epilogue).write()
+            indent = "    "
+            if len(kernel.segments) > 1:
+                lines.append(f"    if SEGMENT == {number}:")
+                indent = "        "
+            lines += [indent + line for line in inner]
+        return "\n".join(lines)
+
+    def sources(self, group: Group) -> list[str]:
+        """`node: name (file.py:120)` for each value computed here."""
+        found = []
+        for name in group.members:
+            made = self.values.definitions[name]
+            found.append(f"node: {name}" + (f" ({made.source})" if made.source else ""))
+        return found
+
+    def wide(self, group: Group) -> bool:
+        offsets = [load.offset for load in group.loads] + [s.offset for s in group.stores]
+        return any(max(abs(x) for x in o.range) >= 2**31 for o in offsets)
+
+    def tensors(self, kernel: Kernel) -> list[str]:
+        """Values in memory that a launch's bodies touch, reads first."""
+        names = [load.value for g in kernel.segments for load in g.loads] + [s.value for g in kernel.segments for s in g.stores]
+        return list(dict.fromkeys(names))
+
+    def prepared(self, kernel: Kernel) -> str:
+        """The launch, prepared at import."""
+        name, family = self.names[kernel.name], kernel.family
+        config = f"{family}.{type(kernel.config).__name__}({', '.join(f'{k}={v!r}' for k, v in vars(kernel.config).items())})"
+        config = re.sub(r"\.\w+\(", ".Config(", config, count=1)
+        parts = [f"{name}_body", config]
+        if kernel.group.contract is not None:
+            problem = ", ".join(f"{k}={v!r}" for k, v in vars(kernel.problem).items())
+            parts.append(f"GemmProblem({problem})")
+        if kernel.pdl:
+            parts.append("pdl=True")
+        inner = ",\n    ".join(parts)
+        return f"launch_{name} = {family}.prepare(\n    {inner},\n)"
+
+    # The call.
+
+    def call(self) -> str:
+        arguments = [i for i in self.values.inputs]
+        names = ", ".join(identifier(i.name) for i in arguments)
+        lines = [f"def call({names}):"]
+        device = next((identifier(i.name) for i in arguments if i.kind in ("tensor", "constant")), None)
+        if device is not None:
+            lines.append(f"    device = {device}.device")
+        else:
+            lines.append('    device = torch.device("cpu")')
+        for step in self.schedule.steps:
+            lines += ["    " + line for line in self.step(step)]
+        for target, value in self.values.mutations:
+            lines.append(f"    {identifier(target)}.copy_({self.tensor(value)})")
+        lines.append(f"    return ({''.join(self.output(o) + ', ' for o in self.values.outputs).rstrip()})")
+        return "\n".join(lines)
+
+    def step(self, step: Step) -> list[str]:
+        kernel = step.kernel
+        lines = [f"{identifier(n)} = {self.buffer(self.values.layouts[n])}" for n in step.makes]
+        group = kernel.group
+        if group.kind == "extern":
+            assert group.foreign is not None
+            lines += self.foreign(group.foreign)
+        elif group.kind == "item":
+            made = self.values.definitions[group.members[0]]
+            assert isinstance(made, Item)
+            lines.append(f"{identifier(made.name)} = {identifier(made.of)}[{made.position}]")
+        elif kernel.family:
+            lines.append(self.launch(kernel))
+        made_here = [n for n in step.drops if not isinstance(self.values.definitions.get(n), Empty) or n in step.makes]
+        if made_here and step is not self.schedule.steps[-1]:
+            lines.append(f"del {', '.join(map(identifier, step.drops))}")
+        return lines
+
+    def launch(self, kernel: Kernel) -> str:
+        name = self.names[kernel.name]
+        tensors = "".join(f"{identifier(n)}, " for n in self.tensors(kernel)).rstrip()
+        if kernel.group.contract is not None:
+            product = kernel.group.contract
+            x, w = self.geometry(product.a), self.geometry(operand(product.b, kernel.problem.layout))
+            return f"launch_{name}({x}, {w}, ({tensors}))"
+        rows = "".join(f"{g.rows}, " for g in kernel.segments).rstrip()
+        return f"launch_{name}(({tensors}), ({rows}), {kernel.group.cols})"
+
+    def foreign(self, made: Extern) -> list[str]:
+        def leaf(value: Any) -> Any:
+            return _Text(self.tensor(value.name)) if isinstance(value, Ref) else self.literal(value)
+
+        args = [_python(map_tree(a, leaf)) for a in made.node.args]
+        args += [f"{k}={_python(map_tree(v, leaf))}" for k, v in made.node.kwargs.items()]
+        op = made.node.op
+        text = f"torch.ops.{op}" if isinstance(op, torch._ops.OpOverload) else self.kept(op)
+        lines = [f"# {made.name}: itself, {made.why}"] if made.why else []
+        target = f"{identifier(made.name)} = " if any(layout is not None for layout in made.layouts) else ""
+        return [*lines, f"{target}{text}({', '.join(args)})"]
+
+    def literal(self, value: Any) -> Any:
+        if isinstance(value, torch.device):
+            return _Text("device")
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value
+        if isinstance(value, (torch.dtype, torch.layout, torch.memory_format)):
+            return _Text(str(value))
+        return _Text(self.kept(value))
+
+    def kept(self, value: Any) -> str:
+        """A Python object beside the text."""
+        self.objects.append(value)
+        return f"OBJECTS[{len(self.objects) - 1}]"
+
+    def buffer(self, layout: Layout) -> str:
+        size = f"torch.empty_strided({_tuple(layout.shape)}, {_tuple(layout.stride)}"
+        return f"{size}, dtype={layout.dtype}, device=device)"
+
+    def tensor(self, name: str) -> str:
+        """A value in memory as an expression, views included."""
+        if name in self.values.views:
+            return self.geometry(self.values.views[name])
+        return identifier(name)
+
+    def geometry(self, view: View, exact: bool = False) -> str:
+        """A view as an expression; unless `exact`, strides of dimensions of size 1 are as they come."""
+        base = self.values.layouts[view.base]
+        same = base.shape == view.layout.shape and view.offset == 0
+        pairs = zip(base.stride, view.layout.stride, base.shape, strict=True) if same else ()
+        same = same and all(a == b for a, b, s in pairs if exact or s > 1)
+        name = identifier(view.base)
+        if same:
+            return name
+        offset = f"{name}.storage_offset() + {view.offset}" if any(i.name == view.base for i in self.values.inputs) else str(view.offset)
+        return f"{name}.as_strided({_tuple(view.layout.shape)}, {_tuple(view.layout.stride)}, {offset})"
+
+    def output(self, output: Output) -> str:
+        if output.kind == "input":
+            return identifier(output.ref)
+        if output.kind in ("alias", "value"):
+            assert output.spec is not None
+            view = self.values.views.get(output.ref)
+            base, offset = (view.base, view.offset) if view is not None else (output.ref, 0)
+            offset = int(output.spec.offset) if output.kind == "alias" else offset
+            return self.geometry(View(base, Layout.of(output.spec), offset), exact=True)
+        return _python(self.literal(output.value))
+
+
+class _Text(str):
+    """Source text that stands for itself."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def _python(value: Any) -> str:
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return f'float("{value}")'
+    if isinstance(value, (list, tuple)):
+        inner = ", ".join(map(_python, value))
+        return f"[{inner}]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k!r}: {_python(v)}" for k, v in value.items()) + "}"
+    return repr(value)
+
+
+def _tuple(numbers: Sequence[int]) -> str:
+    return "(" + "".join(f"{n}, " for n in numbers).rstrip() + ")"
+
+
+__all__ = ["Plan", "emit", "iter_refs"]

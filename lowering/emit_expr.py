@@ -1,0 +1,337 @@
+"""Expressions as Triton source: one body function per launch.
+
+What a person would write: every load and every value of the source graph that is used twice, or that has an op of the
+graph behind it, is a line with its FX name; the rest is nested. Shapes: `row` is [R, 1] and always valid, `col` is
+[1, C], `mask` is [R, C]; a load that depends on the row alone needs no mask, one on the column alone `col < cols`.
+"""
+
+from __future__ import annotations
+
+import keyword
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from .affine import Affine, Atom, Bounded, Div, Indirect, Mod, Var
+from .errors import InternalError
+from .expr import Acc, Apply, Const, Expr, Index, Load, Masked, RowScalar, children, walk
+from .group import Group
+
+TYPES = {
+    torch.float32: "tl.float32", torch.float16: "tl.float16", torch.bfloat16: "tl.bfloat16", torch.float64: "tl.float64",
+    torch.int64: "tl.int64", torch.int32: "tl.int32", torch.int16: "tl.int16", torch.int8: "tl.int8",
+    torch.uint8: "tl.uint8", torch.bool: "tl.int1",
+}  # fmt: skip
+
+# Float functions; {0}, {1}, … are the operands. Those without `tl.` or `libdevice.` are from kernels/functions.py.
+FUNCTIONS = {
+    "add": "{0} + {1}", "sub": "{0} - {1}", "mul": "{0} * {1}", "div": "tl.div_rn({0}, {1})", "neg": "-{0}",
+    "exp": "tl.exp({0})", "exp2": "tl.exp2({0})", "log": "tl.log({0})", "log2": "tl.log2({0})", "sqrt": "tl.sqrt_rn({0})",
+    "rsqrt": "tl.rsqrt({0})", "sin": "libdevice.sin({0})", "cos": "libdevice.cos({0})", "abs": "tl.abs({0})",
+    "floor": "tl.floor({0})", "ceil": "tl.ceil({0})", "erf": "tl.erf({0})", "reciprocal": "tl.div_rn(1.0, {0})",
+    "sigmoid": "sigmoid({0})", "silu": "silu({0})", "tanh": "tanh({0})", "relu": "relu({0})", "sign": "sign({0})",
+    "maximum": "maximum({0}, {1})", "minimum": "minimum({0}, {1})", "div_floor": "div_floor({0}, {1})",
+    "div_trunc": "div_trunc({0}, {1})", "remainder": "remainder({0}, {1})", "where": "tl.where({0}, {1}, {2})",
+    "eq": "{0} == {1}", "ne": "{0} != {1}", "lt": "{0} < {1}", "le": "{0} <= {1}", "gt": "{0} > {1}", "ge": "{0} >= {1}",
+    "isnan": "{0} != {0}", "isinf": "tl.abs({0}) == float('inf')", "fmax": "tl.maximum({0}, {1})", "fmin": "tl.minimum({0}, {1})",
+    "round": "libdevice.nearbyint({0})",
+}  # fmt: skip
+
+LIBDEVICE = {
+    "expm1", "log10", "log1p", "tan", "asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh", "atanh", "erfc", "erfinv",
+    "lgamma", "trunc", "pow", "fmod", "atan2", "hypot", "copysign",
+}  # fmt: skip
+
+# Where integers differ from floats.
+INTEGERS = {
+    "div_floor": "div_floor_int({0}, {1})", "div_trunc": "{0} // {1}", "remainder": "remainder_int({0}, {1})",
+    "fmod": "{0} % {1}", "maximum": "tl.maximum({0}, {1})", "minimum": "tl.minimum({0}, {1})",
+    "bitwise_and": "{0} & {1}", "bitwise_or": "{0} | {1}", "bitwise_xor": "{0} ^ {1}", "bitwise_not": "~{0}",
+    "shift_left": "{0} << {1}", "shift_right": "{0} >> {1}",
+}  # fmt: skip
+
+# Where fp64 differs: its division and root are exact anyway.
+DOUBLES = {"div": "{0} / {1}", "sqrt": "tl.sqrt({0})", "reciprocal": "1.0 / {0}"}
+
+HELPER_NAMES = (
+    "maximum", "minimum", "relu", "silu", "sigmoid", "tanh", "sign", "div_floor", "div_floor_int", "div_trunc", "remainder",
+    "remainder_int", "row_sum", "row_max", "row_min", "row_prod", "row_any", "row_all", "row_argmax", "row_argmin",
+)  # fmt: skip
+HELPERS = re.compile(rf"\b({'|'.join(HELPER_NAMES)})\(")
+
+# Names that mean something else inside a body.
+RESERVED = {*HELPER_NAMES, "t", "row", "col", "mask", "m", "n", "acc", "acc2", "tl", "triton", "torch", "libdevice", "float", "device", "call"}
+
+# What a masked lane contributes to a reduction.
+NEUTRAL = {"sum": "0", "max": "low", "min": "high", "prod": "1", "any": "False", "all": "True", "argmax": "low", "argmin": "high"}
+
+
+def register(dtype: torch.dtype) -> torch.dtype:
+    """The dtype a value of this dtype has while it is in registers."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def identifier(name: str) -> str:
+    """A value's name as a Python name."""
+    name = re.sub(r"\W", "_", name)
+    return f"{name}_" if keyword.iskeyword(name) or name in RESERVED else name
+
+
+@dataclass
+class Body:
+    """Writes the statements of one group.
+
+    Args:
+        group: what is computed.
+        tensors: parameter position of each value in memory.
+        row, col: names of the indices; `m` and `n` in an epilogue.
+        dtypes: of values in memory.
+        wide: whether offsets need int64.
+    """
+
+    group: Group
+    dtypes: Mapping[str, torch.dtype]
+    epilogue: bool
+    lines: list[str] = field(default_factory=list)
+    taken: set[str] = field(default_factory=set)
+    done: dict[tuple[Expr, Expr | None], tuple[str, frozenset[int]]] = field(default_factory=dict)
+    uses: dict[Expr, int] = field(default_factory=dict)
+
+    def write(self) -> list[str]:
+        """The statements, without indentation."""
+        roots = [r.expr for r in self.group.reductions] + [s.expr for s in self.group.stores]
+        for node in walk(*roots):
+            for child in children(node):
+                self.uses[child] = self.uses.get(child, 0) + 1
+        for reduction in self.group.reductions:
+            value, _ = self.value(reduction.expr)
+            self.assign(reduction.value, self.reduced(reduction.kind, value, register(reduction.expr.dtype)))
+        for store in self.group.stores:
+            self.store(store.value, store.offset, store.expr, store.per_row)
+        return self.lines
+
+    def assign(self, name: str, text: str) -> str:
+        name = base = identifier(name)
+        count = 2
+        while name in self.taken:
+            name, count = f"{base}_{count}", count + 1
+        self.taken.add(name)
+        self.lines.append(f"{name} = {text}")
+        return name
+
+    def reduced(self, kind: str, value: str, dtype: torch.dtype) -> str:
+        neutral = NEUTRAL[kind]
+        if neutral in ("low", "high"):
+            if dtype.is_floating_point:
+                neutral = 'float("-inf")' if neutral == "low" else 'float("inf")'
+            else:
+                info = torch.iinfo(dtype)
+                neutral = str(info.min if neutral == "low" else info.max)
+        return f"row_{kind}(tl.where(mask, {value}, {neutral}))"
+
+    def store(self, name: str, offset: Affine, expr: Expr, per_row: bool) -> None:
+        if isinstance(expr, Apply) and expr.fn in ("keep", "cast") and expr.args[0].dtype == torch.float32:
+            # The store itself rounds.
+            expr = expr.args[0]
+        value, _ = self.value(expr)
+        where, dims = self.offset(offset, None)
+        where = self.spread(where, dims, frozenset((0,)) if per_row else frozenset((0, 1)))
+        mask = "mask"
+        if per_row:
+            mask = "row_mask"
+            if mask not in self.taken:
+                self.assign(mask, "tl.max(mask.to(tl.int32), axis=1, keep_dims=True) != 0")
+        target = identifier(f"{name}_ptr")
+        self.lines.append(f"tl.store({target} + {where}, {self.typed(value, expr, self.dtypes[name])}, mask={mask})")
+
+    def typed(self, value: str, expr: Expr, dtype: torch.dtype) -> str:
+        """A value as what is stored: in the tensor's dtype; a constant as a tensor."""
+        if isinstance(expr, Const):
+            return f"tl.full([1, 1], {value}, {TYPES[dtype]})"
+        return f"{value if _atomic(value) else f'({value})'}.to({TYPES[dtype]})"
+
+    # Values.
+
+    def value(self, expr: Expr, cond: Expr | None = None) -> tuple[str, frozenset[int]]:
+        """The text of an expression under a condition, and the dimensions (0 row, 1 column) it varies along."""
+        key = (expr, cond if _reads(expr) else None)
+        if key in self.done:
+            return self.done[key]
+        text, dims = self.text(expr, cond)
+        named = self.group.names.get(expr)
+        simple = text.isidentifier() or isinstance(expr, Const)
+        if not simple and (isinstance(expr, Load) or self.uses.get(expr, 0) > 1 or (named and len(text) > 40)):
+            text = self.assign(named or (expr.value if isinstance(expr, Load) else "value"), text)
+        self.done[key] = text, dims
+        return self.done[key]
+
+    def text(self, expr: Expr, cond: Expr | None) -> tuple[str, frozenset[int]]:
+        if isinstance(expr, Const):
+            return constant(expr), frozenset()
+        if isinstance(expr, Acc):
+            return ("acc2" if expr.which else "acc"), frozenset((0, 1))
+        if isinstance(expr, RowScalar):
+            return identifier(expr.value), frozenset((0,))
+        if isinstance(expr, Index):
+            where, dims = self.offset(expr.offset, cond)
+            return where if _atomic(where) else f"({where})", dims
+        if isinstance(expr, Masked):
+            both = expr.cond if cond is None else Apply(torch.bool, fn="bitwise_and", args=(cond, expr.cond))
+            return self.value(expr.body, both)
+        if isinstance(expr, Load):
+            return self.load(expr, cond)
+        assert isinstance(expr, Apply)
+        parts = [self.value(a, cond) for a in expr.args]
+        dims = frozenset().union(*(d for _, d in parts))
+        return apply_text(expr, [p for p, _ in parts]), dims
+
+    def load(self, expr: Load, cond: Expr | None) -> tuple[str, frozenset[int]]:
+        if cond is not None and not _guarded(expr.offset):
+            return self.value(expr)
+        where, dims = self.offset(expr.offset, cond)
+        held = None
+        if cond is not None:
+            held, cond_dims = self.value(cond)
+            held = held if _atomic(held) else f"({held})"
+            where = self.spread(where, dims, dims | cond_dims)
+            dims = dims | cond_dims
+        if self.epilogue and dims == frozenset((0,)):
+            where, dims = self.spread(where, dims, frozenset((0, 1))), frozenset((0, 1))
+        mask = self.mask(dims)
+        masks = [m for m in (mask, held) if m]
+        text = f"tl.load({identifier(expr.value + '_ptr')} + {where}"
+        text += f", mask={' & '.join(masks)})" if masks else ")"
+        stored = self.dtypes[expr.value]
+        if register(stored) != stored:
+            text += ".to(tl.float32)"
+        return text, dims
+
+    def mask(self, dims: frozenset[int]) -> str | None:
+        if dims == frozenset((0, 1)):
+            return "mask"
+        if dims == frozenset((1,)):
+            if self.group.rows == 1 and not self.epilogue:
+                return "mask"
+            return f"({'n' if self.epilogue else 'col'} < {self.group.cols})"
+        return None
+
+    # Indices.
+
+    def offset(self, offset: Affine, cond: Expr | None) -> tuple[str, frozenset[int]]:
+        dims: frozenset[int] = frozenset()
+        parts = []
+        for atom, coefficient in offset.terms:
+            text, own = self.atom(atom, cond)
+            dims |= own
+            parts.append(text if coefficient == 1 else f"-{text}" if coefficient == -1 else f"{text} * {coefficient}")
+        if offset.const or not parts:
+            parts.append(str(offset.const))
+        text = " + ".join(parts).replace("+ -", "- ")
+        return text, dims
+
+    def spread(self, where: str, dims: frozenset[int], full: frozenset[int]) -> str:
+        """An offset that varies (by nothing) along every dimension of `full`."""
+        names = ("m", "n") if self.epilogue else ("row", "col")
+        return " + ".join([where, *(f"{names[d]} * 0" for d in sorted(full - dims))])
+
+    def atom(self, atom: Atom, cond: Expr | None) -> tuple[str, frozenset[int]]:
+        if isinstance(atom, Var):
+            names = ("m", "n") if self.epilogue else ("row", "col")
+            return names[atom.dim], frozenset((atom.dim,))
+        if isinstance(atom, (Div, Mod)):
+            base, dims = self.offset(atom.base, cond)
+            base = base if base.isidentifier() else f"({base})"
+            return f"({base} {'//' if isinstance(atom, Div) else '%'} {atom.divisor})", dims
+        if isinstance(atom, Bounded):
+            base, dims = self.offset(atom.base, cond)
+            return base if _atomic(base) else f"({base})", dims
+        assert isinstance(atom, Indirect)
+        text, dims = self.value(atom.value, cond)
+        return f"{text}.to(tl.int64)" if _atomic(text) else f"({text}).to(tl.int64)", dims
+
+
+def _guarded(offset: Affine) -> bool:
+    """Whether an offset is only in range under its condition; elsewhere the load needs none and keeps its shape."""
+    for atom in offset.atoms():
+        if isinstance(atom, Bounded):
+            return True
+        if isinstance(atom, Indirect) and any(_guarded(n.offset) for n in walk(atom.value) if isinstance(n, (Load, Index))):
+            return True
+    return False
+
+
+def _reads(expr: Expr) -> bool:
+    """Whether the text of an expression depends on the condition it stands under."""
+    return any(isinstance(n, (Load, Masked)) for n in walk(expr))
+
+
+def constant(expr: Const) -> str:
+    """A number as source."""
+    value = expr.value
+    if expr.dtype == torch.bool:
+        return str(bool(value))
+    if expr.dtype.is_floating_point:
+        number = float(value)
+        return f'float("{number}")' if not math.isfinite(number) else repr(number)
+    return str(int(value))
+
+
+def apply_text(expr: Apply, parts: list[str]) -> str:
+    """A function call as source, its operands given as text."""
+    if expr.fn in ("cast", "keep"):
+        return cast_text(expr, parts[0])
+    wrapped = [p if _atomic(p) else f"({p})" for p in parts]
+    of = expr.args[-1].dtype
+    if expr.fn == "where":
+        return tl_where(expr, parts)
+    if not of.is_floating_point and expr.fn in INTEGERS:
+        return INTEGERS[expr.fn].format(*wrapped)
+    if of == torch.float64 and expr.fn in DOUBLES:
+        return DOUBLES[expr.fn].format(*wrapped)
+    if expr.fn in FUNCTIONS:
+        template = FUNCTIONS[expr.fn]
+        return template.format(*(parts if "(" in template else wrapped))
+    if expr.fn in LIBDEVICE:
+        return f"libdevice.{expr.fn}({', '.join(parts)})"
+    raise InternalError(expr.fn, "no Triton source for this function", stage="emit")
+
+
+def tl_where(expr: Apply, parts: list[str]) -> str:
+    """Select; constants take the dtype of the other branch."""
+    a, b = parts[1:]
+    if isinstance(expr.args[1], Const) and isinstance(expr.args[2], Const):
+        a = f"tl.full([1, 1], {a}, {TYPES[register(expr.dtype)]})"
+    return f"tl.where({parts[0]}, {a}, {b})"
+
+
+def cast_text(expr: Apply, part: str) -> str:
+    source, dtype = expr.args[0].dtype, expr.dtype
+    inner = part if _atomic(part) else f"({part})"
+    if expr.fn == "keep" or (source in (torch.float16, torch.bfloat16) and dtype == torch.float32):
+        return part
+    if isinstance(expr.args[0], Const):
+        return part if dtype != torch.bool else str(bool(expr.args[0].value))
+    if dtype == torch.bool:
+        return f"{inner} != 0"
+    if register(dtype) != dtype:
+        narrow = f"{inner}.to({TYPES[dtype]}).to(tl.float32)"
+        return narrow
+    if register(source) == dtype:
+        return part
+    return f"{inner}.to({TYPES[dtype]})"
+
+
+def _atomic(text: str) -> bool:
+    if re.fullmatch(r"[\w.]+", text) or re.fullmatch(r"float\(\"-?\w+\"\)", text):
+        return True
+    if not re.match(r"[\w.]+\(", text) and not text.startswith("("):
+        return False
+    depth = 0
+    for i, c in enumerate(text):
+        depth += (c == "(") - (c == ")")
+        if depth == 0 and c == ")" and i < len(text) - 1:
+            return bool(re.fullmatch(r"(\.to\([\w.]+\))+", text[i + 1 :]))
+    return True

@@ -1,0 +1,233 @@
+"""Scalar expressions: what one element of a value is, as a function of its index.
+
+An `Expr` is an immutable DAG. Leaves are loads (a value and the offset read, in elements from its first one), constants,
+indices, and, once fused, the accumulators of a GEMM and the results of a row reduction in the same kernel. Every
+expression has the torch dtype that the source graph gives it; arithmetic on half precision is carried out in fp32 and
+rounded where an explicit `cast` says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from .affine import Affine, Atom, Indirect
+
+
+@dataclass(frozen=True, eq=False)
+class Expr:
+    """Base: a dtype, a structural hash and structural equality, both cheap on shared DAGs."""
+
+    dtype: torch.dtype
+    _hash: int = field(init=False, repr=False, compare=False, default=0)
+
+    def parts(self) -> tuple[object, ...]:
+        """What distinguishes this node from others of its class."""
+        raise NotImplementedError
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_hash", hash((type(self).__name__, self.dtype, self.parts())))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        return (
+            type(self) is type(other)
+            and self._hash == other._hash  # type: ignore[attr-defined]
+            and self.dtype == other.dtype  # type: ignore[attr-defined]
+            and self.parts() == other.parts()  # type: ignore[attr-defined]
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Load(Expr):
+    """The element of `value` that lies `offset` elements after its first one."""
+
+    value: str = ""
+    offset: Affine = field(default_factory=Affine)
+
+    def parts(self) -> tuple[object, ...]:
+        return self.value, self.offset
+
+
+@dataclass(frozen=True, eq=False)
+class Const(Expr):
+    """A Python number; floats compare by their text, so that NaN and −0 keep their identity."""
+
+    value: int | float | bool = 0
+
+    def parts(self) -> tuple[object, ...]:
+        return (repr(self.value),)
+
+
+@dataclass(frozen=True, eq=False)
+class Index(Expr):
+    """An index itself as a number (`arange`, the operand of a comparison in a cat)."""
+
+    offset: Affine = field(default_factory=Affine)
+
+    def parts(self) -> tuple[object, ...]:
+        return (self.offset,)
+
+
+@dataclass(frozen=True, eq=False)
+class Apply(Expr):
+    """`fn(*args)`; the functions are the rows of `emit_expr.FUNCTIONS`."""
+
+    fn: str = ""
+    args: tuple[Expr, ...] = ()
+
+    def parts(self) -> tuple[object, ...]:
+        return self.fn, self.args
+
+
+@dataclass(frozen=True, eq=False)
+class Masked(Expr):
+    """`body` where `cond` holds; elsewhere anything, and no memory is read."""
+
+    cond: Expr = field(default=None)  # type: ignore[assignment]
+    body: Expr = field(default=None)  # type: ignore[assignment]
+
+    def parts(self) -> tuple[object, ...]:
+        return self.cond, self.body
+
+
+@dataclass(frozen=True, eq=False)
+class RowScalar(Expr):
+    """The result for this row of the reduction `value`, computed in the same kernel."""
+
+    value: str = ""
+
+    def parts(self) -> tuple[object, ...]:
+        return (self.value,)
+
+
+@dataclass(frozen=True, eq=False)
+class Acc(Expr):
+    """Accumulator 0 or 1 of the GEMM `value` whose epilogue this is, fp32."""
+
+    value: str = ""
+    which: int = 0
+
+    def parts(self) -> tuple[object, ...]:
+        return self.value, self.which
+
+
+def load(value: str, offset: Affine, dtype: torch.dtype) -> Load:
+    return Load(dtype, value=value, offset=offset)
+
+
+def const(value: int | float | bool, dtype: torch.dtype) -> Const:
+    return Const(dtype, value=value)
+
+
+def index(offset: Affine, dtype: torch.dtype = torch.int64) -> Expr:
+    if not offset.terms:
+        return Const(dtype, value=offset.const)
+    return Index(dtype, offset=offset)
+
+
+def apply(fn: str, *args: Expr, dtype: torch.dtype) -> Apply:
+    return Apply(dtype, fn=fn, args=args)
+
+
+def cast(value: Expr, dtype: torch.dtype) -> Expr:
+    """`value` converted to `dtype` (rounded, when it narrows)."""
+    if value.dtype == dtype:
+        return value
+    if isinstance(value, Apply) and value.fn == "keep" and value.args[0].dtype == dtype:
+        return value.args[0]
+    if isinstance(value, Const) and dtype != torch.bool:
+        number = value.value
+        if dtype.is_floating_point:
+            return Const(dtype, value=float(number))
+        if isinstance(number, (bool, int)):
+            return Const(dtype, value=int(number))
+    return Apply(dtype, fn="cast", args=(value,))
+
+
+def keep(value: Expr, dtype: torch.dtype) -> Expr:
+    """`value` as the result of an op of this dtype: rounded when it is stored, not while it stays in registers."""
+    if value.dtype == torch.float32 and dtype in (torch.float16, torch.bfloat16):
+        return Apply(dtype, fn="keep", args=(value,))
+    return cast(value, dtype)
+
+
+def children(expr: Expr) -> tuple[Expr, ...]:
+    """Operands of a node, the expressions inside its indices included."""
+    if isinstance(expr, Apply):
+        return expr.args
+    if isinstance(expr, Masked):
+        return expr.cond, expr.body
+    if isinstance(expr, (Load, Index)):
+        return tuple(a.value for a in expr.offset.atoms() if isinstance(a, Indirect))
+    return ()
+
+
+def walk(*roots: Expr) -> Iterator[Expr]:
+    """Every distinct node below the roots, operands before users."""
+    seen: set[int] = set()
+    stack: list[tuple[Expr, bool]] = [(r, False) for r in reversed(roots)]
+    while stack:
+        node, expanded = stack.pop()
+        if expanded:
+            yield node
+            continue
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        stack.append((node, True))
+        stack.extend((c, False) for c in reversed(children(node)))
+
+
+def loads(*roots: Expr) -> list[Load]:
+    """The distinct loads below the roots, in order of first use."""
+    return list(dict.fromkeys(n for n in walk(*roots) if isinstance(n, Load)))
+
+
+def rewrite(
+    expr: Expr,
+    new_atom: Callable[[Atom], Affine | None] = lambda atom: None,
+    new_leaf: Callable[[Expr], Expr | None] = lambda leaf: None,
+) -> Expr:
+    """The expression with its indices substituted and then its leaves replaced.
+
+    Args:
+        expr: the root.
+        new_atom: as for `Affine.substitute`; applied to every index.
+        new_leaf: called on every leaf after its index was substituted; None keeps it.
+    """
+    memo: dict[int, Expr] = {}
+    indices: dict[Affine, Affine] = {}
+
+    def atom(a: Atom) -> Affine | None:
+        if isinstance(a, Indirect):
+            return Affine.of(Indirect(memo[id(a.value)], a.size))
+        return new_atom(a)
+
+    def shift(offset: Affine) -> Affine:
+        if offset not in indices:
+            indices[offset] = offset.substitute(atom)
+        return indices[offset]
+
+    for node in walk(expr):
+        made: Expr = node
+        if isinstance(node, Load):
+            made = Load(node.dtype, value=node.value, offset=shift(node.offset))
+        elif isinstance(node, Index):
+            made = index(shift(node.offset), node.dtype)
+        elif isinstance(node, Apply):
+            args = tuple(memo[id(a)] for a in node.args)
+            if any(a is not b for a, b in zip(args, node.args, strict=True)):
+                made = Apply(node.dtype, fn=node.fn, args=args)
+        elif isinstance(node, Masked):
+            made = Masked(node.dtype, cond=memo[id(node.cond)], body=memo[id(node.body)])
+        if isinstance(made, (Load, RowScalar, Acc)):
+            made = new_leaf(made) or made
+        memo[id(node)] = made
+    return memo[id(expr)]

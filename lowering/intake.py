@@ -1,0 +1,387 @@
+"""Stage 1: a piece, in whichever dialect it comes, becomes a functional ATen trace with symbolic sizes.
+
+Enters: a `GraphModule` in Dynamo's torch-level dialect or in ATen, and what is known of its arguments (fake tensors,
+tensors, integers, opaque objects). Leaves: a `Trace`. The graph is run twice under fake tensors of our own:
+once as it is, to see what it returns (which outputs are inputs, views of inputs, or share storage), and once under
+functionalization and `make_fx`, to record it as ATen without mutation. What is written in place is known from the
+functional tensors themselves, so from the ops' schemas, and stands in `Trace.mutations`.
+
+Symbols are our own too: the piece's expressions are carried over into a fresh `ShapeEnv`, so that the guards that this
+trace relies on are exactly the trace's, and are checked for every size by `specialize`. With a `binding` the sizes are
+integers from the start (a size whose guards failed, and sizes 0 and 1).
+
+Refuses (Unsupported): changes of metadata of inputs, mutated inputs that overlap others, and whatever cannot be traced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo.source import ConstantSource
+from torch._functorch._aot_autograd.functional_utils import from_fun, has_data_mutation, to_fun
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.utils import _pytree as pytree
+
+from .decompositions import table
+from .errors import TerrazzoError, Unsupported
+from .ir import Dim, Input, Node, Output, Ref, Spec, Trace, map_tree
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What a piece's arguments look like: for each a tensor (fake or real), an int, a SymInt or anything else."""
+
+    values: tuple[Any, ...]
+
+    @staticmethod
+    def of(graph: fx.GraphModule, given: Sequence[Any] | None) -> Examples:
+        """From the placeholders' own metadata; where there is none, from the inputs given."""
+        found = []
+        for position, node in enumerate(n for n in graph.graph.nodes if n.op == "placeholder"):
+            value = node.meta.get("example_value", node.meta.get("val"))
+            if value is None and given is not None:
+                value = given[position]
+            found.append(value)
+        return Examples(tuple(found))
+
+    def symbols(self) -> dict[sympy.Symbol, tuple[int, int | None]]:
+        """Each free symbol and where its value can be read: an integer argument, or a dimension of a tensor."""
+        found: dict[sympy.Symbol, tuple[int, int | None]] = {}
+        for position, value in enumerate(self.values):
+            if isinstance(value, torch.SymInt) and isinstance(_expr(value), sympy.Symbol):
+                found.setdefault(_expr(value), (position, None))
+        for position, value in enumerate(self.values):
+            if isinstance(value, torch.Tensor):
+                for dim, size in enumerate(value.shape):
+                    if isinstance(size, torch.SymInt) and isinstance(_expr(size), sympy.Symbol):
+                        found.setdefault(_expr(size), (position, dim))
+        return found
+
+
+def intake(graph: fx.GraphModule, examples: Examples, binding: Mapping[sympy.Symbol, int] | None = None) -> Trace:
+    """The piece as a functional ATen trace.
+
+    Args:
+        graph: the piece.
+        examples: its arguments' shapes, dtypes and devices, in order.
+        binding: sizes for every symbol; None keeps them symbolic.
+
+    Returns:
+        A `Trace` whose inputs are the piece's arguments followed by the tensors the module holds.
+
+    Raises:
+        Unsupported: the piece cannot be traced, or changes an input in a way no plan can repeat.
+    """
+    world = _World(examples, binding)
+    constants = _constants(graph)
+    try:
+        return _trace(graph, world, constants)
+    except TerrazzoError:
+        raise
+    except Exception as cause:
+        raise Unsupported("the piece", f"tracing it failed: {type(cause).__name__}: {cause}", stage="intake") from cause
+
+
+class _World:
+    """Fake versions of a piece's arguments in a `ShapeEnv` of our own."""
+
+    def __init__(self, examples: Examples, binding: Mapping[sympy.Symbol, int] | None) -> None:
+        self.env = ShapeEnv()
+        self.mode = FakeTensorMode(shape_env=self.env, allow_non_fake_inputs=True)
+        self.sources = examples.symbols()
+        self.binding = binding
+        self.examples = examples
+        self.ours: dict[sympy.Symbol, Dim] = {}
+        for symbol in self._free_symbols(examples):
+            if binding is not None:
+                self.ours[symbol] = binding[symbol]
+            else:
+                made = self.env.create_symbol(
+                    _hint(examples, symbol), source=ConstantSource(str(symbol)), dynamic_dim=DimDynamic.DYNAMIC
+                )
+                self.ours[symbol] = made
+        self.inputs = [self._fake(v) for v in examples.values]
+
+    def _free_symbols(self, examples: Examples) -> list[sympy.Symbol]:
+        known = self.sources
+        for value in examples.values:
+            parts = [value] if isinstance(value, torch.SymInt) else []
+            if isinstance(value, torch.Tensor):
+                parts = [*value.shape, *value.stride()]
+            for part in parts:
+                for symbol in _expr(part).free_symbols if isinstance(part, torch.SymInt) else ():
+                    if symbol not in known:
+                        raise Unsupported("the piece's arguments", f"no argument holds {symbol} itself", stage="intake")
+        return list(known)
+
+    def _int(self, value: Any) -> Any:
+        """An int or SymInt of the piece, in our own world."""
+        if not isinstance(value, torch.SymInt):
+            return value
+        expr = _expr(value)
+        if self.binding is not None:
+            return int(expr.xreplace({s: sympy.Integer(v) for s, v in self.binding.items()}))
+        ours = expr.xreplace(self.ours)
+        hint = value.node.hint if value.node.has_hint() else None
+        return self.env.create_symintnode(ours, hint=hint)
+
+    def _fake(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            with self.mode:
+                return torch.empty_strided(
+                    [self._int(s) for s in value.shape],
+                    [self._int(s) for s in value.stride()],
+                    dtype=value.dtype,
+                    device=value.device,
+                )
+        return self._int(value)
+
+
+def _trace(graph: fx.GraphModule, world: _World, constants: Mapping[str, torch.Tensor]) -> Trace:
+    names = [n.name for n in graph.graph.nodes if n.op == "placeholder"]
+    with world.mode:
+        held = [world.mode.from_tensor(t, static_shapes=True) for t in constants.values()]
+    fakes = [*world.inputs, *held]
+    with world.mode, enable_python_dispatcher():
+        returned = _run(graph, constants, fakes)
+    leaves, structure = pytree.tree_flatten(returned)
+    shapes_before = [tuple(f.shape) if isinstance(f, torch.Tensor) else None for f in fakes]
+
+    mutated: list[int] = []
+
+    def functional(*arguments: Any) -> list[Any]:
+        wrapped = [to_fun(a) if isinstance(a, torch.Tensor) else a for a in arguments]
+        outputs = pytree.tree_leaves(_run(graph, constants, wrapped))
+        mutated.extend(i for i, w in enumerate(wrapped) if isinstance(w, FunctionalTensor) and has_data_mutation(w))
+        values = [from_fun(o) if isinstance(o, torch.Tensor) else o for o in outputs]
+        return values + [from_fun(wrapped[i]) for i in mutated]
+
+    with _tracing(), world.mode, enable_python_dispatcher(), FunctionalTensorMode():
+        traced = make_fx(functional, decomposition_table=table())(*fakes)
+    for before, fake in zip(shapes_before, fakes, strict=True):
+        if before is not None and before != tuple(fake.shape):
+            raise Unsupported("the piece", "it changes the shape of an input", stage="intake")
+    return _convert(traced.graph, world, constants, names, leaves, structure, mutated, fakes)
+
+
+def _convert(
+    graph: fx.Graph,
+    world: _World,
+    constants: Mapping[str, torch.Tensor],
+    names: list[str],
+    leaves: list[Any],
+    structure: Any,
+    mutated: list[int],
+    fakes: list[Any],
+) -> Trace:
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    inputs: list[Input] = []
+    rename: dict[fx.Node, str] = {}
+    for node, fake, name, example in zip(
+        placeholders, fakes, [*names, *constants], [*world.examples.values, *constants.values()], strict=True
+    ):
+        rename[node] = name
+        inputs.append(_input(name, fake, example, constants))
+    taken = {i.name for i in inputs}
+    nodes: list[Node] = []
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            name = _unique(node.name, taken)
+            rename[node] = name
+            tensor = _attribute(graph.owning_module, node.target)
+            inputs.append(Input(name, "constant", _spec(node.meta.get("val", tensor)), value=tensor, parameter=True))
+        elif node.op == "call_function" and not _is_symbolic(node.meta.get("val")):
+            rename[node] = _unique(node.name, taken)
+            convert = _argument(rename)
+            nodes.append(
+                Node(
+                    rename[node],
+                    node.target,
+                    map_tree(tuple(node.args), convert),
+                    map_tree(dict(node.kwargs), convert),
+                    _specs(node.meta.get("val")),
+                    _source(node),
+                )
+            )
+    results = pytree.tree_leaves(next(n for n in graph.nodes if n.op == "output").args[0])
+    outputs = _outputs(leaves, results[: len(leaves)], rename, inputs, fakes)
+    mutations = tuple(
+        (inputs[i].name, rename[v]) for i, v in zip(mutated, results[len(leaves) :], strict=True) if isinstance(v, fx.Node)
+    )
+    symbols = {world.ours[s]: place for s, place in world.sources.items() if isinstance(world.ours[s], sympy.Symbol)}
+    return Trace(tuple(inputs), tuple(nodes), outputs, mutations, symbols, _guards(world), structure)
+
+
+def _input(name: str, fake: Any, example: Any, constants: Mapping[str, torch.Tensor]) -> Input:
+    if name in constants:
+        return Input(name, "constant", _spec(fake), value=constants[name], parameter=True)
+    if isinstance(fake, torch.Tensor):
+        return Input(name, "tensor", _spec(fake), parameter=isinstance(example, torch.nn.Parameter))
+    if isinstance(fake, (int, torch.SymInt)) and not isinstance(fake, bool):
+        return Input(name, "symbol", value=_dim(fake))
+    return Input(name, "opaque", value=fake)
+
+
+def _outputs(
+    leaves: list[Any], results: list[Any], rename: Mapping[fx.Node, str], inputs: list[Input], fakes: list[Any]
+) -> tuple[Output, ...]:
+    storages = {f.untyped_storage()._cdata: i for i, f in enumerate(fakes) if isinstance(f, torch.Tensor)}
+    groups: dict[int, int] = {}
+    outputs = []
+    for leaf, result in zip(leaves, results, strict=True):
+        if not isinstance(leaf, torch.Tensor):
+            kind = "symbol" if isinstance(leaf, torch.SymInt) else "const"
+            value = _dim(leaf) if isinstance(leaf, torch.SymInt) else leaf
+            outputs.append(Output(kind, value=value))
+            continue
+        same = next((i for i, f in enumerate(fakes) if f is leaf), None)
+        key = leaf.untyped_storage()._cdata
+        if same is not None:
+            outputs.append(Output("input", inputs[same].name, _spec(leaf)))
+        elif key in storages:
+            outputs.append(Output("alias", inputs[storages[key]].name, _spec(leaf)))
+        else:
+            outputs.append(Output("value", rename[result], _spec(leaf), storage=groups.setdefault(key, len(groups))))
+    return tuple(outputs)
+
+
+def _guards(world: _World) -> tuple[sympy.Basic, ...]:
+    """What the trace relies on: recorded guards, and the range each symbol was assumed to lie in (2 and up)."""
+    guards = [g.expr for g in world.env.guards]
+    for symbol in world.ours.values():
+        if isinstance(symbol, sympy.Symbol):
+            guards.append(sympy.Ge(symbol, world.env.var_to_range[symbol].lower))
+    return tuple(guards)
+
+
+def _run(graph: fx.GraphModule, constants: Mapping[str, torch.Tensor], arguments: Sequence[Any]) -> Any:
+    """The piece run on these arguments (constants last), node by node, so that metadata reaches the trace."""
+    split = len(arguments) - len(constants)
+    held = dict(zip(constants, arguments[split:], strict=True))
+    with torch.no_grad(), torch.fx.traceback.preserve_node_meta():
+        return _Interpreter(graph, held).run(*arguments[:split])
+
+
+class _Interpreter(fx.Interpreter):
+    """Runs a graph with the tensors it holds replaced by the ones given."""
+
+    def __init__(self, graph: fx.GraphModule, held: Mapping[str, Any]) -> None:
+        super().__init__(graph, garbage_collect_values=False)
+        self.held = held
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return self.held[_flat(target)] if _flat(target) in self.held else super().get_attr(target, args, kwargs)
+
+
+def _constants(graph: fx.GraphModule) -> dict[str, torch.Tensor]:
+    found = {}
+    for node in graph.graph.nodes:
+        if node.op == "get_attr":
+            value = _attribute(graph, node.target)
+            if isinstance(value, torch.Tensor):
+                found[_flat(node.target)] = value
+    return found
+
+
+def _flat(target: Any) -> str:
+    return "held_" + str(target).replace(".", "_")
+
+
+def _attribute(module: Any, path: str) -> Any:
+    for part in path.split("."):
+        module = getattr(module, part)
+    return module
+
+
+@contextlib.contextmanager
+def _tracing() -> Iterator[None]:
+    """Functionalization by Python mode alone, as its C++ twin would hide the ops from the tracer."""
+    guard = torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize))
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        del guard
+
+
+def _argument(rename: Mapping[fx.Node, str]) -> Any:
+    def convert(value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            known = value.meta.get("val")
+            return _dim(known) if _is_symbolic(known) else Ref(rename[value])
+        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            return _dim(value)
+        return tuple(map(convert, value)) if isinstance(value, fx.immutable_collections.immutable_list) else value
+
+    return convert
+
+
+def _is_symbolic(value: Any) -> bool:
+    return isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool, int, float)) and value is not None
+
+
+def _expr(value: Any) -> sympy.Expr:
+    return value.node.expr if isinstance(value, torch.SymInt) else sympy.sympify(value)
+
+
+def _dim(value: Any) -> Any:
+    """An integer, or the expression of a symbolic number."""
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        expr = value.node.expr
+        return int(expr) if isinstance(expr, (sympy.Integer, int)) else expr
+    return value
+
+
+def _spec(tensor: torch.Tensor) -> Spec:
+    return Spec(
+        tuple(_dim(s) for s in tensor.shape),
+        tuple(_dim(s) for s in tensor.stride()) if tensor.layout == torch.strided else (),
+        _dim(tensor.storage_offset()) if isinstance(tensor, FakeTensor) else 0,
+        tensor.dtype,
+        tensor.device,
+    )
+
+
+def _specs(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return _spec(value)
+    if isinstance(value, (tuple, list)):
+        return tuple(_specs(v) for v in value)
+    return None
+
+
+def _source(node: fx.Node) -> str:
+    """`file.py:120` of the line of the model that this op came from."""
+    for line in reversed((node.meta.get("stack_trace") or "").splitlines()):
+        line = line.strip()
+        if line.startswith('File "'):
+            path, _, rest = line[6:].partition('"')
+            return f"{path.rsplit('/', 1)[-1]}:{rest.split('line ')[-1].split(',')[0].strip()}"
+    return ""
+
+
+def _unique(name: str, taken: set[str]) -> str:
+    base, count = name, 1
+    while name in taken:
+        name, count = f"{base}_{count}", count + 1
+    taken.add(name)
+    return name
+
+
+def _hint(examples: Examples, symbol: sympy.Symbol) -> int:
+    """A size to trace with: the one the piece was captured with, else a number that is nothing special."""
+    for value in examples.values:
+        for part in [value] if isinstance(value, torch.SymInt) else getattr(value, "shape", ()):
+            if isinstance(part, torch.SymInt) and _expr(part) == symbol and part.node.has_hint():
+                return max(int(part.node.hint), 2)
+    return 4099

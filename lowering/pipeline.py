@@ -1,0 +1,93 @@
+"""The stages, in order. This list is all there is:
+
+    intake        the piece as functional ATen with symbolic sizes                 intake.py, decompositions.py
+    canonicalize  what says nothing is gone                                        canonicalize.py
+    specialize    symbols become integers, guards are evaluated                    specialize.py
+    define        each node an expression per element, views become offsets        define.py, rules_*.py
+    depend        who needs whom, bytes on the edges                               depend.py
+    fuse          values become kernels by what it saves, refusals with reasons    fuse.py, group.py
+    select        family and config for these sizes                                select.py
+    schedule      order and the life of buffers                                    schedule.py
+    emit          one readable Python module                                       emit.py, emit_expr.py
+
+The first two run once per piece, the others once per size. After each, `verify` checks what the stage promises.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+from torch import fx
+
+from . import verify
+from .canonicalize import canonicalize
+from .define import define
+from .depend import depend
+from .emit import Plan, emit
+from .fuse import fuse
+from .intake import Examples, intake
+from .ir import Trace
+from .options import Options
+from .schedule import schedule
+from .select import select
+from .specialize import specialize
+
+
+@dataclass
+class Journal:
+    """What each stage made and how long it took, for whoever wants to look."""
+
+    stages: list[tuple[str, Any, float]] = field(default_factory=list)
+
+    def run(self, stage: Callable[..., Any], *args: Any) -> Any:
+        """One stage, timed and verified."""
+        start = time.perf_counter()
+        result = stage(*args)
+        self.stages.append((stage.__name__, result, time.perf_counter() - start))
+        verify.after(stage.__name__, result)
+        return result
+
+    def result(self, stage: str) -> Any:
+        """What the stage of that name made."""
+        return next(made for name, made, _ in self.stages if name == stage)
+
+
+def trace(
+    graph: fx.GraphModule,
+    examples: Examples,
+    binding: Mapping[sympy.Symbol, int] | None = None,
+    journal: Journal | None = None,
+) -> Trace:
+    """The stages that run once for all sizes (or, with a binding, for sizes whose guards failed)."""
+    journal = journal or Journal()
+    return journal.run(canonicalize, journal.run(intake, graph, examples, binding))
+
+
+def plan(
+    traced: Trace,
+    binding: Mapping[sympy.Symbol, int],
+    options: Options,
+    *,
+    title: str = "a piece",
+    misaligned: Collection[str] = (),
+    journal: Journal | None = None,
+) -> Plan:
+    """The stages that run once per size.
+
+    Args:
+        traced: from `trace`.
+        binding: an integer for each of its symbols.
+        options: target and switches.
+        title: first line of the emitted module.
+        misaligned: inputs whose memory does not start at a multiple of 16 bytes.
+    """
+    journal = journal or Journal()
+    concrete = journal.run(specialize, traced, binding)
+    values = journal.run(define, concrete)
+    fused = journal.run(fuse, journal.run(depend, values), options)
+    selected = journal.run(select, fused, options, misaligned)
+    return journal.run(emit, journal.run(schedule, selected), title)

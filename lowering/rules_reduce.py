@@ -1,0 +1,144 @@
+"""Lowering rules: reductions over dimensions, and the statistics made of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .affine import Affine, variables
+from .define import Definer, rule
+from .errors import Unsupported
+from .expr import Expr, apply, cast, const
+from .ir import Node, Ref
+from .rules_pointwise import arithmetic, truth
+from .values import Layout
+
+aten = torch.ops.aten
+
+
+def _axes(node: Node, position: int, rank: int) -> tuple[int, ...]:
+    """Reduced dimensions; none given means all."""
+    given: Any = node.args[position] if len(node.args) > position else node.kwargs.get("dim")
+    if given is None or given == () or given == []:
+        return tuple(range(rank))
+    given = (given,) if isinstance(given, int) else given
+    return tuple(sorted({a % max(rank, 1) for a in given})) if rank else ()
+
+
+def _source(d: Definer, node: Node) -> tuple[Layout, Expr]:
+    layout = d.layout(node.args[0])
+    return layout, d.read(node.args[0], variables(layout.shape))
+
+
+def _kept(layout: Layout, axes: tuple[int, ...], dtype: torch.dtype) -> Layout:
+    shape = tuple(s for i, s in enumerate(layout.shape) if i not in axes)
+    return Layout.contiguous(shape, dtype, layout.device)
+
+
+def _at_kept(axes: tuple[int, ...], index: tuple[Affine, ...]) -> tuple[Affine, ...]:
+    return tuple(v for i, v in enumerate(index) if i not in axes)
+
+
+def _check(node: Node, layout: Layout, axes: tuple[int, ...]) -> None:
+    if layout.numel == 0:
+        raise Unsupported(node.name, "a reduction over nothing", stage="define")
+
+
+def reduce_to(d: Definer, node: Node, name: str, kind: str, expr: Expr, layout: Layout, axes: tuple[int, ...]) -> Ref:
+    """A reduction whose result, without the reduced dimensions, is the value `name`."""
+    made = _kept(layout, axes, expr.dtype if kind not in ("argmax", "argmin") else torch.int64)
+    d.reduce(name, node, kind, expr, layout.shape, axes, made)
+    return Ref(name)
+
+
+def _finish(d: Definer, node: Node, reduced: Ref, scale: float | None = None) -> None:
+    """The node's own value from a reduction: its shape (kept dimensions of size 1 or not), dtype and scale."""
+    made = Layout.of(node.spec)  # type: ignore[arg-type]
+    kept = d.layout(reduced)
+    big = [i for i, s in zip(variables(made.shape), made.shape, strict=True) if s != 1]
+    index, own = [], iter(big)
+    for size in kept.shape:
+        index.append(next(own) if size != 1 else Affine())
+    value = d.read(reduced, index)
+    if scale is not None:
+        value = apply("mul", value, const(scale, value.dtype), dtype=value.dtype)
+    d.map(node, value)
+
+
+@rule(aten.sum, aten.mean)
+def total(d: Definer, node: Node) -> None:
+    layout, value = _source(d, node)
+    axes = _axes(node, 1, len(layout.shape)) if node.op not in (aten.sum.default, aten.mean.default) else tuple(range(len(layout.shape)))
+    _check(node, layout, axes)
+    dtype = arithmetic(node.spec.dtype)  # type: ignore[union-attr]
+    reduced = reduce_to(d, node, f"{node.name}_total", "sum", cast(value, dtype), layout, axes)
+    count = 1
+    for axis in axes:
+        count *= layout.shape[axis]
+    _finish(d, node, reduced, 1.0 / count if node.op.overloadpacket is aten.mean else None)
+
+
+@rule(aten.amax, aten.amin, aten.max.default, aten.min.default, aten.prod, aten.any, aten.all)
+def extreme(d: Definer, node: Node) -> None:
+    layout, value = _source(d, node)
+    packet = node.op.overloadpacket
+    axes = _axes(node, 1, len(layout.shape))
+    _check(node, layout, axes)
+    kind = {aten.amax: "max", aten.max: "max", aten.amin: "min", aten.min: "min", aten.prod: "prod", aten.any: "any", aten.all: "all"}[packet]
+    if kind in ("any", "all"):
+        value = truth(value)
+    elif kind == "prod":
+        value = cast(value, arithmetic(node.spec.dtype))  # type: ignore[union-attr]
+    elif value.dtype == torch.bool:
+        kind = "any" if kind == "max" else "all"
+    _finish(d, node, reduce_to(d, node, f"{node.name}_of", kind, value, layout, axes))
+
+
+@rule(aten.argmax, aten.argmin)
+def arg_extreme(d: Definer, node: Node) -> None:
+    layout, value = _source(d, node)
+    axes = _axes(node, 1, len(layout.shape))
+    _check(node, layout, axes)
+    kind = "argmax" if node.op is aten.argmax.default else "argmin"
+    _finish(d, node, reduce_to(d, node, f"{node.name}_of", kind, value, layout, axes))
+
+
+@rule(aten.var.correction, aten.std.correction, aten.var.dim, aten.std.dim)
+def variance(d: Definer, node: Node) -> None:
+    deviation = node.op.overloadpacket is aten.std
+    layout, value = _source(d, node)
+    axes = _axes(node, 1, len(layout.shape))
+    _check(node, layout, axes)
+    if "correction" in node.kwargs:
+        correction = node.kwargs["correction"]
+    else:
+        correction = int(node.args[2]) if len(node.args) > 2 and "dim" in str(node.op) else 1
+    correction = 1 if correction is None else correction
+    spread, count, dtype = _spread(d, node, layout, value, axes)
+    if count - correction <= 0:
+        raise Unsupported(node.name, "a variance with no degree of freedom", stage="define")
+    made = Layout.of(node.spec)  # type: ignore[arg-type]
+    if not deviation:
+        _finish(d, node, spread, 1.0 / (count - correction))
+        return
+    kept = d.layout(spread)
+    scaled = apply("mul", d.read(spread, variables(kept.shape)), const(1.0 / (count - correction), dtype), dtype=dtype)
+    name = f"{node.name}_root"
+    d.map(node, apply("sqrt", scaled, dtype=dtype), name=name, layout=Layout.contiguous(kept.shape, dtype, made.device))
+    _finish(d, node, Ref(name))
+
+
+def _spread(d: Definer, node: Node, layout: Layout, value: Expr, axes: tuple[int, ...]) -> tuple[Ref, int, torch.dtype]:
+    """Sum of squared distances from the mean, in two passes over registers (no cancellation)."""
+    dtype = arithmetic(layout.dtype)
+    value = cast(value, dtype)
+    sums = reduce_to(d, node, f"{node.name}_total", "sum", value, layout, axes)
+    count = 1
+    for axis in axes:
+        count *= layout.shape[axis]
+    index = variables(layout.shape)
+    mean = apply("mul", d.read(sums, _at_kept(axes, index)), const(1.0 / count, dtype), dtype=dtype)
+    distance = apply("sub", value, mean, dtype=dtype)
+    squared = apply("mul", distance, distance, dtype=dtype)
+    return reduce_to(d, node, f"{node.name}_spread", "sum", squared, layout, axes), count, dtype

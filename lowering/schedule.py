@@ -1,0 +1,76 @@
+"""Stage 8: the order of launches, and the life of every buffer.
+
+Enters: `Selected`. Leaves: `Schedule`: steps in order; for each the buffers it makes and those nobody needs afterwards. A
+buffer is made right before the launch that writes it and dropped right after the last that reads it, so that the
+caching allocator hands the same memory to a later one; inside a captured graph that happens at capture time. Buffers
+that the piece returns, and memory that is returned under another geometry, live on. It refuses nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .ir import Output
+from .select import Kernel, Selected, reads_and_writes
+from .values import Values
+
+
+@dataclass(frozen=True)
+class Step:
+    """One launch, the buffers made before it and the names dropped after it."""
+
+    kernel: Kernel
+    makes: tuple[str, ...]
+    drops: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A plan in all but text."""
+
+    selected: Selected
+    steps: tuple[Step, ...]
+
+    @property
+    def values(self) -> Values:
+        return self.selected.values
+
+    @property
+    def outputs(self) -> tuple[Output, ...]:
+        return self.values.outputs
+
+    def launches(self) -> list[Kernel]:
+        """Steps that launch something: our kernels and ops that run as themselves."""
+        return [s.kernel for s in self.steps if s.kernel.family or s.kernel.group.kind == "extern"]
+
+    def __str__(self) -> str:
+        lines = []
+        for step in self.steps:
+            lines.append(f"{step.kernel.family or step.kernel.group.kind} {step.kernel.name}: makes {', '.join(step.makes) or '-'}")
+            if step.drops:
+                lines[-1] += f", drops {', '.join(step.drops)}"
+        return "\n".join(lines)
+
+
+def schedule(selected: Selected) -> Schedule:
+    """Buffers' lives for a list of kernels."""
+    values = selected.values
+    kept = {values.base(o.ref) for o in values.outputs if o.kind == "value"} | {values.base(v) for _, v in values.mutations}
+    kept |= {i.name for i in values.inputs}
+    last: dict[str, int] = {}
+    effects = []
+    for number, kernel in enumerate(selected.kernels):
+        reads: set[str] = set()
+        writes: set[str] = set()
+        for group in kernel.segments:
+            r, w = reads_and_writes(group, values)
+            reads |= r
+            writes |= w
+        effects.append((reads, writes))
+        last.update(dict.fromkeys(reads | writes, number))
+    steps = []
+    for number, (kernel, (_, writes)) in enumerate(zip(selected.kernels, effects, strict=True)):
+        makes = tuple(sorted(writes)) if kernel.group.kind not in ("extern", "item") else ()
+        drops = tuple(sorted(n for n, at in last.items() if at == number and n not in kept))
+        steps.append(Step(kernel, makes, drops))
+    return Schedule(selected, tuple(steps))

@@ -1,0 +1,252 @@
+"""Stage 7: each group gets a kernel family and a config for these very sizes.
+
+Enters: `Fused`. Leaves: `Selected`: kernels in running order, each one launch: a family, its config, why, and one group or several
+independent ones as segments. The family follows from what the group is (a GEMM's operands and their strides, rows with a
+reduction, plain elements), the config from the family's measured table or its formula. It stands after fusion, as it needs to
+know everything a kernel does, and chooses by the concrete size: one and the same trace gets other tiles at 1 and at 8192
+tokens. It refuses nothing: the last family in line takes any problem.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import Any
+
+import networkx as nx
+import torch
+
+from ..kernels.gemm import GemmProblem, pick
+from ..kernels.segments import Problem
+from .affine import Div, Indirect, Mod
+from .expr import Load, loads
+from .fuse import Fused
+from .group import Group, Refused, compose
+from .options import Options
+from .values import Contract, Item, Values, View
+
+MAX_SEGMENTS = 4
+MAX_ROW = 131072
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One launch.
+
+    Args:
+        name: of the value it is known by.
+        family: a module of `terrazzo.kernels`; '' for what launches nothing of ours (extern, item, empty).
+        config, why: the family's config and the reason for it.
+        segments: the groups that share the launch.
+        problem: what the family was asked.
+        pdl: launched with programmatic dependent launch.
+    """
+
+    name: str
+    family: str
+    config: Any
+    why: str
+    segments: tuple[Group, ...]
+    problem: Any = None
+    pdl: bool = False
+
+    @property
+    def group(self) -> Group:
+        return self.segments[0]
+
+
+@dataclass(frozen=True)
+class Selected:
+    """The kernels of a piece in running order."""
+
+    fused: Fused
+    kernels: tuple[Kernel, ...]
+
+    @property
+    def values(self) -> Values:
+        return self.fused.values
+
+    def __str__(self) -> str:
+        return "\n".join(f"{k.family or k.group.kind} {k.name}: {k.config or ''} {k.why}".rstrip() for k in self.kernels)
+
+
+def select(fused: Fused, options: Options, misaligned: Collection[str] = ()) -> Selected:
+    """Families and configs.
+
+    Args:
+        fused: the groups.
+        options: the target chosen for.
+        misaligned: inputs whose memory does not start at a multiple of 16 bytes.
+    """
+    groups = [_cut(g, fused) for g in fused.groups]
+    launches = _segments(groups, fused.values)
+    return Selected(fused, tuple(_kernel(launch, fused, options, misaligned) for launch in launches))
+
+
+def _cut(group: Group, fused: Fused) -> Group:
+    """A pointwise group with its elements cut into rows where that spares index arithmetic."""
+    if group.kind != "pointwise" or not group.rows or not group.cols:
+        return group
+    if not _index_work(group):
+        return group
+    best = group
+    deps = fused.dependencies
+    for cols in _widths(group, fused.values):
+        try:
+            cut = compose(group.members, [s.value for s in group.stores], fused.values, deps.inlined, cols)
+        except Refused:
+            continue
+        if _index_work(cut) < _index_work(best):
+            best = cut
+    return best
+
+
+def _widths(group: Group, values: Values) -> list[int]:
+    """Lengths of the trailing dimensions of what is stored, from short to long."""
+    widths = []
+    for store in group.stores:
+        shape, width = values.layouts[store.value].shape, 1
+        for size in reversed(shape[1:]):
+            width *= size
+            if width > 1:
+                widths.append(width)
+    return list(dict.fromkeys(widths))
+
+
+def _index_work(group: Group) -> int:
+    """Divisions, remainders and indirect reads whose operand varies along the columns."""
+    count = 0
+    offsets = [load.offset for load in group.loads] + [s.offset for s in group.stores]
+    seen = set()
+    for offset in offsets:
+        for atom in offset.atoms():
+            if atom in seen:
+                continue
+            seen.add(atom)
+            if isinstance(atom, (Div, Mod)) and any(getattr(a, "dim", 0) == 1 for a in atom.base.atoms()):
+                count += 1
+            if isinstance(atom, Indirect) and any(_varies(node) for node in loads(atom.value)):
+                count += 1
+    return count
+
+
+def _varies(node: Load) -> bool:
+    return any(getattr(a, "dim", 0) == 1 for a in node.offset.atoms())
+
+
+def reads_and_writes(group: Group, values: Values) -> tuple[set[str], set[str]]:
+    """Values in memory that a group's launch reads and writes."""
+    reads = {load.value for load in group.loads}
+    if group.contract is not None:
+        reads |= {group.contract.a.base, group.contract.b.base}
+    if group.foreign is not None:
+        reads |= {values.base(r) for r in group.foreign.reads}
+    for name in group.members:
+        made = values.definitions[name]
+        if isinstance(made, Item):
+            reads.add(made.of)
+    writes = {s.value for s in group.stores}
+    if group.kind in ("extern", "item", "empty"):
+        writes |= set(group.members)
+    return reads, writes
+
+
+def _segments(groups: list[Group], values: Values) -> list[tuple[Group, ...]]:
+    """Launches in running order: independent groups of one kind and width joined."""
+    graph = nx.DiGraph()
+    owner: dict[str, int] = {}
+    for number, group in enumerate(groups):
+        graph.add_node(number)
+        reads, writes = reads_and_writes(group, values)
+        for name in reads:
+            if name in owner:
+                graph.add_edge(owner[name], number)
+        owner.update(dict.fromkeys(writes, number))
+    joined: dict[int, list[int]] = {n: [n] for n in graph}
+    for a in list(graph):
+        for b in list(graph):
+            if a < b and a in joined and b in joined and _joins(groups, joined[a], joined[b], graph, a, b):
+                joined[a] += joined.pop(b)
+                nx.contracted_nodes(graph, a, b, self_loops=False, copy=False)
+    order = nx.lexicographical_topological_sort(graph, key=lambda n: n)
+    return [tuple(groups[i] for i in joined[n]) for n in order]
+
+
+def _joins(groups: list[Group], first: list[int], second: list[int], graph: nx.DiGraph, a: int, b: int) -> bool:
+    x, y = groups[first[0]], groups[second[0]]
+    if x.kind != y.kind or x.kind not in ("pointwise", "row") or x.cols != y.cols or len(first) + len(second) > MAX_SEGMENTS:
+        return False
+    if x.kind == "row" and x.cols > MAX_ROW:
+        return False
+    if not x.rows or not y.rows:
+        return False
+    return not nx.has_path(graph, a, b) and not nx.has_path(graph, b, a)
+
+
+def _kernel(segments: tuple[Group, ...], fused: Fused, options: Options, misaligned: Collection[str]) -> Kernel:
+    group = segments[0]
+    if group.kind in ("extern", "item", "empty"):
+        why = group.foreign.why if group.foreign is not None else ""
+        return Kernel(group.name, "", None, why, segments)
+    pdl = options.pdl and options.target.pdl
+    if group.contract is not None:
+        problem = gemm_problem(group, group.contract, options, misaligned)
+        family, config, why = pick(problem, options.target)
+        pdl = pdl and family != "gemm_simple"
+        return Kernel(group.name, family, config, why, segments, problem, pdl)
+    family = _family(segments)
+    problem = Problem(tuple(g.rows for g in segments), group.cols, _widest(segments, fused.values))
+    config, why = importlib.import_module(f"..kernels.{family}", __package__).choose(problem, options.target)
+    return Kernel(group.name, family, config, why, segments, problem, pdl)
+
+
+def _family(segments: tuple[Group, ...]) -> str:
+    """The schedule that suits these rows: see the families' docstrings for why each exists."""
+    group = segments[0]
+    gathers = any(isinstance(a, Indirect) for load in group.loads for a in load.offset.atoms())
+    if group.kind == "row":
+        if len(segments) > 1 and group.cols <= 512:
+            return "rope"
+        sums = all(r.kind == "sum" for g in segments for r in g.reductions)
+        return "norm" if sums and group.cols >= 1024 else "rows"
+    if group.rows > 1 and 32 <= group.cols <= 512 and len(segments) > 1:
+        return "rope"
+    if gathers and group.rows >= 1 and group.cols >= 256 and len(segments) == 1:
+        return "gather"
+    return "pointwise"
+
+
+def _widest(segments: tuple[Group, ...], values: Values) -> torch.dtype:
+    names = [s.value for g in segments for s in g.stores] + [load.value for g in segments for load in g.loads]
+    dtypes = [values.layouts[n].dtype for n in names if values.layouts[n].numel > 1] or [torch.float32]
+    return max(dtypes, key=lambda d: d.itemsize)
+
+
+def gemm_problem(group: Group, product: Contract, options: Options, misaligned: Collection[str] = ()) -> GemmProblem:
+    """A GEMM group as its families see it."""
+    x, w = product.a, product.b
+    (sk, sn), (sm, sx) = w.layout.stride, x.layout.stride
+    layout = "nk" if sk == 1 or product.k == 1 or sn != 1 else "kn"
+    aligned = all(v.base not in misaligned and v.offset * v.layout.dtype.itemsize % 16 == 0 for v in (x, w))
+    return GemmProblem(
+        product.m,
+        group.cols,
+        product.k,
+        x.layout.dtype,
+        layout,
+        paired=group.pair is not None,
+        pair_offset=group.pair or 0,
+        x_strides=(0, sm, sx),
+        w_strides=(0, sn, sk),
+        aligned=aligned,
+        allow_tf32=options.allow_tf32,
+    )
+
+
+def operand(view: View, layout: str) -> View:
+    """A GEMM's second operand as its family takes it: [N, K] or [K, N]."""
+    if layout == "kn":
+        return view
+    old = view.layout
+    return replace(view, layout=replace(old, shape=old.shape[::-1], stride=old.stride[::-1]))

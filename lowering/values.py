@@ -1,0 +1,178 @@
+"""What a value is: the definitions that `define` gives to every node and that fusion composes.
+
+A definition says what one element of a value is as a function of its index, or which product or foreign op makes it. All
+sizes are integers here. Views have no definition of their own: reading one is reading its base at another offset.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Union
+
+import torch
+
+from .affine import contiguous_strides
+from .expr import Expr
+from .ir import Input, Node, Output, Spec
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A tensor of known geometry: shape and strides in elements."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @staticmethod
+    def of(spec: Spec) -> Layout:
+        return Layout(spec.sizes(), spec.strides(), spec.dtype, spec.device)
+
+    @staticmethod
+    def contiguous(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Layout:
+        return Layout(shape, contiguous_strides(shape), dtype, device)
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+    @property
+    def dense(self) -> bool:
+        """Whether the elements fill their memory exactly, in some order of dimensions."""
+        step = 1
+        for stride, size in sorted((st, s) for st, s in zip(self.stride, self.shape, strict=True) if s != 1):
+            if stride != step:
+                return False
+            step *= size
+        return True
+
+
+@dataclass(frozen=True)
+class View:
+    """A value that is `base`'s memory at another geometry; `offset` in elements from the base's first."""
+
+    base: str
+    layout: Layout
+    offset: int
+
+
+@dataclass(frozen=True)
+class Map:
+    """Each element is `expr` of its index: variables 0 … rank-1 over `layout.shape`."""
+
+    name: str
+    layout: Layout
+    expr: Expr
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Reduce:
+    """`kind` of `expr` over the dimensions `reduced` of `domain`; variables 0 … over `domain` in natural order.
+
+    `layout` is that of the result, whose elements stand in the order of the dimensions kept.
+    """
+
+    name: str
+    layout: Layout
+    domain: tuple[int, ...]
+    reduced: tuple[int, ...]
+    kind: str
+    expr: Expr
+    source: str = ""
+
+    @property
+    def rows(self) -> int:
+        return math.prod(s for i, s in enumerate(self.domain) if i not in self.reduced)
+
+    @property
+    def cols(self) -> int:
+        return math.prod(self.domain[i] for i in self.reduced)
+
+
+@dataclass(frozen=True)
+class Contract:
+    """`m × k` times `k × n`, accumulated in fp32; `a` and `b` are the operands as geometry over values in memory."""
+
+    name: str
+    layout: Layout
+    a: View
+    b: View
+    m: int
+    n: int
+    k: int
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Extern:
+    """An op that runs as itself: what it reads must be in memory. `why` says what kept it from being lowered."""
+
+    name: str
+    node: Node
+    layouts: tuple[Layout | None, ...]
+    reads: tuple[str, ...]
+    why: str
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Item:
+    """Result `position` of the extern `of`."""
+
+    name: str
+    layout: Layout
+    of: str
+    position: int
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Empty:
+    """Memory whose content nobody asked for (`torch.empty`)."""
+
+    name: str
+    layout: Layout
+    source: str = ""
+
+
+Definition = Union[Map, Reduce, Contract, Extern, Item, Empty]
+
+
+@dataclass(frozen=True)
+class Values:
+    """A piece as definitions, in an order in which they can be computed.
+
+    Args:
+        inputs: the piece's arguments and constants.
+        definitions: by name, in order.
+        views: names that are geometry over another value.
+        outputs, mutations: as in `Trace`, names resolved by `views` where they are views.
+        nodes: how many ops of the source graph were lowered, by name of the value that took them in.
+    """
+
+    inputs: tuple[Input, ...]
+    definitions: Mapping[str, Definition]
+    views: Mapping[str, View]
+    outputs: tuple[Output, ...]
+    mutations: tuple[tuple[str, str], ...]
+    structure: object = None
+    layouts: Mapping[str, Layout] = field(default_factory=dict)
+
+    def base(self, name: str) -> str:
+        """The value in whose memory `name` lies."""
+        return self.views[name].base if name in self.views else name
+
+    def __str__(self) -> str:
+        lines = []
+        for d in self.definitions.values():
+            lines.append(f"{type(d).__name__.lower()} %{d.name}" + (f"  # {d.source}" if d.source else ""))
+        lines += [f"view %{n} of %{v.base} + {v.offset} {v.layout.shape}" for n, v in self.views.items()]
+        return "\n".join(lines)

@@ -1,0 +1,228 @@
+"""A piece, compiled on demand for the sizes it is called with.
+
+    piece = CompiledPiece(graph)          # traced at its first call, once for all sizes
+    run = piece.at(args)                  # the plan for the sizes in args, made at their first use
+    out = run(*args)
+
+Pieces that are equal but for their names share trace and plans within the process. What cannot be lowered at all runs as the
+graph it was, with one warning; what cannot be lowered in part runs those ops as themselves, counted in `summary()`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+import triton
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from ..kernels.target import Target
+from ..lowering.emit import Plan
+from ..lowering.errors import TerrazzoError, Unsupported
+from ..lowering.intake import Examples
+from ..lowering.ir import Trace
+from ..lowering.options import Options
+from ..lowering.pipeline import plan as make_plan
+from ..lowering.pipeline import trace as make_trace
+from ..lowering.specialize import failed_guard
+from .fingerprint import fingerprint
+from .load import load
+
+log = logging.getLogger("terrazzo")
+
+Runner = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A plan and its `call`."""
+
+    plan: Plan
+    call: Runner
+
+
+@dataclass
+class _Lowered:
+    """What equal pieces share: the trace for all sizes, traces for sizes whose guards failed, plans."""
+
+    graph: fx.GraphModule
+    examples: Examples
+    options: Options
+    symbolic: Trace | None = None
+    plans: dict[tuple[Any, ...], Loaded] = field(default_factory=dict)
+
+    def trace(self, binding: dict[sympy.Symbol, int]) -> tuple[Trace, dict[sympy.Symbol, int]]:
+        """A trace that holds for these sizes, and the binding of its own symbols."""
+        if self.symbolic is None:
+            self.symbolic = make_trace(self.graph, self.examples)
+        own = _rebind(self.symbolic, self.examples, binding)
+        if failed_guard(self.symbolic, own) is None:
+            return self.symbolic, own
+        return make_trace(self.graph, self.examples, binding), {}
+
+    def loaded(self, sizes: tuple[int, ...], misaligned: frozenset[str]) -> Loaded:
+        """The plan for these sizes and alignments."""
+        key = sizes, misaligned
+        if key not in self.plans:
+            binding = dict(zip(self.examples.symbols(), sizes, strict=True))
+            traced, own = self.trace(binding)
+            title = f"Piece of {len(self.graph.graph.nodes)} nodes, sizes {', '.join(map(str, sizes)) or 'fixed'}."
+            made = make_plan(traced, own, self.options, title=title, misaligned=misaligned)
+            self.plans[key] = Loaded(made, load(made))
+        return self.plans[key]
+
+
+def _rebind(trace: Trace, examples: Examples, binding: dict[sympy.Symbol, int]) -> dict[sympy.Symbol, int]:
+    """Sizes by the trace's own symbols, which stand at the same places of the arguments."""
+    places = {place: binding[s] for s, place in examples.symbols().items()}
+    return {s: places[place] for s, place in trace.symbols.items()}
+
+
+_SHARED: dict[tuple[str, Options], _Lowered] = {}
+
+
+class CompiledPiece:
+    """One piece of a model.
+
+    Args:
+        graph: torch-level or ATen FX; its placeholders carry `example_value` or `val`, or examples are given.
+        example_inputs: what the arguments look like, where the placeholders do not say.
+        options: what to compile for; by default the device of the arguments.
+    """
+
+    def __init__(
+        self, graph: fx.GraphModule, example_inputs: Sequence[Any] | None = None, *, options: Options | None = None
+    ) -> None:
+        self.graph = graph
+        self.examples = Examples.of(graph, example_inputs)
+        self._options = options
+        self._places = list(self.examples.symbols().values())
+        self._tensors = [i for i, v in enumerate(self.examples.values) if isinstance(v, torch.Tensor)]
+        self._names = [n.name for n in graph.graph.nodes if n.op == "placeholder"]
+        self._lowered: _Lowered | None = None
+        self._runs: dict[tuple[Any, ...], Runner] = {}
+        self._fell_back = False
+
+    def at(self, args: Sequence[Any]) -> Runner:
+        """The callable for the sizes in these arguments; compiled at their first use, then looked up.
+
+        Args:
+            args: the piece's arguments, as `__call__` takes them.
+
+        Returns:
+            A function of the piece's arguments at these sizes, which returns what the piece returns. Outputs come from
+            the caching allocator (aliases of inputs excepted), so a caller may capture it in a CUDA graph.
+        """
+        sizes = tuple(args[p] if d is None else args[p].shape[d] for p, d in self._places)
+        misaligned = tuple(i for i in self._tensors if args[i].data_ptr() & 15)
+        key = sizes, misaligned
+        run = self._runs.get(key)
+        if run is None:
+            run = self._runs[key] = self._compile(sizes, misaligned, args)
+        return run
+
+    def __call__(self, *args: Any) -> Any:
+        return self.at(args)(*args)
+
+    def summary(self) -> str:
+        """Plans so far: sizes, kernels, ops that run as themselves."""
+        if self._fell_back:
+            return "runs as the graph it was"
+        parts = []
+        for (sizes, _), loaded in (self._lowered.plans if self._lowered else {}).items():
+            launches = loaded.plan.schedule.launches()
+            ours = sum(bool(k.family) for k in launches)
+            parts.append(f"{sizes or 'fixed'}: {ours} kernels, {len(launches) - ours} ops as themselves")
+        return "; ".join(parts) or "not called yet"
+
+    @property
+    def plans(self) -> dict[tuple[Any, ...], Loaded]:
+        """Plans so far, by sizes and misaligned inputs."""
+        return self._lowered.plans if self._lowered else {}
+
+    def _compile(self, sizes: tuple[int, ...], misaligned: tuple[int, ...], args: Sequence[Any]) -> Runner:
+        try:
+            loaded = self._shared(args).loaded(sizes, frozenset(self._names[i] for i in misaligned))
+        except Unsupported as cause:
+            return self._fall_back(cause)
+        constants = tuple(self._constants(loaded.plan))
+        return self._guarded(_runner(loaded, constants))
+
+    def _constants(self, plan: Plan) -> list[torch.Tensor]:
+        """The tensors this very piece holds, in the plan's order; those the trace made itself are the plan's."""
+        held = {f"held_{str(n.target).replace('.', '_')}": n.target for n in self.graph.graph.nodes if n.op == "get_attr"}
+        found = []
+        for name, tensor in plan.constants.items():
+            value: Any = self.graph if name in held else tensor
+            if name in held:
+                for part in str(held[name]).split("."):
+                    value = getattr(value, part)
+            found.append(value)
+        return found
+
+    def _shared(self, args: Sequence[Any]) -> _Lowered:
+        if self._lowered is None:
+            options = self._options or options_for(args)
+            digest = fingerprint(self.graph, self.examples)
+            lowered = _Lowered(self.graph, self.examples, options)
+            self._lowered = lowered if digest is None else _SHARED.setdefault((digest, options), lowered)
+        return self._lowered
+
+    def _guarded(self, run: Runner) -> Runner:
+        """The first run compiles kernels; if one does not compile, the graph runs as it was."""
+        current: Runner | None = None
+
+        def first(*args: Any) -> Any:
+            nonlocal current
+            if current is None:
+                try:
+                    result = run(*args)
+                except (triton.CompilationError, triton.runtime.errors.OutOfResources) as cause:
+                    current = self._fall_back(cause)
+                    return current(*args)
+                current = run
+                for key, known in self._runs.items():
+                    if known is first:
+                        self._runs[key] = run
+                return result
+            return current(*args)
+
+        return first
+
+    def _fall_back(self, cause: Exception) -> Runner:
+        if not self._fell_back:
+            remedy = "python -m terrazzo.tools.dump_kernels on this piece shows the stage"
+            log.warning("a piece of %d nodes runs as the graph it was: %s; %s", len(self.graph.graph.nodes), cause, remedy)
+        self._fell_back = True
+        return self.graph.forward
+
+
+def options_for(args: Sequence[Any]) -> Options:
+    """Options for the device these arguments live on.
+
+    Raises:
+        UserError: they are on the CPU and kernels are not interpreted.
+    """
+    devices = {a.device for a in args if isinstance(a, torch.Tensor)}
+    cuda = next((d for d in devices if d.type == "cuda"), None)
+    target = Target.current(cuda)
+    return Options(target, allow_tf32=torch.backends.cuda.matmul.allow_tf32)
+
+
+def _runner(loaded: Loaded, constants: tuple[torch.Tensor, ...]) -> Runner:
+    """The plan's call with constants appended and its result in the piece's own structure."""
+    call, structure = loaded.call, loaded.plan.schedule.values.structure
+    flat = structure == pytree.tree_structure((0,) * structure.num_leaves)
+    if flat:
+        return call if not constants else lambda *args: call(*args, *constants)
+    if structure.is_leaf():
+        return lambda *args: call(*args, *constants)[0]
+    return lambda *args: pytree.tree_unflatten(list(call(*args, *constants)), structure)
+
+
+__all__ = ["CompiledPiece", "TerrazzoError", "options_for"]

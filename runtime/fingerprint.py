@@ -1,0 +1,99 @@
+"""When two pieces are the same: equal ops on equal arguments, whatever their nodes are called.
+
+The 32 layers of a model differ in names alone; they share one trace and its plans.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from ..lowering.intake import Examples
+
+
+def fingerprint(graph: fx.GraphModule, examples: Examples) -> str | None:
+    """A digest of what the piece computes on which kinds of arguments; None when something in it cannot be written down.
+
+    Args:
+        graph: the piece.
+        examples: its arguments; symbols count by order of appearance.
+    """
+    symbols: dict[sympy.Symbol, sympy.Symbol] = {}
+    names: dict[fx.Node, str] = {}
+    lines = []
+    values = iter(examples.values)
+    try:
+        for node in graph.graph.nodes:
+            names[node] = f"n{len(names)}"
+            if node.op == "placeholder":
+                lines.append(f"placeholder {_argument(next(values), symbols)}")
+            elif node.op == "get_attr":
+                lines.append(f"get_attr {_argument(_attribute(graph, node.target), symbols)}")
+            else:
+                target = _target(node)
+                lines.append(f"{node.op} {target} {_tree(node.args, names)} {_tree(dict(node.kwargs), names)}")
+    except _Unknown:
+        return None
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+class _Unknown(Exception):
+    """A value that has no text that says all of it."""
+
+
+def _argument(value: Any, symbols: dict[sympy.Symbol, sympy.Symbol]) -> str:
+    if isinstance(value, torch.Tensor):
+        dims = [_dim(d, symbols) for d in (*value.shape, "|", *value.stride())]
+        return f"{value.dtype} {value.device} {' '.join(dims)} {isinstance(value, torch.nn.Parameter)}"
+    if isinstance(value, (int, torch.SymInt)):
+        return _dim(value, symbols)
+    return f"opaque {type(value).__module__}.{type(value).__qualname__}"
+
+
+def _dim(value: Any, symbols: dict[sympy.Symbol, sympy.Symbol]) -> str:
+    if not isinstance(value, torch.SymInt):
+        return str(value)
+    expr = value.node.expr
+    for symbol in sorted(expr.free_symbols, key=str):
+        symbols.setdefault(symbol, sympy.Symbol(f"size{len(symbols)}"))
+    return str(expr.xreplace(symbols))
+
+
+def _target(node: fx.Node) -> str:
+    if isinstance(node.target, str):
+        return node.target
+    if isinstance(node.target, torch._ops.OpOverload):
+        return str(node.target)
+    module, name = getattr(node.target, "__module__", None), getattr(node.target, "__qualname__", None)
+    if name is None:
+        name = getattr(node.target, "__name__", None)
+    if name is None:
+        raise _Unknown
+    return f"{module}.{name}"
+
+
+def _tree(value: Any, names: Mapping[fx.Node, str]) -> str:
+    if isinstance(value, fx.Node):
+        return names[value]
+    if isinstance(value, (tuple, list)):
+        return "(" + " ".join(_tree(v, names) for v in value) + ")"
+    if isinstance(value, dict):
+        return "{" + " ".join(f"{k}:{_tree(v, names)}" for k, v in value.items()) + "}"
+    if isinstance(value, slice):
+        return f"slice({_tree((value.start, value.stop, value.step), names)})"
+    if value is None or value is Ellipsis or isinstance(value, (bool, int, float, str, torch.dtype, torch.device, torch.layout)):
+        return f"{type(value).__name__}:{value!r}"
+    if isinstance(value, torch.memory_format):
+        return str(value)
+    raise _Unknown
+
+
+def _attribute(module: Any, path: str) -> Any:
+    for part in path.split("."):
+        module = getattr(module, part)
+    return module
