@@ -15,7 +15,6 @@ Under TRITON_INTERPRET=1 the call goes to the interpreter, whose small floats ar
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -57,7 +56,7 @@ class Kernel:
 
     def __init__(
         self,
-        fn: Callable,
+        fn: Any,
         constexprs: dict[str, Any],
         num_warps: int,
         num_stages: int = 3,

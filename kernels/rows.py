@@ -129,7 +129,7 @@ def _walk(
         for start_c in range(0, cols, BLOCK_C):
             row, col, mask = tile_of(start_r, start_c, rows, cols, BLOCK_R, BLOCK_C)
             acc = PARTIAL(PASS, SEGMENT, row, col, mask, t, acc, scalars)
-        scalars = scalars + (FINISH(PASS, acc),)
+        scalars = scalars + (FINISH(PASS, acc),)  # type: ignore[assignment]
     for start_c in range(0, cols, BLOCK_C):
         row, col, mask = tile_of(start_r, start_c, rows, cols, BLOCK_R, BLOCK_C)
         STORE(SEGMENT, row, col, mask, t, scalars)
