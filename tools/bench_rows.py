@@ -154,7 +154,7 @@ def gather_cases() -> Iterator[Case]:
 CASES = {"norm": norm_cases, "rope": rope_cases, "pointwise": pointwise_cases, "gather": gather_cases}
 
 
-def graph_us(launch: Callable[[int], None], launches: int = LAUNCHES) -> float:
+def graph_us(launch: Callable[[int], object], launches: int = LAUNCHES) -> float:
     """Median time of one launch within a captured chain of `launches`."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
