@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .emit_expr import HELPERS, Body, identifier
+from .emit_expr import HELPERS, Body, short_names
 from .group import Group
 from .ir import Output, Ref, iter_refs, map_tree
 from .schedule import Schedule, Step
@@ -63,9 +63,8 @@ class _Writer:
         self.schedule = schedule
         self.values: Values = schedule.values
         self.objects: list[Any] = []
-        self.names: dict[str, str] = {}
-        for step in schedule.steps:
-            self.names[step.kernel.name] = identifier(step.kernel.name)
+        inputs = [i.name for i in self.values.inputs]
+        self.names = short_names([*inputs, *self.values.definitions, *self.values.views])
 
     # Module level.
 
@@ -101,10 +100,10 @@ class _Writer:
         for number, group in enumerate(kernel.segments):
             inner = [f"# {line}" for line in self.sources(group)]
             used = {load.value for load in group.loads} | {s.value for s in group.stores}
-            inner += [f"{identifier(n + '_ptr')} = t[{i}]" for i, n in enumerate(tensors) if n in used]
+            inner += [f"{self.names[n]}_ptr = t[{i}]" for i, n in enumerate(tensors) if n in used]
             if epilogue and self.wide(group):
                 inner.append("m = m.to(tl.int64)")
-            inner += Body(group, dtypes, epilogue).write()
+            inner += Body(group, dtypes, self.names, epilogue).write()
             indent = "    "
             if len(kernel.segments) > 1:
                 lines.append(f"    if SEGMENT == {number}:")
@@ -147,9 +146,9 @@ class _Writer:
 
     def call(self) -> str:
         arguments = [i for i in self.values.inputs]
-        names = ", ".join(identifier(i.name) for i in arguments)
+        names = ", ".join(self.names[i.name] for i in arguments)
         lines = [f"def call({names}):"]
-        device = next((identifier(i.name) for i in arguments if i.kind in ("tensor", "constant")), None)
+        device = next((self.names[i.name] for i in arguments if i.kind in ("tensor", "constant")), None)
         if device is not None:
             lines.append(f"    device = {device}.device")
         else:
@@ -157,13 +156,13 @@ class _Writer:
         for step in self.schedule.steps:
             lines += ["    " + line for line in self.step(step)]
         for target, value in self.values.mutations:
-            lines.append(f"    {identifier(target)}.copy_({self.tensor(value)})")
+            lines.append(f"    {self.names[target]}.copy_({self.tensor(value)})")
         lines.append(f"    return ({''.join(self.output(o) + ', ' for o in self.values.outputs).rstrip()})")
         return "\n".join(lines)
 
     def step(self, step: Step) -> list[str]:
         kernel = step.kernel
-        lines = [f"{identifier(n)} = {self.buffer(self.values.layouts[n])}" for n in step.makes]
+        lines = [f"{self.names[n]} = {self.buffer(self.values.layouts[n])}" for n in step.makes]
         group = kernel.group
         if group.kind == "extern":
             assert group.foreign is not None
@@ -171,17 +170,17 @@ class _Writer:
         elif group.kind == "item":
             made = self.values.definitions[group.members[0]]
             assert isinstance(made, Item)
-            lines.append(f"{identifier(made.name)} = {identifier(made.of)}[{made.position}]")
+            lines.append(f"{self.names[made.name]} = {self.names[made.of]}[{made.position}]")
         elif kernel.family:
             lines.append(self.launch(kernel))
         made_here = [n for n in step.drops if not isinstance(self.values.definitions.get(n), Empty) or n in step.makes]
         if made_here and step is not self.schedule.steps[-1]:
-            lines.append(f"del {', '.join(map(identifier, step.drops))}")
+            lines.append(f"del {', '.join(self.names[n] for n in step.drops)}")
         return lines
 
     def launch(self, kernel: Kernel) -> str:
         name = self.names[kernel.name]
-        tensors = "".join(f"{identifier(n)}, " for n in self.tensors(kernel)).rstrip()
+        tensors = "".join(f"{self.names[n]}, " for n in self.tensors(kernel)).rstrip()
         if kernel.group.contract is not None:
             product = kernel.group.contract
             x, w = self.geometry(product.a), self.geometry(operand(product.b, kernel.problem.layout))
@@ -198,7 +197,7 @@ class _Writer:
         op = made.node.op
         text = f"torch.ops.{op}" if isinstance(op, torch._ops.OpOverload) else self.kept(op)
         lines = [f"# {made.name}: itself, {made.why}"] if made.why else []
-        target = f"{identifier(made.name)} = " if any(layout is not None for layout in made.layouts) else ""
+        target = f"{self.names[made.name]} = " if any(layout is not None for layout in made.layouts) else ""
         return [*lines, f"{target}{text}({', '.join(args)})"]
 
     def literal(self, value: Any) -> Any:
@@ -223,7 +222,7 @@ class _Writer:
         """A value in memory as an expression, views included."""
         if name in self.values.views:
             return self.geometry(self.values.views[name])
-        return identifier(name)
+        return self.names[name]
 
     def geometry(self, view: View, exact: bool = False) -> str:
         """A view as an expression; unless `exact`, strides of dimensions of size 1 are as they come."""
@@ -231,7 +230,7 @@ class _Writer:
         same = base.shape == view.layout.shape and view.offset == 0
         pairs = zip(base.stride, view.layout.stride, base.shape, strict=True) if same else ()
         same = same and all(a == b for a, b, s in pairs if exact or s > 1)
-        name = identifier(view.base)
+        name = self.names[view.base]
         if same:
             return name
         offset = f"{name}.storage_offset() + {view.offset}" if any(i.name == view.base for i in self.values.inputs) else str(view.offset)
@@ -239,7 +238,7 @@ class _Writer:
 
     def output(self, output: Output) -> str:
         if output.kind == "input":
-            return identifier(output.ref)
+            return self.names[output.ref]
         if output.kind in ("alias", "value"):
             assert output.spec is not None
             view = self.values.views.get(output.ref)

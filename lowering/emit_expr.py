@@ -10,7 +10,7 @@ from __future__ import annotations
 import keyword
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -80,20 +80,36 @@ def identifier(name: str) -> str:
     return f"{name}_" if keyword.iskeyword(name) or name in RESERVED else name
 
 
+def short_names(values: Iterable[str]) -> dict[str, str]:
+    """Readable, distinct Python names: Dynamo's paths without what every path has."""
+    given: dict[str, str] = {}
+    taken: set[str] = set()
+    for value in values:
+        name = re.sub(r"^l_(?:self_)?", "", value.lower() if value.startswith("L_") else value)
+        name = re.sub(r"_?(?:modules|parameters|buffers)_+", "_", name).strip("_") or value
+        name = base = identifier(name if not name[0].isdigit() else f"v_{name}")
+        count = 2
+        while name in taken:
+            name, count = f"{base}_{count}", count + 1
+        taken.add(name)
+        given[value] = name
+    return given
+
+
 @dataclass
 class Body:
     """Writes the statements of one group.
 
     Args:
         group: what is computed.
-        tensors: parameter position of each value in memory.
-        row, col: names of the indices; `m` and `n` in an epilogue.
         dtypes: of values in memory.
-        wide: whether offsets need int64.
+        names: Python names of values.
+        epilogue: whether the indices are `m` and `n` of a GEMM's tile instead of `row` and `col`.
     """
 
     group: Group
     dtypes: Mapping[str, torch.dtype]
+    names: Mapping[str, str]
     epilogue: bool
     lines: list[str] = field(default_factory=list)
     taken: set[str] = field(default_factory=set)
@@ -114,13 +130,16 @@ class Body:
         return self.lines
 
     def assign(self, name: str, text: str) -> str:
-        name = base = identifier(name)
+        name = base = self.names.get(name) or identifier(name)
         count = 2
         while name in self.taken:
             name, count = f"{base}_{count}", count + 1
         self.taken.add(name)
         self.lines.append(f"{name} = {text}")
         return name
+
+    def pointer(self, name: str) -> str:
+        return f"{self.names[name]}_ptr"
 
     def reduced(self, kind: str, value: str, dtype: torch.dtype) -> str:
         neutral = NEUTRAL[kind]
@@ -144,7 +163,7 @@ class Body:
             mask = "row_mask"
             if mask not in self.taken:
                 self.assign(mask, "tl.max(mask.to(tl.int32), axis=1, keep_dims=True) != 0")
-        target = identifier(f"{name}_ptr")
+        target = self.pointer(name)
         self.lines.append(f"tl.store({target} + {where}, {self.typed(value, expr, self.dtypes[name])}, mask={mask})")
 
     def typed(self, value: str, expr: Expr, dtype: torch.dtype) -> str:
@@ -174,7 +193,7 @@ class Body:
         if isinstance(expr, Acc):
             return ("acc2" if expr.which else "acc"), frozenset((0, 1))
         if isinstance(expr, RowScalar):
-            return identifier(expr.value), frozenset((0,))
+            return self.names[expr.value], frozenset((0,))
         if isinstance(expr, Index):
             where, dims = self.offset(expr.offset, cond)
             return where if _atomic(where) else f"({where})", dims
@@ -202,7 +221,7 @@ class Body:
             where, dims = self.spread(where, dims, frozenset((0, 1))), frozenset((0, 1))
         mask = self.mask(dims)
         masks = [m for m in (mask, held) if m]
-        text = f"tl.load({identifier(expr.value + '_ptr')} + {where}"
+        text = f"tl.load({self.pointer(expr.value)} + {where}"
         text += f", mask={' & '.join(masks)})" if masks else ")"
         stored = self.dtypes[expr.value]
         if register(stored) != stored:

@@ -16,6 +16,7 @@ Refuses (Unsupported): changes of metadata of inputs, mutated inputs that overla
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -279,8 +280,37 @@ class _Interpreter(fx.Interpreter):
         super().__init__(graph, garbage_collect_values=False)
         self.held = held
 
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is operator.getitem and isinstance(args[0], torch.Tensor):
+            return _indexed(*args)
+        return super().call_function(target, args, kwargs)
+
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         return self.held[_flat(target)] if _flat(target) in self.held else super().get_attr(target, args, kwargs)
+
+
+def _indexed(tensor: torch.Tensor, key: Any) -> torch.Tensor:
+    """`tensor[key]` through ATen where the key is basic: torch's own indexing initialises the device of a fake tensor."""
+    keys = key if isinstance(key, tuple) else (key,)
+    if not all(k is None or k is Ellipsis or isinstance(k, slice) or _whole(k) for k in keys):
+        return tensor[key]
+    at = 0
+    for place, k in enumerate(keys):
+        if k is Ellipsis:
+            at = tensor.dim() - sum(1 for later in keys[place + 1 :] if later is not None)
+        elif k is None:
+            tensor, at = tensor.unsqueeze(at), at + 1
+        elif isinstance(k, slice):
+            if k != slice(None):
+                tensor = torch.ops.aten.slice.Tensor(tensor, at, k.start, k.stop, 1 if k.step is None else k.step)
+            at += 1
+        else:
+            tensor = tensor.select(at, k)
+    return tensor
+
+
+def _whole(key: Any) -> bool:
+    return isinstance(key, (int, torch.SymInt)) and not isinstance(key, bool)
 
 
 def _constants(graph: fx.GraphModule) -> dict[str, torch.Tensor]:

@@ -18,11 +18,11 @@ import networkx as nx
 import torch
 
 from ..kernels.gemm import GemmProblem, pick
-from ..kernels.segments import Problem
+from ..kernels.segments import Problem, pdl_pays
 from .affine import Div, Indirect, Mod
 from .expr import Load, loads
 from .fuse import Fused
-from .group import Group, Refused, compose
+from .group import Group, Refused, compose, traffic
 from .options import Options
 from .values import Contract, Item, Values, View
 
@@ -196,8 +196,12 @@ def _kernel(segments: tuple[Group, ...], fused: Fused, options: Options, misalig
         pdl = pdl and family != "gemm_simple"
         return Kernel(group.name, family, config, why, segments, problem, pdl)
     family = _family(segments)
-    problem = Problem(tuple(g.rows for g in segments), group.cols, _widest(segments, fused.values))
+    elements = max(sum(g.rows for g in segments) * group.cols, 1)
+    moved = sum(traffic(g, fused.values) for g in segments)
+    widest = _widest(segments, fused.values)
+    problem = Problem(tuple(g.rows for g in segments), group.cols, widest, max(moved // elements, 1))
     config, why = importlib.import_module(f"..kernels.{family}", __package__).choose(problem, options.target)
+    pdl = pdl and pdl_pays(problem, config, options.target)
     return Kernel(group.name, family, config, why, segments, problem, pdl)
 
 

@@ -151,7 +151,7 @@ class CompiledPiece:
         except Unsupported as cause:
             return self._fall_back(cause)
         constants = tuple(self._constants(loaded.plan))
-        return self._guarded(_runner(loaded, constants))
+        return self._warmed(_runner(loaded, constants), loaded, args)
 
     def _constants(self, plan: Plan) -> list[torch.Tensor]:
         """The tensors this very piece holds, in the plan's order; those the trace made itself are the plan's."""
@@ -173,26 +173,21 @@ class CompiledPiece:
             self._lowered = lowered if digest is None else _SHARED.setdefault((digest, options), lowered)
         return self._lowered
 
-    def _guarded(self, run: Runner) -> Runner:
-        """The first run compiles kernels; if one does not compile, the graph runs as it was."""
-        current: Runner | None = None
+    def _warmed(self, run: Runner, loaded: Loaded, args: Sequence[Any]) -> Runner:
+        """One run on these arguments, so that nothing is left to compile or to allocate when the caller captures a graph.
 
-        def first(*args: Any) -> Any:
-            nonlocal current
-            if current is None:
-                try:
-                    result = run(*args)
-                except (triton.CompilationError, triton.runtime.errors.OutOfResources) as cause:
-                    current = self._fall_back(cause)
-                    return current(*args)
-                current = run
-                for key, known in self._runs.items():
-                    if known is first:
-                        self._runs[key] = run
-                return result
-            return current(*args)
-
-        return first
+        What the piece would write in place is written to a copy. A kernel that does not compile sends the whole piece
+        back to its graph.
+        """
+        if self._lowered is None or self._lowered.options.target.interpreted:
+            return run
+        written = {name for name, _ in loaded.plan.schedule.values.mutations}
+        trial = [a.clone() if name in written else a for name, a in zip(self._names, args, strict=True)]
+        try:
+            run(*trial)
+        except (triton.CompilationError, triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError) as cause:
+            return self._fall_back(cause)
+        return run
 
     def _fall_back(self, cause: Exception) -> Runner:
         if not self._fell_back:
