@@ -52,9 +52,10 @@ def reduce_to(d: Definer, node: Node, name: str, kind: str, expr: Expr, layout: 
     return Ref(name)
 
 
-def _finish(d: Definer, node: Node, reduced: Ref, scale: float | None = None) -> None:
-    """The node's own value from a reduction: its shape (kept dimensions of size 1 or not), dtype and scale."""
-    made = Layout.of(node.spec)  # type: ignore[arg-type]
+def _finish(d: Definer, node: Node, reduced: Ref, scale: float | None = None, part: int | None = None) -> None:
+    """The node's own value (or its result number `part`) from a reduction: shape, dtype and scale."""
+    spec = node.spec if part is None else node.spec[part]  # type: ignore[index]
+    made = Layout.of(spec)  # type: ignore[arg-type]
     kept = d.layout(reduced)
     big = [i for i, s in zip(variables(made.shape), made.shape, strict=True) if s != 1]
     index, own = [], iter(big)
@@ -63,7 +64,7 @@ def _finish(d: Definer, node: Node, reduced: Ref, scale: float | None = None) ->
     value = d.read(reduced, index)
     if scale is not None:
         value = apply("mul", value, const(scale, value.dtype), dtype=value.dtype)
-    d.map(node, value)
+    d.map(node, value, name=node.name if part is None else f"{node.name}#{part}", layout=made)
 
 
 @rule(aten.sum, aten.mean)
@@ -95,6 +96,18 @@ def extreme(d: Definer, node: Node) -> None:
     _finish(d, node, reduce_to(d, node, f"{node.name}_of", kind, value, layout, axes))
 
 
+@rule(aten.max.dim, aten.min.dim)
+def extreme_with_index(d: Definer, node: Node) -> None:
+    layout, value = _source(d, node)
+    axes = _axes(node, 1, len(layout.shape))
+    _check(node, layout, axes)
+    if value.dtype == torch.bool:
+        value = cast(value, torch.int32)
+    kind = "max" if node.op is aten.max.dim else "min"
+    _finish(d, node, reduce_to(d, node, f"{node.name}_of", kind, value, layout, axes), part=0)
+    _finish(d, node, reduce_to(d, node, f"{node.name}_at", f"arg{kind}", value, layout, axes), part=1)
+
+
 @rule(aten.argmax, aten.argmin)
 def arg_extreme(d: Definer, node: Node) -> None:
     layout, value = _source(d, node)
@@ -110,27 +123,45 @@ def variance(d: Definer, node: Node) -> None:
     layout, value = _source(d, node)
     axes = _axes(node, 1, len(layout.shape))
     _check(node, layout, axes)
-    if "correction" in node.kwargs:
-        correction = node.kwargs["correction"]
-    else:
-        correction = int(node.args[2]) if len(node.args) > 2 and "dim" in str(node.op) else 1
-    correction = 1 if correction is None else correction
-    spread, count, dtype = _spread(d, node, layout, value, axes)
-    if count - correction <= 0:
-        raise Unsupported(node.name, "a variance with no degree of freedom", stage="define")
+    spread, _, count, dtype = _spread(d, node, layout, value, axes)
+    freedom = _freedom(node, count)
     made = Layout.of(node.spec)  # type: ignore[arg-type]
     if not deviation:
-        _finish(d, node, spread, 1.0 / (count - correction))
+        _finish(d, node, spread, 1.0 / freedom)
         return
     kept = d.layout(spread)
-    scaled = apply("mul", d.read(spread, variables(kept.shape)), const(1.0 / (count - correction), dtype), dtype=dtype)
+    scaled = apply("mul", d.read(spread, variables(kept.shape)), const(1.0 / freedom, dtype), dtype=dtype)
     name = f"{node.name}_root"
     d.map(node, apply("sqrt", scaled, dtype=dtype), name=name, layout=Layout.contiguous(kept.shape, dtype, made.device))
     _finish(d, node, Ref(name))
 
 
-def _spread(d: Definer, node: Node, layout: Layout, value: Expr, axes: tuple[int, ...]) -> tuple[Ref, int, torch.dtype]:
-    """Sum of squared distances from the mean, in two passes over registers (no cancellation)."""
+@rule(aten.var_mean.correction)
+def variance_and_mean(d: Definer, node: Node) -> None:
+    layout, value = _source(d, node)
+    axes = _axes(node, 1, len(layout.shape))
+    _check(node, layout, axes)
+    spread, sums, count, _ = _spread(d, node, layout, value, axes)
+    _finish(d, node, spread, 1.0 / _freedom(node, count), part=0)
+    _finish(d, node, sums, 1.0 / count, part=1)
+
+
+def _freedom(node: Node, count: int) -> float:
+    """What a sum of squared distances is divided by to be a variance."""
+    if "correction" in node.kwargs:
+        correction = node.kwargs["correction"]
+    else:
+        correction = int(node.args[2]) if len(node.args) > 2 and "dim" in str(node.op) else 1
+    freedom = count - (1 if correction is None else correction)
+    if freedom <= 0:
+        raise Unsupported(node.name, "a variance with no degree of freedom", stage="define")
+    return freedom
+
+
+def _spread(
+    d: Definer, node: Node, layout: Layout, value: Expr, axes: tuple[int, ...]
+) -> tuple[Ref, Ref, int, torch.dtype]:
+    """Sum of squared distances from the mean, in two passes over registers (no cancellation), and the plain sum."""
     dtype = arithmetic(layout.dtype)
     value = cast(value, dtype)
     sums = reduce_to(d, node, f"{node.name}_total", "sum", value, layout, axes)
@@ -141,4 +172,4 @@ def _spread(d: Definer, node: Node, layout: Layout, value: Expr, axes: tuple[int
     mean = apply("mul", d.read(sums, _at_kept(axes, index)), const(1.0 / count, dtype), dtype=dtype)
     distance = apply("sub", value, mean, dtype=dtype)
     squared = apply("mul", distance, distance, dtype=dtype)
-    return reduce_to(d, node, f"{node.name}_spread", "sum", squared, layout, axes), count, dtype
+    return reduce_to(d, node, f"{node.name}_spread", "sum", squared, layout, axes), sums, count, dtype
