@@ -15,10 +15,11 @@ from typing import Any
 import torch
 
 from .emit_expr import HELPERS, Body, short_names
+from .emit_loop import looped_body
 from .group import Group
 from .ir import Output, Ref, iter_refs, map_tree
 from .schedule import Schedule, Step
-from .select import Kernel, operand
+from .select import Kernel, is_looped, operand
 from .values import Empty, Extern, Item, Layout, Values, View
 
 
@@ -95,6 +96,8 @@ class _Writer:
         epilogue = kernel.group.contract is not None
         tensors = self.tensors(kernel)
         dtypes = {n: self.values.layouts[n].dtype for n in tensors}
+        if is_looped(kernel):
+            return looped_body(f"{self.names[kernel.name]}_body", kernel.group, tensors, dtypes, self.names)
         head = f"def {self.names[kernel.name]}_body({'acc, acc2, m, n, mask, t' if epilogue else 'SEGMENT: tl.constexpr, row, col, mask, t'}):"
         lines = ["@triton.jit", head]
         for number, group in enumerate(kernel.segments):

@@ -142,14 +142,7 @@ class Body:
         return f"{self.names[name]}_ptr"
 
     def reduced(self, kind: str, value: str, dtype: torch.dtype) -> str:
-        neutral = NEUTRAL[kind]
-        if neutral in ("low", "high"):
-            if dtype.is_floating_point:
-                neutral = 'float("-inf")' if neutral == "low" else 'float("inf")'
-            else:
-                info = torch.iinfo(dtype)
-                neutral = str(info.min if neutral == "low" else info.max)
-        return f"row_{kind}(tl.where(mask, {value}, {neutral}))"
+        return f"row_{kind}(tl.where(mask, {value}, {neutral_text(kind, dtype)}))"
 
     def store(self, name: str, offset: Affine, expr: Expr, per_row: bool) -> None:
         if isinstance(expr, Apply) and expr.fn in ("keep", "cast") and expr.args[0].dtype == torch.float32:
@@ -170,7 +163,7 @@ class Body:
         """A value as what is stored: in the tensor's dtype; a constant as a tensor."""
         if isinstance(expr, Const):
             return f"tl.full([1, 1], {value}, {TYPES[dtype]})"
-        return f"{value if _atomic(value) else f'({value})'}.to({TYPES[dtype]})"
+        return f"{value if atomic(value) else f'({value})'}.to({TYPES[dtype]})"
 
     # Values.
 
@@ -196,7 +189,7 @@ class Body:
             return self.names[expr.value], frozenset((0,))
         if isinstance(expr, Index):
             where, dims = self.offset(expr.offset, cond)
-            return where if _atomic(where) else f"({where})", dims
+            return where if atomic(where) else f"({where})", dims
         if isinstance(expr, Masked):
             both = expr.cond if cond is None else Apply(torch.bool, fn="bitwise_and", args=(cond, expr.cond))
             return self.value(expr.body, both)
@@ -214,7 +207,7 @@ class Body:
         held = None
         if cond is not None:
             held, cond_dims = self.value(cond)
-            held = held if _atomic(held) else f"({held})"
+            held = held if atomic(held) else f"({held})"
             where = self.spread(where, dims, dims | cond_dims)
             dims = dims | cond_dims
         if self.epilogue and dims == frozenset((0,)):
@@ -266,10 +259,21 @@ class Body:
             return f"({base} {'//' if isinstance(atom, Div) else '%'} {atom.divisor})", dims
         if isinstance(atom, Bounded):
             base, dims = self.offset(atom.base, cond)
-            return base if _atomic(base) else f"({base})", dims
+            return base if atomic(base) else f"({base})", dims
         assert isinstance(atom, Indirect)
         text, dims = self.value(atom.value, cond)
-        return f"{text}.to(tl.int64)" if _atomic(text) else f"({text}).to(tl.int64)", dims
+        return f"{text}.to(tl.int64)" if atomic(text) else f"({text}).to(tl.int64)", dims
+
+
+def neutral_text(kind: str, dtype: torch.dtype) -> str:
+    """What a lane without a column contributes to a reduction, as source."""
+    neutral = NEUTRAL[kind]
+    if neutral not in ("low", "high"):
+        return neutral
+    if dtype.is_floating_point:
+        return 'float("-inf")' if neutral == "low" else 'float("inf")'
+    info = torch.iinfo(dtype)
+    return str(info.min if neutral == "low" else info.max)
 
 
 def _guarded(offset: Affine) -> bool:
@@ -302,7 +306,7 @@ def apply_text(expr: Apply, parts: list[str]) -> str:
     """A function call as source, its operands given as text."""
     if expr.fn in ("cast", "keep"):
         return cast_text(expr, parts[0])
-    wrapped = [p if _atomic(p) else f"({p})" for p in parts]
+    wrapped = [p if atomic(p) else f"({p})" for p in parts]
     of = expr.args[-1].dtype
     if expr.fn == "where":
         return tl_where(expr, parts)
@@ -328,7 +332,7 @@ def tl_where(expr: Apply, parts: list[str]) -> str:
 
 def cast_text(expr: Apply, part: str) -> str:
     source, dtype = expr.args[0].dtype, expr.dtype
-    inner = part if _atomic(part) else f"({part})"
+    inner = part if atomic(part) else f"({part})"
     if expr.fn == "keep" or (source in (torch.float16, torch.bfloat16) and dtype == torch.float32):
         return part
     if isinstance(expr.args[0], Const):
@@ -343,7 +347,8 @@ def cast_text(expr: Apply, part: str) -> str:
     return f"{inner}.to({TYPES[dtype]})"
 
 
-def _atomic(text: str) -> bool:
+def atomic(text: str) -> bool:
+    """Whether a text can be an operand without parentheses."""
     if re.fullmatch(r"[\w.]+", text) or re.fullmatch(r"float\(\"-?\w+\"\)", text):
         return True
     if not re.match(r"[\w.]+\(", text) and not text.startswith("("):

@@ -17,7 +17,9 @@ from typing import Any
 import networkx as nx
 import torch
 
+from ..kernels import rows
 from ..kernels.gemm import GemmProblem, pick
+from ..kernels.rows import LOOP_FROM
 from ..kernels.segments import Problem, pdl_pays
 from .affine import Div, Indirect, Mod
 from .expr import Load, loads
@@ -27,7 +29,6 @@ from .options import Options
 from .values import Contract, Item, Values, View
 
 MAX_SEGMENTS = 4
-MAX_ROW = 131072
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,7 @@ def _joins(groups: list[Group], first: list[int], second: list[int], graph: nx.D
     x, y = groups[first[0]], groups[second[0]]
     if x.kind != y.kind or x.kind not in ("pointwise", "row") or x.cols != y.cols or len(first) + len(second) > MAX_SEGMENTS:
         return False
-    if x.kind == "row" and x.cols > MAX_ROW:
+    if x.kind == "row" and x.cols > LOOP_FROM:
         return False
     if not x.rows or not y.rows:
         return False
@@ -200,7 +201,10 @@ def _kernel(segments: tuple[Group, ...], fused: Fused, options: Options, misalig
     moved = sum(traffic(g, fused.values) for g in segments)
     widest = _widest(segments, fused.values)
     problem = Problem(tuple(g.rows for g in segments), group.cols, widest, max(moved // elements, 1))
-    config, why = importlib.import_module(f"..kernels.{family}", __package__).choose(problem, options.target)
+    if group.kind == "row" and group.cols > LOOP_FROM:
+        config, why = rows.choose(problem, options.target, looped=True)
+    else:
+        config, why = importlib.import_module(f"..kernels.{family}", __package__).choose(problem, options.target)
     pdl = pdl and pdl_pays(problem, config, options.target)
     return Kernel(group.name, family, config, why, segments, problem, pdl)
 
@@ -212,6 +216,8 @@ def _family(segments: tuple[Group, ...]) -> str:
     if group.kind == "row":
         if len(segments) > 1 and group.cols <= 512:
             return "rope"
+        if group.cols > LOOP_FROM:
+            return "rows"
         sums = all(r.kind == "sum" for g in segments for r in g.reductions)
         return "norm" if sums and group.cols >= 1024 else "rows"
     if group.rows > 1 and 32 <= group.cols <= 512 and len(segments) > 1:
@@ -225,6 +231,11 @@ def _widest(segments: tuple[Group, ...], values: Values) -> torch.dtype:
     names = [s.value for g in segments for s in g.stores] + [load.value for g in segments for load in g.loads]
     dtypes = [values.layouts[n].dtype for n in names if values.layouts[n].numel > 1] or [torch.float32]
     return max(dtypes, key=lambda d: d.itemsize)
+
+
+def is_looped(kernel: Kernel) -> bool:
+    """Whether a launch walks its rows tile by tile instead of holding them."""
+    return kernel.group.kind == "row" and kernel.group.cols > LOOP_FROM
 
 
 def gemm_problem(group: Group, product: Contract, options: Options, misaligned: Collection[str] = ()) -> GemmProblem:
