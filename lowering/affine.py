@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Union
+from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
     from .expr import Expr
@@ -79,7 +79,7 @@ class Indirect:
         return 0, self.size - 1
 
 
-Atom = Union[Var, Div, Mod, Bounded, Indirect]
+Atom: TypeAlias = "Var | Div | Mod | Bounded | Indirect"
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,7 +157,10 @@ class Affine:
             return quotient + lo // divisor
         common = math.gcd(divisor, *(c for _, c in rest.terms))
         if common > 1:
-            rest, divisor = Affine(tuple((a, c // common) for a, c in rest.terms), rest.const // common), divisor // common
+            rest, divisor = (
+                Affine(tuple((a, c // common) for a, c in rest.terms), rest.const // common),
+                divisor // common,
+            )
             return quotient + rest.floordiv(divisor)
         coarse = _coarse(rest, divisor)
         if coarse is not None:
@@ -211,7 +214,8 @@ class Affine:
 
 
 def _coarse(rest: Affine, divisor: int) -> tuple[int, Affine, Affine] | None:
-    """(step, big, small) with rest = step · big + small, step a divisor of `divisor` and small in [0, step), if there is one.
+    """(step, big, small) with rest = step · big + small, step a divisor of `divisor` and small in [0, step), if there
+    is one.
 
     Then small decides neither the quotient nor how far the remainder wraps.
     """

@@ -1,7 +1,7 @@
 """Stage 2: the trace without what says nothing.
 
-Enters: a functional ATen trace. Leaves: the same with ops that hand on their argument (`alias`, `detach`, a copy to the dtype it
-has) replaced by it, `getitem`s of views resolved to views, and nodes that nothing reads gone. It stands before
+Enters: a functional ATen trace. Leaves: the same with ops that hand on their argument (`alias`, `detach`, a copy to the
+dtype it has) replaced by it, `getitem`s of views resolved to views, and nodes that nothing reads gone. It stands before
 `specialize`, so that it is done once for all sizes. It refuses nothing.
 """
 

@@ -1,7 +1,7 @@
 """Which ATen ops are taken apart while tracing, and by whose rule.
 
-The core ATen decompositions of torch, less the ops that `define` lowers as they are: a SiLU stays one function in a body,
-and a softmax is written by us in the order that suits one row in registers.
+The core ATen decompositions of torch, less the ops that `define` lowers as they are: a SiLU stays one function in a
+body, and a softmax is written by us in the order that suits one row in registers.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def table() -> Mapping[Any, Callable[..., Any]]:
     """The decomposition table for tracing."""
     kept = {overload for packet in KEPT for overload in _overloads(packet)}
     rules = {op: rule for op, rule in core_aten_decompositions().items() if op not in kept}
-    rules.update({op: rule for op, rule in get_decompositions(list(TAKEN_APART)).items()})
+    rules.update(get_decompositions(list(TAKEN_APART)))
     return rules
 
 

@@ -1,7 +1,8 @@
 """Stage 4: every node becomes a definition over indices.
 
-Enters: a concrete canonical trace. Leaves: `Values`: for each node an expression per element (`Map`), a reduction, a matrix
-product, or, where there is no rule or the rule refuses, the op itself (`Extern`) with the reason. View ops leave no
+Enters: a concrete canonical trace. Leaves: `Values`: for each node an expression per element (`Map`), a reduction, a
+matrix product, or, where there is no rule or the rule refuses, the op itself (`Extern`) with the reason. View ops leave
+no
 definition: their result is the base's memory at another geometry, read from the op's own fake result, so that no
 list of view ops has to be kept. Rules stand in `rules_*.py`, each registered for the op it lowers.
 """
@@ -190,7 +191,14 @@ class Definer:
         self._put(Map(name or node.name, layout, keep(expr, layout.dtype), node.source))
 
     def reduce(
-        self, name: str, node: Node, kind: str, expr: Expr, domain: tuple[int, ...], reduced: tuple[int, ...], layout: Layout
+        self,
+        name: str,
+        node: Node,
+        kind: str,
+        expr: Expr,
+        domain: tuple[int, ...],
+        reduced: tuple[int, ...],
+        layout: Layout,
     ) -> None:
         """Defines a value as a reduction of `expr`, which is over `variables(domain)`."""
         self._put(Reduce(name, layout, domain, reduced, kind, expr, node.source))

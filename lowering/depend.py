@@ -1,9 +1,9 @@
 """Stage 5: who needs whom, as a networkx graph with bytes on its edges.
 
-Enters: `Values`. Leaves: `Dependencies`: the graph over values (an edge from each value to each that reads it, with the bytes that
-pass), which values must be in memory whatever is fused (returned, operands of GEMMs and of ops that run as themselves), and
-which are so cheap that each reader computes them for itself. It stands between definition and fusion because it is the last
-place where nothing has been decided yet. It refuses nothing.
+Enters: `Values`. Leaves: `Dependencies`: the graph over values (an edge from each value to each that reads it, with the
+bytes that pass), which values must be in memory whatever is fused (returned, operands of GEMMs and of ops that run as
+themselves), and which are so cheap that each reader computes them for itself. It stands between definition and fusion
+because it is the last place where nothing has been decided yet. It refuses nothing.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from .values import Contract, Definition, Extern, Item, Map, Reduce, Values
 
 # A value that reads at most this much more than it would occupy is computed by each reader.
 CHEAP_BYTES = 1.0625
-# A value that only moves elements (a gather, a cat) may cost its readers this many bytes more: what a launch costs in time
-# (2 µs) at 4.3 TB/s, shared between the readers one expects, about four.
+# A value that only moves elements (a gather, a cat) may cost its readers this many bytes more: what a launch costs in
+# time (2 µs) at 4.3 TB/s, shared between the readers one expects, about four.
 MOVE_BYTES = 2_000_000
 MOVES = ("where", "cast", "keep")
 # ... if that takes no more operations than this.
@@ -75,7 +75,9 @@ def depend(values: Values) -> Dependencies:
     graph = nx.DiGraph()
     for entry in values.inputs:
         graph.add_node(entry.name)
-    pinned = {values.base(o.ref) for o in values.outputs if o.kind == "value"} | {values.base(v) for _, v in values.mutations}
+    pinned = {values.base(o.ref) for o in values.outputs if o.kind == "value"} | {
+        values.base(v) for _, v in values.mutations
+    }
     for made in values.definitions.values():
         graph.add_node(made.name)
         for name in direct_reads(made, values):
@@ -95,9 +97,11 @@ def _cheap(made: Map, values: Values, inlined: set[str]) -> bool:
     """Whether readers should compute this value rather than read it."""
     nodes = list(walk(made.expr))
     operations = [n for n in nodes if isinstance(n, Apply)]
-    if len(operations) > CHEAP_OPERATIONS or any(n.fn in EXPENSIVE or n.fn in ("rsqrt", "sqrt", "div") for n in operations):
+    if len(operations) > CHEAP_OPERATIONS or any(
+        n.fn in EXPENSIVE or n.fn in ("rsqrt", "sqrt", "div") for n in operations
+    ):
         return False
-    read = {}
+    read: dict[str, int] = {}
     for node in nodes:
         if isinstance(node, Load):
             if isinstance(values.definitions.get(node.value), Contract):

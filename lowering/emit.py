@@ -1,13 +1,13 @@
 """Stage 9: a schedule as one readable Python module.
 
-Enters: a `Schedule`. Leaves: `Plan`: source text with the fused bodies as `@triton.jit` functions, the launches prepared at import,
-and `call(*args)`, which makes buffers, launches in order and returns what the piece returns. Equal schedules give
-byte-equal text. What cannot be written as text (script objects, higher-order ops) travels beside it in `Plan.objects`.
+Enters: a `Schedule`. Leaves: `Plan`: source text with the fused bodies as `@triton.jit` functions, the launches
+prepared at import, and `call(*args)`, which makes buffers, launches in order and returns what the piece returns. Equal
+schedules give byte-equal text. What cannot be written as text (script objects, higher-order ops) travels beside it in
+`Plan.objects`.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,7 +51,9 @@ def emit(schedule: Schedule, title: str) -> Plan:
     bodies = [writer.body(step.kernel) for step in schedule.steps if step.kernel.family]
     prepared = [writer.prepared(step.kernel) for step in schedule.steps if step.kernel.family]
     call = writer.call()
-    text = "\n\n\n".join([writer.header(title, "\n".join([*bodies, *prepared, call])), *bodies, "\n".join(prepared), call])
+    text = "\n\n\n".join(
+        [writer.header(title, "\n".join([*bodies, *prepared, call])), *bodies, "\n".join(prepared), call]
+    )
     text = text.replace("\n\n\n\n\n", "\n\n\n").rstrip() + "\n"
     constants = {i.name: i.value for i in schedule.values.inputs if i.kind == "constant"}
     return Plan(text, schedule, tuple(writer.objects), constants)
@@ -74,7 +76,10 @@ class _Writer:
         ours = [k for k in launches if k.family]
         lines = ['"""' + title, ""]
         lines.append(f"{len(ours)} kernels, {len(launches) - len(ours)} ops as themselves.")
-        lines += [f"  {k.name}: {k.family} {k.config} ({k.why})" if k.family else f"  {k.name}: itself ({k.why})" for k in launches]
+        lines += [
+            f"  {k.name}: {k.family} {k.config} ({k.why})" if k.family else f"  {k.name}: itself ({k.why})"
+            for k in launches
+        ]
         lines += ['"""', "", "import torch"]
         if "tl." in rest:
             lines += ["import triton", "import triton.language as tl"]
@@ -98,8 +103,8 @@ class _Writer:
         dtypes = {n: self.values.layouts[n].dtype for n in tensors}
         if is_looped(kernel):
             return looped_body(f"{self.names[kernel.name]}_body", kernel.group, tensors, dtypes, self.names)
-        head = f"def {self.names[kernel.name]}_body({'acc, acc2, m, n, mask, t' if epilogue else 'SEGMENT: tl.constexpr, row, col, mask, t'}):"
-        lines = ["@triton.jit", head]
+        parameters = "acc, acc2, m, n, mask, t" if epilogue else "SEGMENT: tl.constexpr, row, col, mask, t"
+        lines = ["@triton.jit", f"def {self.names[kernel.name]}_body({parameters}):"]
         for number, group in enumerate(kernel.segments):
             inner = [f"# {line}" for line in self.sources(group)]
             used = {load.value for load in group.loads} | {s.value for s in group.stores}
@@ -128,14 +133,16 @@ class _Writer:
 
     def tensors(self, kernel: Kernel) -> list[str]:
         """Values in memory that a launch's bodies touch, reads first."""
-        names = [load.value for g in kernel.segments for load in g.loads] + [s.value for g in kernel.segments for s in g.stores]
+        names = [load.value for g in kernel.segments for load in g.loads] + [
+            s.value for g in kernel.segments for s in g.stores
+        ]
         return list(dict.fromkeys(names))
 
     def prepared(self, kernel: Kernel) -> str:
         """The launch, prepared at import."""
         name, family = self.names[kernel.name], kernel.family
-        config = f"{family}.{type(kernel.config).__name__}({', '.join(f'{k}={v!r}' for k, v in vars(kernel.config).items())})"
-        config = re.sub(r"\.\w+\(", ".Config(", config, count=1)
+        settings = ", ".join(f"{k}={v!r}" for k, v in vars(kernel.config).items())
+        config = f"{family}.Config({settings})"
         parts = [f"{name}_body", config]
         if kernel.group.contract is not None:
             problem = ", ".join(f"{k}={v!r}" for k, v in vars(kernel.problem).items())
@@ -148,7 +155,7 @@ class _Writer:
     # The call.
 
     def call(self) -> str:
-        arguments = [i for i in self.values.inputs]
+        arguments = self.values.inputs
         names = ", ".join(self.names[i.name] for i in arguments)
         lines = [f"def call({names}):"]
         device = next((self.names[i.name] for i in arguments if i.kind in ("tensor", "constant")), None)
@@ -236,7 +243,11 @@ class _Writer:
         name = self.names[view.base]
         if same:
             return name
-        offset = f"{name}.storage_offset() + {view.offset}" if any(i.name == view.base for i in self.values.inputs) else str(view.offset)
+        offset = (
+            f"{name}.storage_offset() + {view.offset}"
+            if any(i.name == view.base for i in self.values.inputs)
+            else str(view.offset)
+        )
         return f"{name}.as_strided({_tuple(view.layout.shape)}, {_tuple(view.layout.stride)}, {offset})"
 
     def output(self, output: Output) -> str:

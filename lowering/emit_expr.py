@@ -21,28 +21,29 @@ from .expr import Acc, Apply, Const, Expr, Index, Load, Masked, RowScalar, child
 from .group import Group
 
 TYPES = {
-    torch.float32: "tl.float32", torch.float16: "tl.float16", torch.bfloat16: "tl.bfloat16", torch.float64: "tl.float64",
-    torch.int64: "tl.int64", torch.int32: "tl.int32", torch.int16: "tl.int16", torch.int8: "tl.int8",
+    torch.float32: "tl.float32", torch.float16: "tl.float16", torch.bfloat16: "tl.bfloat16", torch.float64:
+    "tl.float64", torch.int64: "tl.int64", torch.int32: "tl.int32", torch.int16: "tl.int16", torch.int8: "tl.int8",
     torch.uint8: "tl.uint8", torch.bool: "tl.int1",
 }  # fmt: skip
 
 # Float functions; {0}, {1}, … are the operands. Those without `tl.` or `libdevice.` are from kernels/functions.py.
 FUNCTIONS = {
     "add": "{0} + {1}", "sub": "{0} - {1}", "mul": "{0} * {1}", "div": "tl.div_rn({0}, {1})", "neg": "-{0}",
-    "exp": "tl.exp({0})", "exp2": "tl.exp2({0})", "log": "tl.log({0})", "log2": "tl.log2({0})", "sqrt": "tl.sqrt_rn({0})",
-    "rsqrt": "tl.rsqrt({0})", "sin": "libdevice.sin({0})", "cos": "libdevice.cos({0})", "abs": "tl.abs({0})",
-    "floor": "tl.floor({0})", "ceil": "tl.ceil({0})", "erf": "tl.erf({0})", "reciprocal": "tl.div_rn(1.0, {0})",
-    "sigmoid": "sigmoid({0})", "silu": "silu({0})", "tanh": "tanh({0})", "relu": "relu({0})", "sign": "sign({0})",
-    "maximum": "maximum({0}, {1})", "minimum": "minimum({0}, {1})", "div_floor": "div_floor({0}, {1})",
-    "div_trunc": "div_trunc({0}, {1})", "remainder": "remainder({0}, {1})", "where": "tl.where({0}, {1}, {2})",
-    "eq": "{0} == {1}", "ne": "{0} != {1}", "lt": "{0} < {1}", "le": "{0} <= {1}", "gt": "{0} > {1}", "ge": "{0} >= {1}",
-    "isnan": "{0} != {0}", "isinf": "tl.abs({0}) == float('inf')", "fmax": "tl.maximum({0}, {1})", "fmin": "tl.minimum({0}, {1})",
+    "exp": "tl.exp({0})", "exp2": "tl.exp2({0})", "log": "tl.log({0})", "log2": "tl.log2({0})",
+    "sqrt": "tl.sqrt_rn({0})", "rsqrt": "tl.rsqrt({0})", "sin": "libdevice.sin({0})", "cos": "libdevice.cos({0})",
+    "abs": "tl.abs({0})", "floor": "tl.floor({0})", "ceil": "tl.ceil({0})", "erf": "tl.erf({0})",
+    "reciprocal": "tl.div_rn(1.0, {0})", "sigmoid": "sigmoid({0})", "silu": "silu({0})", "tanh": "tanh({0})",
+    "relu": "relu({0})", "sign": "sign({0})", "maximum": "maximum({0}, {1})", "minimum": "minimum({0}, {1})",
+    "div_floor": "div_floor({0}, {1})", "div_trunc": "div_trunc({0}, {1})", "remainder": "remainder({0}, {1})",
+    "where": "tl.where({0}, {1}, {2})", "eq": "{0} == {1}", "ne": "{0} != {1}", "lt": "{0} < {1}",
+    "le": "{0} <= {1}", "gt": "{0} > {1}", "ge": "{0} >= {1}", "isnan": "{0} != {0}",
+    "isinf": "tl.abs({0}) == float('inf')", "fmax": "tl.maximum({0}, {1})", "fmin": "tl.minimum({0}, {1})",
     "round": "libdevice.nearbyint({0})",
 }  # fmt: skip
 
 LIBDEVICE = {
-    "expm1", "log10", "log1p", "tan", "asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh", "atanh", "erfc", "erfinv",
-    "lgamma", "trunc", "pow", "fmod", "atan2", "hypot", "copysign",
+    "expm1", "log10", "log1p", "tan", "asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh", "atanh", "erfc",
+    "erfinv", "lgamma", "trunc", "pow", "fmod", "atan2", "hypot", "copysign",
 }  # fmt: skip
 
 # Where integers differ from floats.
@@ -57,16 +58,43 @@ INTEGERS = {
 DOUBLES = {"div": "{0} / {1}", "sqrt": "tl.sqrt({0})", "reciprocal": "1.0 / {0}"}
 
 HELPER_NAMES = (
-    "maximum", "minimum", "relu", "silu", "sigmoid", "tanh", "sign", "div_floor", "div_floor_int", "div_trunc", "remainder",
-    "remainder_int", "row_sum", "row_max", "row_min", "row_prod", "row_any", "row_all", "row_argmax", "row_argmin",
+    "maximum", "minimum", "relu", "silu", "sigmoid", "tanh", "sign", "div_floor", "div_floor_int", "div_trunc",
+    "remainder", "remainder_int", "row_sum", "row_max", "row_min", "row_prod", "row_any", "row_all", "row_argmax",
+    "row_argmin",
 )  # fmt: skip
 HELPERS = re.compile(rf"\b({'|'.join(HELPER_NAMES)})\(")
 
 # Names that mean something else inside a body.
-RESERVED = {*HELPER_NAMES, "t", "row", "col", "mask", "m", "n", "acc", "acc2", "tl", "triton", "torch", "libdevice", "float", "device", "call"}
+RESERVED = {
+    *HELPER_NAMES,
+    "t",
+    "row",
+    "col",
+    "mask",
+    "m",
+    "n",
+    "acc",
+    "acc2",
+    "tl",
+    "triton",
+    "torch",
+    "libdevice",
+    "float",
+    "device",
+    "call",
+}
 
 # What a masked lane contributes to a reduction.
-NEUTRAL = {"sum": "0", "max": "low", "min": "high", "prod": "1", "any": "False", "all": "True", "argmax": "low", "argmin": "high"}
+NEUTRAL = {
+    "sum": "0",
+    "max": "low",
+    "min": "high",
+    "prod": "1",
+    "any": "False",
+    "all": "True",
+    "argmax": "low",
+    "argmin": "high",
+}
 
 
 def register(dtype: torch.dtype) -> torch.dtype:
@@ -281,7 +309,9 @@ def _guarded(offset: Affine) -> bool:
     for atom in offset.atoms():
         if isinstance(atom, Bounded):
             return True
-        if isinstance(atom, Indirect) and any(_guarded(n.offset) for n in walk(atom.value) if isinstance(n, (Load, Index))):
+        if isinstance(atom, Indirect) and any(
+            _guarded(n.offset) for n in walk(atom.value) if isinstance(n, (Load, Index))
+        ):
             return True
     return False
 

@@ -1,8 +1,8 @@
 """Bodies for rows too wide for registers: one pass over the row per reduction, one more to store.
 
-The four functions of `kernels.rows.Looped`, generated from a row group: `init` starts pass p's accumulator, `partial` takes in a
-tile of columns, `finish` reduces the accumulator's lanes, `store` writes. What a pass needs of earlier ones it finds in
-`scalars`. Each pass computes its values anew from memory: the row does not fit anywhere else.
+The four functions of `kernels.rows.Looped`, generated from a row group: `init` starts pass p's accumulator, `partial`
+takes in a tile of columns, `finish` reduces the accumulator's lanes, `store` writes. What a pass needs of earlier ones
+it finds in `scalars`. Each pass computes its values anew from memory: the row does not fit anywhere else.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ STEPS = {
 }
 
 
-def looped_body(name: str, group: Group, tensors: Sequence[str], dtypes: Mapping[str, torch.dtype], names: Mapping[str, str]) -> str:
+def looped_body(
+    name: str, group: Group, tensors: Sequence[str], dtypes: Mapping[str, torch.dtype], names: Mapping[str, str]
+) -> str:
     """Source of the four functions and of the `Looped` that holds them.
 
     Args:
@@ -41,7 +43,9 @@ def looped_body(name: str, group: Group, tensors: Sequence[str], dtypes: Mapping
         init.append((number, [f"return {_start(reduction, start, dtype)}"]))
         body = Body(group, dtypes, names, epilogue=False)
         value, _ = body.value(reduction.expr)
-        lines = _pointers(tensors, names, [n.value for n in walk(reduction.expr) if hasattr(n, "offset") and hasattr(n, "value")])
+        lines = _pointers(
+            tensors, names, [n.value for n in walk(reduction.expr) if hasattr(n, "offset") and hasattr(n, "value")]
+        )
         lines += _scalars(group, names, [n.value for n in walk(reduction.expr) if isinstance(n, RowScalar)])
         partial.append((number, [*lines, *body.lines, *_step(reduction, value, start, dtype)]))
         finish.append((number, _finish(reduction)))
@@ -52,7 +56,9 @@ def looped_body(name: str, group: Group, tensors: Sequence[str], dtypes: Mapping
     stored = _pointers(tensors, names, list(tensors)) + _scalars(group, names, used) + store.lines
     parts = [
         _function(f"{name}_init(PASS: tl.constexpr, R: tl.constexpr, C: tl.constexpr)", init),
-        _function(f"{name}_partial(PASS: tl.constexpr, SEGMENT: tl.constexpr, row, col, mask, t, acc, scalars)", partial),
+        _function(
+            f"{name}_partial(PASS: tl.constexpr, SEGMENT: tl.constexpr, row, col, mask, t, acc, scalars)", partial
+        ),
         _function(f"{name}_finish(PASS: tl.constexpr, acc)", finish),
         _function(f"{name}_store(SEGMENT: tl.constexpr, row, col, mask, t, scalars)", [(None, stored)]),
         f"{name} = rows.Looped({len(group.reductions)}, {name}_init, {name}_partial, {name}_finish, {name}_store)",
@@ -106,7 +112,7 @@ def _scalars(group: Group, names: Mapping[str, str], used: Sequence[str]) -> lis
     return [f"{names[r.value]} = scalars[{i}]" for i, r in enumerate(group.reductions) if r.value in used]
 
 
-def _function(head: str, cases: list[tuple[int | None, list[str]]]) -> str:
+def _function(head: str, cases: Sequence[tuple[int | None, list[str]]]) -> str:
     lines = ["@triton.jit", f"def {head}:"]
     for number, body in cases:
         indent = "    " if number is None else "        "

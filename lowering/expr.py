@@ -1,9 +1,9 @@
 """Scalar expressions: what one element of a value is, as a function of its index.
 
-An `Expr` is an immutable DAG. Leaves are loads (a value and the offset read, in elements from its first one), constants,
-indices, and, once fused, the accumulators of a GEMM and the results of a row reduction in the same kernel. Every
-expression has the torch dtype that the source graph gives it; arithmetic on half precision is carried out in fp32 and
-rounded where an explicit `cast` says so.
+An `Expr` is an immutable DAG. Leaves are loads (a value and the offset read, in elements from its first one),
+constants, indices, and, once fused, the accumulators of a GEMM and the results of a row reduction in the same kernel.
+Every expression has the torch dtype that the source graph gives it; arithmetic on half precision is carried out in fp32
+and rounded where an explicit `cast` says so.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """Stage 6: values are contracted into kernels, by what it saves.
 
-Enters: `Dependencies`. Leaves: `Fused`: groups in an order in which they can run, and for every pair that was considered and not
-fused the reason. The walk is greedy: of all edges between groups the one whose fusion saves most microseconds (bytes that no
-longer pass through memory at the target's bandwidth, and one launch) is contracted, until none saves anything. A contraction
-is refused when it would close a cycle, when `compose` finds no common domain, or when it would cost more than it saves.
-No operator is known by name here. Last, independent kernels of the same shape become segments of one launch.
+Enters: `Dependencies`. Leaves: `Fused`: groups in an order in which they can run, and for every pair that was
+considered and not fused the reason. The walk is greedy: of all edges between groups the one whose fusion saves most
+microseconds (bytes that no longer pass through memory at the target's bandwidth, and one launch) is contracted, until
+none saves anything. A contraction is refused when it would close a cycle, when `compose` finds no common domain, or
+when it would cost more than it saves. No operator is known by name here. Last, independent kernels of the same shape
+become segments of one launch.
 """
 
 from __future__ import annotations
@@ -63,7 +64,9 @@ class _State:
     def needed(self, members: Collection[str]) -> frozenset[str]:
         """Members that something outside reads, or that must be in memory."""
         return frozenset(
-            m for m in members if m in self.deps.pinned or any(r not in members for r in self.readers[m]) or not self.readers[m]
+            m
+            for m in members
+            if m in self.deps.pinned or any(r not in members for r in self.readers[m]) or not self.readers[m]
         )
 
     def compose(self, members: frozenset[str]) -> Group | str:
@@ -140,7 +143,9 @@ def fuse(deps: Dependencies, options: Options) -> Fused:
         assert isinstance(group, Group), group
         groups.append(group)
     named = {n: g.name for n, g in zip(order, groups, strict=True)}
-    reasons = tuple(Refusal(named[a], named[b], why) for (a, b), why in sorted(refusals.items()) if a in named and b in named)
+    reasons = tuple(
+        Refusal(named[a], named[b], why) for (a, b), why in sorted(refusals.items()) if a in named and b in named
+    )
     return Fused(deps, tuple(groups), tuple(r for r in reasons if r.reason))
 
 

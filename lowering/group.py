@@ -1,9 +1,11 @@
 """What one kernel computes: values composed over a two-dimensional domain of rows and columns.
 
-`compose` is the whole legality of fusion. Given the values that shall share a kernel and those of them that others need, it
-finds a domain (a GEMM's tile space, a reduction's rows, or the elements of what is stored), writes every stored value as one
-expression over it, and refuses, with the reason, when there is none. Reading another value inside the kernel is always
-correct algebra, at any index: its expression is inlined with the index substituted. Only two things cannot be inlined and must
+`compose` is the whole legality of fusion. Given the values that shall share a kernel and those of them that others
+need, it finds a domain (a GEMM's tile space, a reduction's rows, or the elements of what is stored), writes every
+stored value as one expression over it, and refuses, with the reason, when there is none. Reading another value inside
+the kernel is always
+correct algebra, at any index: its expression is inlined with the index substituted. Only two things cannot be inlined
+and must
 match the domain: the result of a reduction (it belongs to this row) and a GEMM's accumulator (it belongs to this tile).
 """
 
@@ -28,8 +30,9 @@ BODY_LIMIT = 600
 
 # Functions that cost more than a handful of instructions: not repeated for every element of a larger domain.
 EXPENSIVE = {
-    "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh",
-    "tanh", "asinh", "acosh", "atanh", "erf", "erfc", "erfinv", "lgamma", "pow", "atan2", "hypot", "silu", "sigmoid",
+    "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sin", "cos", "tan", "asin", "acos", "atan", "sinh",
+    "cosh", "tanh", "asinh", "acosh", "atanh", "erf", "erfc", "erfinv", "lgamma", "pow", "atan2", "hypot", "silu",
+    "sigmoid",
 }  # fmt: skip
 
 
@@ -96,7 +99,9 @@ class Group:
         return loads(*(r.expr for r in self.reductions), *(s.expr for s in self.stores))
 
 
-def compose(members: Collection[str], needed: Collection[str], values: Values, inlined: Collection[str], cols: int = 0) -> Group:
+def compose(
+    members: Collection[str], needed: Collection[str], values: Values, inlined: Collection[str], cols: int = 0
+) -> Group:
     """One kernel for these values.
 
     Args:
@@ -214,7 +219,9 @@ class _Composer:
 
     def _group(self, kind: str, stores: tuple[Store, ...]) -> Group:
         names = {expr: name for (name, _), expr in self.memo.items()}
-        group = Group(kind, tuple(self.order), self.rows, self.cols, tuple(self.reductions.values()), stores, names=names)
+        group = Group(
+            kind, tuple(self.order), self.rows, self.cols, tuple(self.reductions.values()), stores, names=names
+        )
         size = sum(1 for _ in walk(*(r.expr for r in group.reductions), *(s.expr for s in stores)))
         if size > BODY_LIMIT:
             raise Refused(f"a body of {size} operations is longer than {BODY_LIMIT}")
@@ -256,7 +263,10 @@ class _Composer:
 
     def _reduction(self, reduction: Reduce, row: Affine) -> None:
         if (reduction.rows, reduction.cols) != (self.rows, self.cols):
-            raise Refused(f"%{reduction.name} reduces {reduction.rows} × {reduction.cols}, the rows hold {self.rows} × {self.cols}")
+            raise Refused(
+                f"%{reduction.name} reduces {reduction.rows} × {reduction.cols}, "
+                f"the rows hold {self.rows} × {self.cols}"
+            )
         place = at_flat(self.natural, reduction.domain)
         kept = [i for i in range(len(reduction.domain)) if i not in reduction.reduced]
         shape = [reduction.domain[i] for i in kept]
@@ -293,7 +303,10 @@ class _Composer:
 def _numbered(expr: Expr, pair: int | None) -> Expr:
     """Accumulators by number instead of by column distance."""
     return rewrite(
-        expr, new_leaf=lambda leaf: Acc(leaf.dtype, value=leaf.value, which=int(leaf.which == pair)) if isinstance(leaf, Acc) else None
+        expr,
+        new_leaf=lambda leaf: (
+            Acc(leaf.dtype, value=leaf.value, which=int(leaf.which == pair)) if isinstance(leaf, Acc) else None
+        ),
     )
 
 
@@ -302,14 +315,18 @@ def traffic(group: Group, values: Values) -> int:
     read: dict[str, int] = {}
     for node in group.loads:
         read[node.value] = read.get(node.value, 0) + _footprint(node.offset)
-    total = sum(min(count, _numel(values.layouts[name])) * values.layouts[name].dtype.itemsize for name, count in read.items())
+    total = sum(
+        min(count, _numel(values.layouts[name])) * values.layouts[name].dtype.itemsize for name, count in read.items()
+    )
     total += sum(values.layouts[s.value].nbytes for s in group.stores)
     if group.contract is not None:
         product = group.contract
         columns = group.cols * (2 if group.pair is not None else 1)
         total += (product.m * product.k + product.k * columns) * product.layout.dtype.itemsize
     if group.foreign is not None:
-        total += sum(values.layouts[values.base(r)].nbytes for r in group.foreign.reads if values.base(r) in values.layouts)
+        total += sum(
+            values.layouts[values.base(r)].nbytes for r in group.foreign.reads if values.base(r) in values.layouts
+        )
         total += sum(layout.nbytes for layout in group.foreign.layouts if layout is not None)
     return total
 
@@ -319,7 +336,9 @@ def flops(group: Group) -> int:
     if group.contract is not None:
         columns = group.cols * (2 if group.pair is not None else 1)
         return 2 * group.contract.m * columns * group.contract.k
-    count = sum(1 for n in walk(*(r.expr for r in group.reductions), *(s.expr for s in group.stores)) if isinstance(n, Apply))
+    count = sum(
+        1 for n in walk(*(r.expr for r in group.reductions), *(s.expr for s in group.stores)) if isinstance(n, Apply)
+    )
     return (count + len(group.reductions)) * group.rows * group.cols
 
 

@@ -116,7 +116,7 @@ class _World:
     def _free_symbols(self, examples: Examples) -> list[sympy.Symbol]:
         known = self.sources
         for value in examples.values:
-            parts = [value] if isinstance(value, torch.SymInt) else []
+            parts: list[Any] = [value] if isinstance(value, torch.SymInt) else []
             if isinstance(value, torch.Tensor):
                 parts = [*value.shape, *value.stride()]
             for part in parts:
@@ -217,7 +217,9 @@ def _convert(
     results = pytree.tree_leaves(next(n for n in graph.nodes if n.op == "output").args[0])
     outputs = _outputs(leaves, results[: len(leaves)], rename, inputs, fakes)
     mutations = tuple(
-        (inputs[i].name, rename[v]) for i, v in zip(mutated, results[len(leaves) :], strict=True) if isinstance(v, fx.Node)
+        (inputs[i].name, rename[v])
+        for i, v in zip(mutated, results[len(leaves) :], strict=True)
+        if isinstance(v, fx.Node)
     )
     symbols = {world.ours[s]: place for s, place in world.sources.items() if isinstance(world.ours[s], sympy.Symbol)}
     return Trace(tuple(inputs), tuple(nodes), outputs, mutations, symbols, _guards(world), structure)
@@ -290,7 +292,8 @@ class _Interpreter(fx.Interpreter):
 
 
 def _indexed(tensor: torch.Tensor, key: Any) -> torch.Tensor:
-    """`tensor[key]` through ATen where the key is basic: torch's own indexing initialises the device of a fake tensor."""
+    """`tensor[key]` through ATen where the key is basic: torch's own indexing initialises the device of a fake
+    tensor."""
     keys = key if isinstance(key, tuple) else (key,)
     if not all(k is None or k is Ellipsis or isinstance(k, slice) or _whole(k) for k in keys):
         return tensor[key]

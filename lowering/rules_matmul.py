@@ -1,4 +1,5 @@
-"""Lowering rules: matrix products. Bias, scale and addition become elementwise values, which fusion may put into the epilogue."""
+"""Lowering rules: matrix products. Bias, scale and addition become elementwise values, which fusion may put into the
+epilogue."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Lowering rules: ops whose element depends on the elements at the same place.
 
-One table for the ops that are one function of their operands, and a few rules for those that need more. The arithmetic dtype is
-torch's own: fp32 for half-precision results, the promoted dtype of the operands for comparisons.
+One table for the ops that are one function of their operands, and a few rules for those that need more. The arithmetic
+dtype is torch's own: fp32 for half-precision results, the promoted dtype of the operands for comparisons.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ SIMPLE = {
     overload: name
     for table in (UNARY, BINARY)
     for name, packet in table.items()
-    for overload in ([packet] if isinstance(packet, torch._ops.OpOverload) else [getattr(packet, n) for n in packet.overloads()])
+    for overload in (
+        [packet] if isinstance(packet, torch._ops.OpOverload) else [getattr(packet, n) for n in packet.overloads()]
+    )
 }
 BY_PACKET = {packet: name for table in (COMPARE, LOGICAL, TESTS) for name, packet in table.items()}
 
@@ -136,7 +138,14 @@ def predicate(d: Definer, node: Node) -> None:
     fn = BY_PACKET[node.op.overloadpacket]
     if fn in LOGICAL:
         args = [truth(a) for a in operands_as_they_are(d, node)]
-        d.map(node, apply({"logical_and": "bitwise_and", "logical_or": "bitwise_or", "logical_xor": "bitwise_xor"}[fn], *args, dtype=torch.bool))
+        d.map(
+            node,
+            apply(
+                {"logical_and": "bitwise_and", "logical_or": "bitwise_or", "logical_xor": "bitwise_xor"}[fn],
+                *args,
+                dtype=torch.bool,
+            ),
+        )
         return
     dtype = arithmetic(promoted(d, node.args))
     args = operands(d, node, node.args, dtype)
@@ -148,7 +157,10 @@ def predicate(d: Definer, node: Node) -> None:
 
 def promoted(d: Definer, args: Sequence[Any]) -> torch.dtype:
     """The dtype torch promotes the operands of a comparison to."""
-    samples = [torch.empty(d.layout(a).shape, dtype=d.layout(a).dtype, device="meta") if isinstance(a, Ref) else a for a in args]
+    samples = [
+        torch.empty(d.layout(a).shape, dtype=d.layout(a).dtype, device="meta") if isinstance(a, Ref) else a
+        for a in args
+    ]
     return samples[0].dtype if len(samples) == 1 else torch.result_type(*samples)
 
 

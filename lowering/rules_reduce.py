@@ -70,7 +70,11 @@ def _finish(d: Definer, node: Node, reduced: Ref, scale: float | None = None, pa
 @rule(aten.sum, aten.mean)
 def total(d: Definer, node: Node) -> None:
     layout, value = _source(d, node)
-    axes = _axes(node, 1, len(layout.shape)) if node.op not in (aten.sum.default, aten.mean.default) else tuple(range(len(layout.shape)))
+    axes = (
+        _axes(node, 1, len(layout.shape))
+        if node.op not in (aten.sum.default, aten.mean.default)
+        else tuple(range(len(layout.shape)))
+    )
     _check(node, layout, axes)
     dtype = arithmetic(node.spec.dtype)  # type: ignore[union-attr]
     reduced = reduce_to(d, node, f"{node.name}_total", "sum", cast(value, dtype), layout, axes)
@@ -86,7 +90,15 @@ def extreme(d: Definer, node: Node) -> None:
     packet = node.op.overloadpacket
     axes = _axes(node, 1, len(layout.shape))
     _check(node, layout, axes)
-    kind = {aten.amax: "max", aten.max: "max", aten.amin: "min", aten.min: "min", aten.prod: "prod", aten.any: "any", aten.all: "all"}[packet]
+    kind = {
+        aten.amax: "max",
+        aten.max: "max",
+        aten.amin: "min",
+        aten.min: "min",
+        aten.prod: "prod",
+        aten.any: "any",
+        aten.all: "all",
+    }[packet]
     if kind in ("any", "all"):
         value = truth(value)
     elif kind == "prod":

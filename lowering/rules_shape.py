@@ -36,7 +36,11 @@ def in_range(position: Affine, low: int, high: int) -> Expr | None:
 def cat(d: Definer, node: Node) -> None:
     layout = _layout(node)
     axis = (node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) % max(len(layout.shape), 1)
-    parts = [p for p in node.args[0] if not (len(d.layout(p).shape) == 1 and d.layout(p).shape[0] == 0 and len(layout.shape) > 1)]
+    parts = [
+        p
+        for p in node.args[0]
+        if not (len(d.layout(p).shape) == 1 and d.layout(p).shape[0] == 0 and len(layout.shape) > 1)
+    ]
     spans, start = [], 0
     for part in parts:
         size = d.layout(part).shape[axis]
@@ -147,7 +151,9 @@ def select_scatter(d: Definer, node: Node) -> None:
 def flip(d: Definer, node: Node) -> None:
     shape = _layout(node).shape
     axes = {a % len(shape) for a in node.args[1]}
-    at = [Affine((), s - 1) - i if n in axes else i for n, (i, s) in enumerate(zip(variables(shape), shape, strict=True))]
+    at = [
+        Affine((), s - 1) - i if n in axes else i for n, (i, s) in enumerate(zip(variables(shape), shape, strict=True))
+    ]
     d.map(node, d.read(node.args[0], at))
 
 
@@ -183,7 +189,9 @@ def wrapped(value: Expr, size: int) -> Affine:
     """An index that may be negative, counted from the end as Python does."""
     value = cast(value, torch.int64)
     below = apply("lt", value, const(0, torch.int64), dtype=torch.bool)
-    positive = apply("where", below, apply("add", value, const(size, torch.int64), dtype=torch.int64), value, dtype=torch.int64)
+    positive = apply(
+        "where", below, apply("add", value, const(size, torch.int64), dtype=torch.int64), value, dtype=torch.int64
+    )
     return Affine.of(Indirect(positive, size))
 
 
@@ -248,6 +256,13 @@ def triangle(d: Definer, node: Node) -> None:
     d.map(node, apply("where", kept, d.read(node.args[0], at), const(0, layout.dtype), dtype=layout.dtype))
 
 
-@rule(aten.empty.memory_format, aten.empty_like, aten.empty_strided, aten.empty_permuted, aten.new_empty, aten.new_empty_strided)
+@rule(
+    aten.empty.memory_format,
+    aten.empty_like,
+    aten.empty_strided,
+    aten.empty_permuted,
+    aten.new_empty,
+    aten.new_empty_strided,
+)
 def empty(d: Definer, node: Node) -> None:
     d.put(Empty(node.name, _layout(node), node.source))

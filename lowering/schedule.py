@@ -1,7 +1,7 @@
 """Stage 8: the order of launches, and the life of every buffer.
 
-Enters: `Selected`. Leaves: `Schedule`: steps in order; for each the buffers it makes and those nobody needs afterwards. A
-buffer is made right before the launch that writes it and dropped right after the last that reads it, so that the
+Enters: `Selected`. Leaves: `Schedule`: steps in order; for each the buffers it makes and those nobody needs afterwards.
+A buffer is made right before the launch that writes it and dropped right after the last that reads it, so that the
 caching allocator hands the same memory to a later one; inside a captured graph that happens at capture time. Buffers
 that the piece returns, and memory that is returned under another geometry, live on. It refuses nothing.
 """
@@ -46,7 +46,10 @@ class Schedule:
     def __str__(self) -> str:
         lines = []
         for step in self.steps:
-            lines.append(f"{step.kernel.family or step.kernel.group.kind} {step.kernel.name}: makes {', '.join(step.makes) or '-'}")
+            lines.append(
+                f"{step.kernel.family or step.kernel.group.kind} {step.kernel.name}: "
+                f"makes {', '.join(step.makes) or '-'}"
+            )
             if step.drops:
                 lines[-1] += f", drops {', '.join(step.drops)}"
         return "\n".join(lines)
@@ -55,7 +58,9 @@ class Schedule:
 def schedule(selected: Selected) -> Schedule:
     """Buffers' lives for a list of kernels."""
     values = selected.values
-    kept = {values.base(o.ref) for o in values.outputs if o.kind == "value"} | {values.base(v) for _, v in values.mutations}
+    kept = {values.base(o.ref) for o in values.outputs if o.kind == "value"} | {
+        values.base(v) for _, v in values.mutations
+    }
     kept |= {i.name for i in values.inputs}
     last: dict[str, int] = {}
     effects = []

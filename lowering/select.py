@@ -1,10 +1,11 @@
 """Stage 7: each group gets a kernel family and a config for these very sizes.
 
-Enters: `Fused`. Leaves: `Selected`: kernels in running order, each one launch: a family, its config, why, and one group or several
-independent ones as segments. The family follows from what the group is (a GEMM's operands and their strides, rows with a
-reduction, plain elements), the config from the family's measured table or its formula. It stands after fusion, as it needs to
-know everything a kernel does, and chooses by the concrete size: one and the same trace gets other tiles at 1 and at 8192
-tokens. It refuses nothing: the last family in line takes any problem.
+Enters: `Fused`. Leaves: `Selected`: kernels in running order, each one launch: a family, its config, why, and one group
+or several independent ones as segments. The family follows from what the group is (a GEMM's operands and their strides,
+rows with a reduction, plain elements), the config from the family's measured table or its formula. It stands after
+fusion, as it needs to
+know everything a kernel does, and chooses by the concrete size: one and the same trace gets other tiles at 1 and at
+8192 tokens. It refuses nothing: the last family in line takes any problem.
 """
 
 from __future__ import annotations
@@ -69,7 +70,9 @@ class Selected:
         return self.fused.values
 
     def __str__(self) -> str:
-        return "\n".join(f"{k.family or k.group.kind} {k.name}: {k.config or ''} {k.why}".rstrip() for k in self.kernels)
+        return "\n".join(
+            f"{k.family or k.group.kind} {k.name}: {k.config or ''} {k.why}".rstrip() for k in self.kernels
+        )
 
 
 def select(fused: Fused, options: Options, misaligned: Collection[str] = ()) -> Selected:
@@ -176,7 +179,12 @@ def _segments(groups: list[Group], values: Values) -> list[tuple[Group, ...]]:
 
 def _joins(groups: list[Group], first: list[int], second: list[int], graph: nx.DiGraph, a: int, b: int) -> bool:
     x, y = groups[first[0]], groups[second[0]]
-    if x.kind != y.kind or x.kind not in ("pointwise", "row") or x.cols != y.cols or len(first) + len(second) > MAX_SEGMENTS:
+    if (
+        x.kind != y.kind
+        or x.kind not in ("pointwise", "row")
+        or x.cols != y.cols
+        or len(first) + len(second) > MAX_SEGMENTS
+    ):
         return False
     if x.kind == "row" and x.cols > LOOP_FROM:
         return False
@@ -192,10 +200,9 @@ def _kernel(segments: tuple[Group, ...], fused: Fused, options: Options, misalig
         return Kernel(group.name, "", None, why, segments)
     pdl = options.pdl and options.target.pdl
     if group.contract is not None:
-        problem = gemm_problem(group, group.contract, options, misaligned)
-        family, config, why = pick(problem, options.target)
-        pdl = pdl and family != "gemm_simple"
-        return Kernel(group.name, family, config, why, segments, problem, pdl)
+        product = gemm_problem(group, group.contract, options, misaligned)
+        family, config, why = pick(product, options.target)
+        return Kernel(group.name, family, config, why, segments, product, pdl and family != "gemm_simple")
     family = _family(segments)
     elements = max(sum(g.rows for g in segments) * group.cols, 1)
     moved = sum(traffic(g, fused.values) for g in segments)

@@ -1,9 +1,9 @@
 """Stage 3: the symbols of a trace are bound to integers.
 
-Enters: a canonical trace with sympy expressions, and a size for each symbol. Leaves: the same trace with integers in every
-shape, stride and argument. The guards that the trace took for granted are evaluated first: `failed_guard` names the
-first that does not hold for these sizes, and the caller then traces the piece again for them. One trace serves every
-size whose guards hold. Expressions over numbers only known at run time (a 0-d input read as a scalar) stay.
+Enters: a canonical trace with sympy expressions, and a size for each symbol. Leaves: the same trace with integers in
+every shape, stride and argument. The guards that the trace took for granted are evaluated first: `failed_guard` names
+the first that does not hold for these sizes, and the caller then traces the piece again for them. One trace serves
+every size whose guards hold. Expressions over numbers only known at run time (a 0-d input read as a scalar) stay.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a value is: the definitions that `define` gives to every node and that fusion composes.
 
-A definition says what one element of a value is as a function of its index, or which product or foreign op makes it. All
-sizes are integers here. Views have no definition of their own: reading one is reading its base at another offset.
+A definition says what one element of a value is as a function of its index, or which product or foreign op makes it.
+All sizes are integers here. Views have no definition of their own: reading one is reading its base at another offset.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Union
+from typing import Any, TypeAlias
 
 import torch
 
@@ -143,7 +143,7 @@ class Empty:
     source: str = ""
 
 
-Definition = Union[Map, Reduce, Contract, Extern, Item, Empty]
+Definition: TypeAlias = Map | Reduce | Contract | Extern | Item | Empty
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ class Values:
     views: Mapping[str, View]
     outputs: tuple[Output, ...]
     mutations: tuple[tuple[str, str], ...]
-    structure: object = None
+    structure: Any = None
     layouts: Mapping[str, Layout] = field(default_factory=dict)
 
     def base(self, name: str) -> str:

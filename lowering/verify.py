@@ -1,4 +1,5 @@
-"""What each stage promises, checked after it ran: a stage that breaks its promise is a defect, found here and not in a kernel."""
+"""What each stage promises, checked after it ran: a stage that breaks its promise is a defect, found here and not in a
+kernel."""
 
 from __future__ import annotations
 

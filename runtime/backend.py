@@ -1,7 +1,7 @@
 """`torch.compile(model, backend="terrazzo")`: the front door for PyTorch users; inference only.
 
-Dynamo hands over one graph per frame, with symbolic sizes where shapes are dynamic. Each graph becomes a `CompiledPiece`:
-one trace, one plan per concrete size, made at that size's first call.
+Dynamo hands over one graph per frame, with symbolic sizes where shapes are dynamic. Each graph becomes a
+`CompiledPiece`: one trace, one plan per concrete size, made at that size's first call.
 """
 
 from __future__ import annotations

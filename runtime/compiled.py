@@ -4,8 +4,9 @@
     run = piece.at(args)                  # the plan for the sizes in args, made at their first use
     out = run(*args)
 
-Pieces that are equal but for their names share trace and plans within the process. What cannot be lowered at all runs as the
-graph it was, with one warning; what cannot be lowered in part runs those ops as themselves, counted in `summary()`.
+Pieces that are equal but for their names share trace and plans within the process. What cannot be lowered at all
+runs as the graph it was, with one warning; what cannot be lowered in part runs those ops as themselves, counted in
+`summary()`.
 """
 
 from __future__ import annotations
@@ -155,7 +156,9 @@ class CompiledPiece:
 
     def _constants(self, plan: Plan) -> list[torch.Tensor]:
         """The tensors this very piece holds, in the plan's order; those the trace made itself are the plan's."""
-        held = {f"held_{str(n.target).replace('.', '_')}": n.target for n in self.graph.graph.nodes if n.op == "get_attr"}
+        held = {
+            f"held_{str(n.target).replace('.', '_')}": n.target for n in self.graph.graph.nodes if n.op == "get_attr"
+        }
         found = []
         for name, tensor in plan.constants.items():
             value: Any = self.graph if name in held else tensor
@@ -174,7 +177,8 @@ class CompiledPiece:
         return self._lowered
 
     def _warmed(self, run: Runner, loaded: Loaded, args: Sequence[Any]) -> Runner:
-        """One run on these arguments, so that nothing is left to compile or to allocate when the caller captures a graph.
+        """One run on these arguments, so that nothing is left to compile or to allocate when the caller captures a
+        graph.
 
         What the piece would write in place is written to a copy. A kernel that does not compile sends the whole piece
         back to its graph.
@@ -185,14 +189,20 @@ class CompiledPiece:
         trial = [a.clone() if name in written else a for name, a in zip(self._names, args, strict=True)]
         try:
             run(*trial)
-        except (triton.CompilationError, triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError) as cause:
+        except (
+            triton.CompilationError,
+            triton.runtime.errors.OutOfResources,
+            triton.runtime.errors.PTXASError,
+        ) as cause:
             return self._fall_back(cause)
         return run
 
     def _fall_back(self, cause: Exception) -> Runner:
         if not self._fell_back:
             remedy = "python -m terrazzo.tools.dump_kernels on this piece shows the stage"
-            log.warning("a piece of %d nodes runs as the graph it was: %s; %s", len(self.graph.graph.nodes), cause, remedy)
+            log.warning(
+                "a piece of %d nodes runs as the graph it was: %s; %s", len(self.graph.graph.nodes), cause, remedy
+            )
         self._fell_back = True
         return self.graph.forward
 

@@ -17,7 +17,8 @@ from ..lowering.intake import Examples
 
 
 def fingerprint(graph: fx.GraphModule, examples: Examples) -> str | None:
-    """A digest of what the piece computes on which kinds of arguments; None when something in it cannot be written down.
+    """A digest of what the piece computes on which kinds of arguments; None when something in it cannot be written
+    down.
 
     Args:
         graph: the piece.
@@ -86,7 +87,11 @@ def _tree(value: Any, names: Mapping[fx.Node, str]) -> str:
         return "{" + " ".join(f"{k}:{_tree(v, names)}" for k, v in value.items()) + "}"
     if isinstance(value, slice):
         return f"slice({_tree((value.start, value.stop, value.step), names)})"
-    if value is None or value is Ellipsis or isinstance(value, (bool, int, float, str, torch.dtype, torch.device, torch.layout)):
+    if (
+        value is None
+        or value is Ellipsis
+        or isinstance(value, (bool, int, float, str, torch.dtype, torch.device, torch.layout))
+    ):
         return f"{type(value).__name__}:{value!r}"
     if isinstance(value, torch.memory_format):
         return str(value)

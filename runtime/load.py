@@ -1,8 +1,9 @@
 """A plan's text becomes callable.
 
-The text is executed in a module of its own and never read from a directory, so nobody else's code can run here; its lines are
-known to `linecache`, so that Triton finds the bodies' source and tracebacks show it. Bodies with equal text are one and the
-same object in a process: kernels for two token counts that differ in nothing but their arguments share one binary.
+The text is executed in a module of its own and never read from a directory, so nobody else's code can run here; its
+lines are known to `linecache`, so that Triton finds the bodies' source and tracebacks show it. Bodies with equal text
+are one and the same object in a process: kernels for two token counts that differ in nothing but their arguments share
+one binary.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ _BODIES: dict[str, Any] = {}
 
 
 def load(plan: Plan) -> Callable[..., tuple[Any, ...]]:
-    """The plan's `call`: takes the piece's arguments and then the constants it holds, returns the leaves of its result."""
+    """The plan's `call`: takes the piece's arguments and then the constants it holds, returns the leaves of its
+    result."""
     name = f"<terrazzo plan {hashlib.sha256(plan.source.encode()).hexdigest()[:16]}>"
     linecache.cache[name] = (len(plan.source), None, plan.source.splitlines(keepends=True), name)
     module: dict[str, Any] = {"__name__": "terrazzo_plan", "OBJECTS": plan.objects}
