@@ -1,0 +1,146 @@
+"""Check every piece of the models against eager and fp64: values, memory, repeatability, CUDA graph.
+
+    python -m terrazzo.tools.check                                       all models, on a GPU at their published sizes
+    python -m terrazzo.tools.check --models llama-3.1-8b --sizes 1,16,2048 --json
+    python -m terrazzo.tools.check --tiny                                the tiny twins; what runs without a GPU
+
+Of each model the first, one middle and the last piece are checked: the others are the same piece. What is checked
+stands in piece_check.py. Without a GPU the kernels are interpreted. Exit status 1 when anything does not hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from functools import cache
+from itertools import groupby
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from terrazzo.tools.device import HERE
+from terrazzo.tools.models import Piece, config, names, pieces
+from terrazzo.tools.piece_check import Result, check_sizes
+
+SIZES = (1, 2, 7, 16, 64, 128, 1000, 2048, 8192)
+# The interpreter takes about 12 ms per 128 x 128 x 128 product.
+INTERPRETED_SIZES = (1, 2, 7)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+KINDS = ("first", "middle", "last")
+# Two layers give one piece of each kind.
+LAYERS = 2
+
+
+def check_all(
+    models: Sequence[str], sizes: Sequence[int], dtype: str = "bf16", tiny: bool = False, procs: int = 1
+) -> Iterator[Result]:
+    """Every kind of piece of every model at every size.
+
+    Args:
+        models: names; equal sizes for all.
+        sizes: numbers of tokens.
+        dtype: a key of `DTYPES`.
+        tiny: the models' tiny twins.
+        procs: processes that share the work; compiling keeps a core busy each.
+    """
+    tasks = [(model, at, tuple(sizes), dtype, tiny) for model in models for at in (1, 0, 2)]
+    if procs == 1:
+        for task in tasks:
+            yield from check_kind(*task)
+        return
+    # A process that has touched CUDA cannot be forked.
+    with ProcessPoolExecutor(procs, mp_context=multiprocessing.get_context("spawn"), initializer=_quiet) as pool:
+        for done in as_completed([pool.submit(check_kind, *task) for task in tasks]):
+            yield from done.result()
+
+
+def check_kind(model: str, at: int, sizes: tuple[int, ...], dtype: str, tiny: bool) -> list[Result]:
+    """One of a model's three pieces at these sizes."""
+    return check_sizes(_pieces(model, dtype, tiny)[at], sizes, HERE)
+
+
+@cache
+def _pieces(model: str, dtype: str, tiny: bool) -> list[Piece]:
+    return pieces(model, tiny=tiny, dtype=DTYPES[dtype], device=HERE, layers=LAYERS)
+
+
+def table(results: Sequence[Result]) -> Table:
+    """Sizes with equal outcome share a row.
+
+    'own ops' run as themselves; 'undecided' rows are left out (see wide.py); 'error' is in units of eager's, right to 2.
+    """
+    made = Table(title="compiled pieces against eager and fp64", title_justify="left")
+    for column in ("model", "piece"):
+        made.add_column(column, no_wrap=True)
+    made.add_column("tokens")
+    for column in ("kernels", "own ops", "undecided", "error"):
+        made.add_column(column, justify="right")
+    made.add_column("")
+    order = {kind: at for at, kind in enumerate(KINDS)}
+    ordered = sorted(results, key=lambda r: (r.model, order[r.piece], r.size))
+    for key, group in groupby(ordered, key=lambda r: (r.model, r.piece, r.kernels, r.foreign, r.ok)):
+        members = list(group)
+        model, piece, kernels, foreign, ok = key
+        sizes, ratio = " ".join(str(r.size) for r in members), max(r.ratio for r in members)
+        undecided = sum(r.undecided for r in members)
+        state = "[green]ok[/]" if ok else "[red]wrong[/]"
+        made.add_row(model, piece, sizes, str(kernels), str(foreign), str(undecided or ""), f"{ratio:.2f}", state)
+    return made
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", default="all", help="names, comma-separated, or 'all'")
+    parser.add_argument("--sizes", help="numbers of tokens, comma-separated")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--tiny", action="store_true", help="the models' tiny twins")
+    parser.add_argument("--procs", type=int, help="processes; default: 8 on a GPU, as far as there are cores")
+    parser.add_argument("--json", nargs="?", const="-", help="results as JSON, on the screen or to a file")
+    return parser.parse_args()
+
+
+def _quiet() -> None:
+    """A fallback is a failure here and reported as such, with its cause as the log has it."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+
+
+def main() -> int:
+    options = _arguments()
+    _quiet()
+    models = names() if options.models == "all" else options.models.split(",")
+    for name in models:
+        config(name)
+    on_gpu = HERE.type == "cuda"
+    usual = SIZES if on_gpu else INTERPRETED_SIZES
+    sizes = tuple(map(int, options.sizes.split(","))) if options.sizes else usual
+    procs = options.procs or (min(8, os.cpu_count() or 1) if on_gpu else 1)
+    started, results = time.perf_counter(), []
+    for result in check_all(models, sizes, options.dtype, options.tiny or not on_gpu, procs):
+        results.append(result)
+        for failure in result.failures:
+            print(f"{result.model} {result.piece} at {result.size}: {failure}", file=sys.stderr, flush=True)
+    wrong = sum(not r.ok for r in results)
+    if options.json:
+        text = json.dumps([asdict(r) for r in results])
+        if options.json == "-":
+            print(text)
+            return int(wrong > 0)
+        with open(options.json, "w") as file:
+            file.write(text)
+    console = Console()
+    console.print(table(results))
+    console.print(f"{len(results)} checks, {wrong} wrong, {time.perf_counter() - started:.0f} s")
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

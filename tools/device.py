@@ -1,0 +1,32 @@
+"""Where a tool runs: the GPU, or without one Triton's interpreter on the CPU.
+
+Triton decides when it is imported whether it interprets, so importing this module decides. It comes before every import
+that brings triton in (`terrazzo.tools.models` does, through torch's tracer); in sorted imports it does.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import torch
+
+from terrazzo.lowering.errors import UserError
+
+
+def _pick() -> torch.device:
+    """The first CUDA device; without one the CPU, with Triton told to interpret.
+
+    Raises:
+        UserError: there is no GPU and triton was imported without its interpreter.
+    """
+    if torch.cuda.is_available():
+        return torch.device("cuda", 0)
+    if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
+        raise UserError("the device", "no GPU is here, and triton is already imported as a compiler", stage="tools",
+                        remedy="Set TRITON_INTERPRET=1 before triton is imported.")  # fmt: skip
+    os.environ["TRITON_INTERPRET"] = "1"
+    return torch.device("cpu")
+
+
+HERE = _pick()
