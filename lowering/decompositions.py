@@ -18,8 +18,6 @@ aten = torch.ops.aten
 # Lowered as they are, although torch would take them apart.
 KEPT = (
     aten.silu,
-    aten.mish,
-    aten.softplus,
     aten.addmm,
     aten.mm,
     aten.bmm,
@@ -39,8 +37,6 @@ KEPT = (
     aten.triu,
     aten.tril,
     aten.sgn,
-    aten.log_sigmoid_forward,
-    aten.logaddexp,
 )
 
 # Not core, but better as parts than as an op of its own.

@@ -8,6 +8,7 @@ and rounded where an explicit `cast` says so.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -142,13 +143,21 @@ def cast(value: Expr, dtype: torch.dtype) -> Expr:
         return value
     if isinstance(value, Apply) and value.fn == "keep" and value.args[0].dtype == dtype:
         return value.args[0]
-    if isinstance(value, Const) and dtype != torch.bool:
+    if isinstance(value, Const):
         number = value.value
+        if dtype == torch.bool:
+            return Const(dtype, value=bool(number))
         if dtype.is_floating_point:
             return Const(dtype, value=float(number))
-        if isinstance(number, (bool, int)):
-            return Const(dtype, value=int(number))
+        if math.isfinite(number):
+            return Const(dtype, value=_wrapped(int(number), dtype))
     return Apply(dtype, fn="cast", args=(value,))
+
+
+def _wrapped(number: int, dtype: torch.dtype) -> int:
+    """An integer as this dtype holds it: modulo its size, as torch converts."""
+    info = torch.iinfo(dtype)
+    return (number - info.min) % (info.max - info.min + 1) + info.min
 
 
 def keep(value: Expr, dtype: torch.dtype) -> Expr:

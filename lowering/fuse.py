@@ -10,12 +10,14 @@ become segments of one launch.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import networkx as nx
 
 from .depend import Dependencies
+from .errors import InternalError
 from .group import Group, Refused, compose, traffic
 from .options import Options
 from .values import Contract, Empty, Extern, Item, Values
@@ -50,76 +52,132 @@ class Fused:
         return "\n".join(lines + [f"not fused: {r.producer} + {r.consumer}: {r.reason}" for r in self.refusals])
 
 
-@dataclass
 class _State:
-    """Groups while they grow: members by group number, and the graph between groups."""
+    """Groups while they grow: members by group number, the graph between groups, and what each contraction would save."""
 
-    deps: Dependencies
-    options: Options
-    members: dict[int, frozenset[str]] = field(default_factory=dict)
-    owner: dict[str, int] = field(default_factory=dict)
-    graph: nx.DiGraph = field(default_factory=nx.DiGraph)
-    composed: dict[tuple[frozenset[str], frozenset[str]], Group | str] = field(default_factory=dict)
-
-    def needed(self, members: Collection[str]) -> frozenset[str]:
-        """Members that something outside reads, or that must be in memory."""
-        return frozenset(
-            m
-            for m in members
-            if m in self.deps.pinned or any(r not in members for r in self.readers[m]) or not self.readers[m]
-        )
-
-    def compose(self, members: frozenset[str]) -> Group | str:
-        """The group of these members, or why there is none."""
-        needed = self.needed(members)
-        key = members, needed
-        if key not in self.composed:
-            try:
-                self.composed[key] = compose(members, needed, self.deps.values, self.deps.inlined)
-            except Refused as reason:
-                self.composed[key] = str(reason)
-        return self.composed[key]
-
-    def __post_init__(self) -> None:
-        definitions = self.deps.values.definitions
-        kept = [n for n in definitions if n not in self.deps.inlined or n in self.deps.pinned]
-        reads = {n: self.deps.reads(n) for n in kept}
+    def __init__(self, deps: Dependencies, options: Options) -> None:
+        self.deps, self.options = deps, options
+        self.members: dict[int, frozenset[str]] = {}
+        self.span: dict[int, tuple[int, int]] = {}
+        self.version: dict[int, int] = {}
+        self.graph = nx.DiGraph()
+        self.composed: dict[frozenset[str], Group | str] = {}
+        self.refusals: dict[tuple[int, int], str] = {}
+        self.heap: list[tuple[float, int, int, int, int]] = []
+        definitions = deps.values.definitions
+        kept = [n for n in definitions if n not in deps.inlined or n in deps.pinned]
+        reads = {n: deps.reads(n) for n in kept}
         self.readers: dict[str, set[str]] = {n: set() for n in kept}
         for name, sources in reads.items():
-            for source in sources:
-                if source in self.readers:
-                    self.readers[source].add(name)
+            for source in sources & self.readers.keys():
+                self.readers[source].add(name)
         kept = self._alive(kept)
+        owner = {name: number for number, name in enumerate(kept)}
         for number, name in enumerate(kept):
-            self.members[number] = frozenset([name])
-            self.owner[name] = number
+            self.members[number], self.span[number], self.version[number] = frozenset([name]), (number, number), 0
             self.graph.add_node(number)
         for name in kept:
-            for source in reads[name]:
-                if source in self.owner:
-                    self.graph.add_edge(self.owner[source], self.owner[name])
+            self.graph.add_edges_from((owner[s], owner[name]) for s in reads[name] if s in owner)
 
     def _alive(self, kept: list[str]) -> list[str]:
         """Without values that nothing in memory depends on any more, because all their readers inline them."""
         alive: list[str] = []
+        seen: set[str] = set()
         for name in reversed(kept):
             made = self.deps.values.definitions[name]
-            used = self.readers[name] & set(alive)
+            self.readers[name] &= seen
             acts = isinstance(made, Extern) and (not made.layouts or made.layouts == (None,))
-            self.readers[name] = used
-            if used or name in self.deps.pinned or acts:
+            if self.readers[name] or name in self.deps.pinned or acts:
                 alive.append(name)
+                seen.add(name)
         return alive[::-1]
+
+    def needed(self, members: Collection[str]) -> frozenset[str]:
+        """Members that something outside reads, or that must be in memory."""
+        pinned, readers = self.deps.pinned, self.readers
+        return frozenset(m for m in members if m in pinned or not readers[m] or not readers[m] <= set(members))
+
+    def compose(self, members: frozenset[str]) -> Group | str:
+        """The group of these members, or why there is none."""
+        if members not in self.composed:
+            try:
+                made = compose(members, self.needed(members), self.deps.values, self.deps.inlined)
+                self.composed[members] = made
+            except Refused as reason:
+                self.composed[members] = str(reason)
+        return self.composed[members]
+
+    def silent(self, number: int) -> bool:
+        """Groups that no fusion concerns: ops as themselves, their results, and bare memory."""
+        names = self.members[number]
+        return len(names) == 1 and isinstance(self.deps.values.definitions[next(iter(names))], (Extern, Item, Empty))
+
+    def consider(self, a: int, b: int) -> None:
+        """Puts the contraction of an edge up for choice, or notes why it is none."""
+        if self.silent(a) or self.silent(b):
+            return
+        saved = self.saving(a, b)
+        if isinstance(saved, str):
+            self.refusals[a, b] = saved
+        else:
+            heapq.heappush(self.heap, (-saved, a, b, self.version[a], self.version[b]))
+
+    def best(self) -> tuple[int, int] | None:
+        """The contraction that saves most among those that close no cycle."""
+        while self.heap:
+            _, a, b, version_a, version_b = heapq.heappop(self.heap)
+            if (self.version.get(a), self.version.get(b)) != (version_a, version_b):
+                continue
+            if not self.cycle(a, b):
+                return a, b
+            # A path between the two can only vanish into one of them, and that brings the edge up again.
+            self.refusals[a, b] = "another kernel between the two reads the first and feeds the second"
+        return None
 
     def cycle(self, a: int, b: int) -> bool:
         """Whether another path than the direct edge leads from a to b."""
-        return any(s != b and nx.has_path(self.graph, s, b) for s in self.graph.successors(a))
+        limit = self.span[b][1]
+        stack = [s for s in self.graph.successors(a) if s != b]
+        seen = set(stack)
+        while stack:
+            node = stack.pop()
+            # What begins after b's last value cannot lead to b.
+            if self.span[node][0] > limit:
+                continue
+            for successor in self.graph.successors(node):
+                if successor == b:
+                    return True
+                if successor not in seen:
+                    seen.add(successor)
+                    stack.append(successor)
+        return False
 
     def merge(self, a: int, b: int) -> None:
+        """Contracts b into a and considers the edges of the result anew."""
         self.members[a] |= self.members.pop(b)
-        for name in self.members[a]:
-            self.owner[name] = a
+        self.span[a] = min(self.span[a][0], self.span[b][0]), max(self.span[a][1], self.span[b][1])
+        self.version[a] += 1
+        del self.version[b]
         nx.contracted_nodes(self.graph, a, b, self_loops=False, copy=False)
+        for pair in [p for p in self.refusals if a in p or b in p]:
+            del self.refusals[pair]
+        for u, v in [*self.graph.in_edges(a), *self.graph.out_edges(a)]:
+            self.consider(u, v)
+
+    def saving(self, a: int, b: int) -> float | str:
+        """Microseconds saved by contracting an edge, or why it cannot be."""
+        both = self.compose(self.members[a] | self.members[b])
+        if isinstance(both, str):
+            return both if self.product(b) is None else f"the operands of %{self.product(b)} are read from memory"
+        values = self.deps.values
+        parts = [self.compose(self.members[n]) for n in (a, b)]
+        spared = sum(traffic(g, values) for g in parts if isinstance(g, Group)) - traffic(both, values)
+        saved = spared / self.options.target.bandwidth_bytes_s * 1e6 + LAUNCH_US
+        return saved if saved > 0 else f"it saves nothing: {-spared} bytes more would be moved"
+
+    def product(self, number: int) -> str | None:
+        """The matrix product among a group's members."""
+        return next((n for n in self.members[number] if isinstance(self.deps.values.definitions[n], Contract)), None)
 
 
 def fuse(deps: Dependencies, options: Options) -> Fused:
@@ -130,70 +188,18 @@ def fuse(deps: Dependencies, options: Options) -> Fused:
         options: `fuse=False` leaves every value its own kernel; the target gives bandwidth.
     """
     state = _State(deps, options)
-    refusals: dict[tuple[int, int], str] = {}
     if options.fuse:
-        while (best := _best_edge(state, refusals)) is not None:
+        for a, b in list(state.graph.edges):
+            state.consider(a, b)
+        while (best := state.best()) is not None:
             state.merge(*best)
-            for pair in [p for p in refusals if best[0] in p or best[1] in p]:
-                del refusals[pair]
     order = list(nx.lexicographical_topological_sort(state.graph, key=lambda n: n))
     groups = []
     for number in order:
         group = state.compose(state.members[number])
-        assert isinstance(group, Group), group
+        if isinstance(group, str):
+            raise InternalError(", ".join(sorted(state.members[number])), group, stage="fuse")
         groups.append(group)
     named = {n: g.name for n, g in zip(order, groups, strict=True)}
-    reasons = tuple(
-        Refusal(named[a], named[b], why) for (a, b), why in sorted(refusals.items()) if a in named and b in named
-    )
-    return Fused(deps, tuple(groups), tuple(r for r in reasons if r.reason))
-
-
-def _best_edge(state: _State, refusals: dict[tuple[int, int], str]) -> tuple[int, int] | None:
-    """The edge whose contraction saves most, recording why the others are refused."""
-    best, most = None, 0.0
-    for a, b in state.graph.edges:
-        if (a, b) in refusals and not refusals[a, b].startswith("saves"):
-            continue
-        if _silent(state, a) or _silent(state, b):
-            refusals[a, b] = ""
-            continue
-        saved = _saving(state, a, b)
-        if isinstance(saved, str):
-            refusals[a, b] = saved
-        elif saved > most and not _closes_cycle(state, a, b, refusals):
-            best, most = (a, b), saved
-    return best
-
-
-def _closes_cycle(state: _State, a: int, b: int, refusals: dict[tuple[int, int], str]) -> bool:
-    """Cycles can open up again as groups merge, so the reason is noted but looked at anew."""
-    if state.cycle(a, b):
-        refusals[a, b] = "saves traffic, but another kernel between the two needs the first and feeds the second"
-        return True
-    return False
-
-
-def _silent(state: _State, number: int) -> bool:
-    """Groups that no fusion concerns: ops as themselves, their results, and bare memory."""
-    names = state.members[number]
-    return len(names) == 1 and isinstance(state.deps.values.definitions[next(iter(names))], (Extern, Item, Empty))
-
-
-def _saving(state: _State, a: int, b: int) -> float | str:
-    """Microseconds saved by contracting an edge, or why it cannot be."""
-    first, second = state.compose(state.members[a]), state.compose(state.members[b])
-    both = state.compose(state.members[a] | state.members[b])
-    if isinstance(both, str):
-        if isinstance(state.deps.values.definitions.get(_only(state, b)), Contract):
-            return f"the operands of %{_only(state, b)} are read from memory by its copy engine"
-        return both
-    values = state.deps.values
-    spared = sum(traffic(g, values) for g in (first, second) if isinstance(g, Group)) - traffic(both, values)
-    saved = spared / state.options.target.bandwidth_bytes_s * 1e6 + LAUNCH_US
-    return saved if saved > 0 else f"saves nothing: {-spared} bytes more would be moved"
-
-
-def _only(state: _State, number: int) -> str:
-    names = state.members[number]
-    return next((n for n in names if isinstance(state.deps.values.definitions[n], Contract)), next(iter(names)))
+    reasons = tuple(Refusal(named[a], named[b], why) for (a, b), why in sorted(state.refusals.items()))
+    return Fused(deps, tuple(groups), reasons)

@@ -80,10 +80,13 @@ class Input:
 
 @dataclass(frozen=True)
 class Node:
-    """One op: `op(*args, **kwargs)`, its tensors as `Ref`s, its sizes as integers or sympy expressions."""
+    """One op: `op(*args, **kwargs)`, its tensors as `Ref`s, its sizes as integers or sympy expressions.
+
+    `op` is an `OpOverload`, a higher-order op or `operator.getitem`.
+    """
 
     name: str
-    op: Callable[..., Any]
+    op: Any
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     spec: Spec | tuple[Spec | None, ...] | None

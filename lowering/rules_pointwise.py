@@ -29,7 +29,7 @@ UNARY = {
     "asinh": aten.asinh, "acosh": aten.acosh, "atanh": aten.atanh, "erf": aten.erf, "erfc": aten.erfc,
     "erfinv": aten.erfinv, "lgamma": aten.lgamma, "sigmoid": aten.sigmoid, "reciprocal": aten.reciprocal,
     "neg": aten.neg, "abs": aten.abs, "ceil": aten.ceil, "floor": aten.floor, "round": aten.round.default,
-    "trunc": aten.trunc, "relu": aten.relu, "silu": aten.silu, "sign": aten.sign,
+    "trunc": aten.trunc, "relu": aten.relu, "silu": aten.silu,
     "bitwise_not": aten.bitwise_not,
 }  # fmt: skip
 
@@ -44,7 +44,7 @@ COMPARE = {"eq": aten.eq, "ne": aten.ne, "lt": aten.lt, "le": aten.le, "gt": ate
 LOGICAL = {"logical_and": aten.logical_and, "logical_or": aten.logical_or, "logical_xor": aten.logical_xor}
 TESTS = {"isnan": aten.isnan, "isinf": aten.isinf}
 
-SIMPLE = {
+SIMPLE = {aten.sign.default: "sign", aten.sgn.default: "sign"} | {
     overload: name
     for table in (UNARY, BINARY)
     for name, packet in table.items()
@@ -62,8 +62,25 @@ def arithmetic(dtype: torch.dtype) -> torch.dtype:
 
 def operands(d: Definer, node: Node, args: Sequence[Any], dtype: torch.dtype) -> list[Expr]:
     """The arguments' elements at the result's index, in the dtype given."""
-    index = variables(d.layout(Ref(node.name)).shape if node.name in d.layouts else Layout.of(node.spec).shape)  # type: ignore[arg-type]
+    index = variables(Layout.of(node.spec).shape)  # type: ignore[arg-type]
     return [cast(d.read_broadcast(a, index), dtype) for a in args]
+
+
+def promoted_operands(
+    d: Definer, node: Node, args: Sequence[Any], common: torch.dtype, numbers: bool = False
+) -> list[Expr]:
+    """The arguments as torch's arithmetic sees them: rounded to the common dtype, computed with in `arithmetic(common)`.
+
+    Args:
+        common: the dtype that the operands promote to.
+        numbers: whether Python numbers are rounded as well; in sums and products they keep fp32's precision.
+    """
+    dtype = arithmetic(common)
+    found = operands_as_they_are(d, node, args)
+    return [
+        cast(cast(value, common) if numbers or isinstance(arg, Ref) else value, dtype)
+        for arg, value in zip(args, found, strict=True)
+    ]
 
 
 def _result(node: Node) -> torch.dtype:
@@ -75,9 +92,14 @@ def simple(d: Definer, node: Node) -> None:
     dtype = arithmetic(_result(node))
     if node.kwargs.get("rounding_mode") or len(node.args) > 2 or dtype == torch.bool and SIMPLE[node.op] == "neg":
         raise Unsupported(node.name, f"{node.target} with these arguments", stage="define")
-    args = operands(d, node, node.args, dtype)
+    args = promoted_operands(d, node, node.args, _result(node))
     fn = SIMPLE[node.op]
-    if fn == "pow":
+    if fn == "neg" and dtype.is_floating_point:
+        # Triton's minus is 0 - x, which loses the sign of zero.
+        d.map(node, apply("mul", args[0], const(-1.0, dtype), dtype=dtype))
+    elif fn == "sign" and dtype == torch.bool:
+        d.map(node, args[0])
+    elif fn == "pow":
         d.map(node, power(args[0], node.args[1], args[1]))
     elif dtype == torch.bool and fn in ("mul", "maximum", "minimum"):
         d.map(node, apply("bitwise_or" if fn == "maximum" else "bitwise_and", *args, dtype=dtype))
@@ -110,7 +132,7 @@ def power(base: Expr, exponent: Any, exponent_expr: Expr) -> Expr:
 @rule(aten.add, aten.sub, aten.rsub)
 def additive(d: Definer, node: Node) -> None:
     dtype = arithmetic(_result(node))
-    a, b = operands(d, node, node.args[:2], dtype)
+    a, b = promoted_operands(d, node, node.args[:2], _result(node))
     alpha = node.kwargs.get("alpha", node.args[2] if len(node.args) > 2 else 1)
     if node.op in (aten.rsub.Tensor, aten.rsub.Scalar):
         a, b = b, a
@@ -125,7 +147,7 @@ def additive(d: Definer, node: Node) -> None:
 @rule(aten.div, aten.floor_divide)
 def divide(d: Definer, node: Node) -> None:
     dtype = arithmetic(_result(node))
-    a, b = operands(d, node, node.args[:2], dtype)
+    a, b = promoted_operands(d, node, node.args[:2], _result(node))
     mode = node.kwargs.get("rounding_mode", node.args[2] if len(node.args) > 2 else None)
     if node.op in (aten.floor_divide.default, aten.floor_divide.Scalar):
         mode = "floor"
@@ -137,7 +159,7 @@ def divide(d: Definer, node: Node) -> None:
 def predicate(d: Definer, node: Node) -> None:
     fn = BY_PACKET[node.op.overloadpacket]
     if fn in LOGICAL:
-        args = [truth(a) for a in operands_as_they_are(d, node)]
+        args = [truth(a) for a in operands_as_they_are(d, node, node.args)]
         d.map(
             node,
             apply(
@@ -147,9 +169,8 @@ def predicate(d: Definer, node: Node) -> None:
             ),
         )
         return
-    dtype = arithmetic(promoted(d, node.args))
-    args = operands(d, node, node.args, dtype)
-    if fn in TESTS and not dtype.is_floating_point:
+    args = promoted_operands(d, node, node.args, promoted(d, node.args), numbers=True)
+    if fn in TESTS and not args[0].dtype.is_floating_point:
         d.map(node, const(False, torch.bool))
     else:
         d.map(node, apply(fn, *args, dtype=torch.bool))
@@ -164,9 +185,10 @@ def promoted(d: Definer, args: Sequence[Any]) -> torch.dtype:
     return samples[0].dtype if len(samples) == 1 else torch.result_type(*samples)
 
 
-def operands_as_they_are(d: Definer, node: Node) -> list[Expr]:
+def operands_as_they_are(d: Definer, node: Node, args: Sequence[Any]) -> list[Expr]:
+    """The arguments' elements at the result's index."""
     index = variables(Layout.of(node.spec).shape)  # type: ignore[arg-type]
-    return [d.read_broadcast(a, index) for a in node.args]
+    return [d.read_broadcast(a, index) for a in args]
 
 
 def truth(value: Expr) -> Expr:
@@ -176,12 +198,22 @@ def truth(value: Expr) -> Expr:
 
 @rule(aten.logical_not)
 def logical_not(d: Definer, node: Node) -> None:
-    d.map(node, apply("bitwise_not", truth(operands_as_they_are(d, node)[0]), dtype=torch.bool))
+    d.map(node, apply("bitwise_not", truth(operands_as_they_are(d, node, node.args)[0]), dtype=torch.bool))
+
+
+@rule(aten.signbit)
+def signbit(d: Definer, node: Node) -> None:
+    value = operands_as_they_are(d, node, node.args)[0]
+    if value.dtype.is_floating_point:
+        value = cast(value, arithmetic(value.dtype))
+        value = apply("copysign", const(1.0, value.dtype), value, dtype=value.dtype)
+    negative = apply("lt", value, const(0, value.dtype), dtype=torch.bool)
+    d.map(node, const(False, torch.bool) if value.dtype in (torch.bool, torch.uint8) else negative)
 
 
 @rule(aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)
 def where(d: Definer, node: Node) -> None:
-    cond, a, b = operands_as_they_are(d, node)
+    cond, a, b = operands_as_they_are(d, node, node.args)
     dtype = _result(node)
     d.map(node, apply("where", truth(cond), cast(a, dtype), cast(b, dtype), dtype=dtype))
 

@@ -11,6 +11,7 @@ know everything a kernel does, and chooses by the concrete size: one and the sam
 from __future__ import annotations
 
 import importlib
+import itertools
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,6 +31,8 @@ from .options import Options
 from .values import Contract, Item, Values, View
 
 MAX_SEGMENTS = 4
+# Independent groups further apart than this in running order stay apart: joining them would keep buffers alive for long.
+NEAR = 6
 
 
 @dataclass(frozen=True)
@@ -168,29 +171,32 @@ def _segments(groups: list[Group], values: Values) -> list[tuple[Group, ...]]:
                 graph.add_edge(owner[name], number)
         owner.update(dict.fromkeys(writes, number))
     joined: dict[int, list[int]] = {n: [n] for n in graph}
-    for a in list(graph):
-        for b in list(graph):
-            if a < b and a in joined and b in joined and _joins(groups, joined[a], joined[b], graph, a, b):
-                joined[a] += joined.pop(b)
-                nx.contracted_nodes(graph, a, b, self_loops=False, copy=False)
+    wide = [n for n in graph if groups[n].kind in ("pointwise", "row") and groups[n].rows and groups[n].cols]
+    below = _reachable(graph)
+    for a, b in itertools.combinations(wide, 2):
+        if b - a > NEAR or a not in joined or b not in joined or below[a] >> b & 1 or below[b] >> a & 1:
+            continue
+        if _alike(groups[a], groups[b]) and len(joined[a]) + len(joined[b]) <= MAX_SEGMENTS:
+            joined[a] += joined.pop(b)
+            nx.contracted_nodes(graph, a, b, self_loops=False, copy=False)
+            below = _reachable(graph)
     order = nx.lexicographical_topological_sort(graph, key=lambda n: n)
     return [tuple(groups[i] for i in joined[n]) for n in order]
 
 
-def _joins(groups: list[Group], first: list[int], second: list[int], graph: nx.DiGraph, a: int, b: int) -> bool:
-    x, y = groups[first[0]], groups[second[0]]
-    if (
-        x.kind != y.kind
-        or x.kind not in ("pointwise", "row")
-        or x.cols != y.cols
-        or len(first) + len(second) > MAX_SEGMENTS
-    ):
-        return False
-    if x.kind == "row" and x.cols > LOOP_FROM:
-        return False
-    if not x.rows or not y.rows:
-        return False
-    return not nx.has_path(graph, a, b) and not nx.has_path(graph, b, a)
+def _reachable(graph: nx.DiGraph) -> dict[int, int]:
+    """For each node the set of nodes below it, as bits."""
+    below: dict[int, int] = {}
+    for node in reversed(list(nx.topological_sort(graph))):
+        below[node] = 0
+        for successor in graph.successors(node):
+            below[node] |= below[successor] | 1 << successor
+    return below
+
+
+def _alike(x: Group, y: Group) -> bool:
+    """Whether two groups can be segments of one launch."""
+    return x.kind == y.kind and x.cols == y.cols and (x.kind == "pointwise" or x.cols <= LOOP_FROM)
 
 
 def _kernel(segments: tuple[Group, ...], fused: Fused, options: Options, misaligned: Collection[str]) -> Kernel:
