@@ -34,7 +34,7 @@ def minimum(a, b):
 @triton.jit
 def relu(x):
     """max(x, 0); NaN stays."""
-    return tl.where(x > 0, x, tl.where(x != x, x, x * 0))
+    return tl.where((x > 0) | (x != x), x, tl.zeros_like(x))
 
 
 @triton.jit
@@ -57,15 +57,32 @@ def tanh(x):
 
 @triton.jit
 def sign(x):
-    """−1, 0 or 1 in x's dtype; NaN stays."""
-    one = (x > 0).to(x.dtype) - (x < 0).to(x.dtype)
-    return tl.where(x != x, x, one)
+    """−1, 0 or 1 in x's dtype; 0 for NaN."""
+    return (x > 0).to(x.dtype) - (x < 0).to(x.dtype)
+
+
+@triton.jit
+def divide(a, b):
+    """a / b rounded to nearest, fp32 or fp64; one of them may be a number."""
+    if (a + b).dtype == tl.float64:
+        return a / b
+    else:
+        return tl.div_rn(a, b)
 
 
 @triton.jit
 def div_floor(a, b):
-    """a / b rounded towards minus infinity, floating point."""
-    return tl.floor(tl.div_rn(a, b))
+    """a / b rounded towards minus infinity, floating point; exact where the quotient lies next to a whole number.
+
+    Source: the algorithm of torch's `floor_divide`, which is that of Python's `//`.
+    """
+    rest = libdevice.fmod(a, b)
+    quotient = divide(a - rest, b)
+    quotient = tl.where((rest != 0) & ((rest < 0) != (b < 0)), quotient - 1.0, quotient)
+    whole = tl.floor(quotient)
+    whole = tl.where(quotient - whole > 0.5, whole + 1.0, whole)
+    plain = divide(a, b)
+    return tl.where(b == 0, plain, tl.where(quotient == 0, libdevice.copysign(tl.zeros_like(plain), plain), whole))
 
 
 @triton.jit
@@ -78,7 +95,7 @@ def div_floor_int(a, b):
 @triton.jit
 def div_trunc(a, b):
     """a / b rounded towards zero, floating point."""
-    return libdevice.trunc(tl.div_rn(a, b))
+    return libdevice.trunc(divide(a, b))
 
 
 @triton.jit

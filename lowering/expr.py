@@ -8,6 +8,7 @@ and rounded where an explicit `cast` says so.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -133,8 +134,29 @@ def index(offset: Affine, dtype: torch.dtype = torch.int64) -> Expr:
     return Index(dtype, offset=offset)
 
 
-def apply(fn: str, *args: Expr, dtype: torch.dtype) -> Apply:
+def apply(fn: str, *args: Expr, dtype: torch.dtype) -> Expr:
+    """`fn(*args)`; of numbers alone, the number it is."""
+    if all(isinstance(a, Const) for a in args):
+        return _folded(fn, args, dtype)  # type: ignore[arg-type]
     return Apply(dtype, fn=fn, args=args)
+
+
+# Functions whose name in torch is another.
+TORCH_NAMES = {
+    "silu": torch.nn.functional.silu,
+    "shift_left": torch.bitwise_left_shift,
+    "shift_right": torch.bitwise_right_shift,
+    "div_floor": functools.partial(torch.div, rounding_mode="floor"),
+    "div_trunc": functools.partial(torch.div, rounding_mode="trunc"),
+}
+
+
+def _folded(fn: str, args: tuple[Const, ...], dtype: torch.dtype) -> Const:
+    """A function of numbers, computed by torch in fp64 (integers in their own dtype)."""
+    wide = [torch.float64 if a.dtype.is_floating_point else a.dtype for a in args]
+    numbers = [torch.tensor(a.value).to(w) for a, w in zip(args, wide, strict=True)]
+    value = (TORCH_NAMES.get(fn) or getattr(torch, fn))(*numbers).item()
+    return Const(dtype, value=float(value) if dtype.is_floating_point else value)
 
 
 def cast(value: Expr, dtype: torch.dtype) -> Expr:
@@ -158,6 +180,12 @@ def _wrapped(number: int, dtype: torch.dtype) -> int:
     """An integer as this dtype holds it: modulo its size, as torch converts."""
     info = torch.iinfo(dtype)
     return (number - info.min) % (info.max - info.min + 1) + info.min
+
+
+def _reapplied(node: Apply, args: tuple[Expr, ...]) -> Expr:
+    if node.fn in ("cast", "keep"):
+        return cast(args[0], node.dtype) if isinstance(args[0], Const) else Apply(node.dtype, fn=node.fn, args=args)
+    return apply(node.fn, *args, dtype=node.dtype)
 
 
 def keep(value: Expr, dtype: torch.dtype) -> Expr:
@@ -233,7 +261,7 @@ def rewrite(
         elif isinstance(node, Apply):
             args = tuple(memo[id(a)] for a in node.args)
             if any(a is not b for a, b in zip(args, node.args, strict=True)):
-                made = Apply(node.dtype, fn=node.fn, args=args)
+                made = _reapplied(node, args)
         elif isinstance(node, Masked):
             made = Masked(node.dtype, cond=memo[id(node.cond)], body=memo[id(node.body)])
         if isinstance(made, (Load, RowScalar, Acc)):
