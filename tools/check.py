@@ -76,7 +76,7 @@ def _pieces(model: str, dtype: str, tiny: bool) -> list[Piece]:
 def table(results: Sequence[Result]) -> Table:
     """Sizes with equal outcome share a row.
 
-    'own ops' run as themselves; 'undecided' rows are left out (see wide.py); 'error' is in units of eager's, right to 2.
+    'own ops' run as themselves; 'undecided' rows are left out (wide.py); 'error' is in units of eager's: right to 2.
     """
     made = Table(title="compiled pieces against eager and fp64", title_justify="left")
     for column in ("model", "piece"):

@@ -1,0 +1,183 @@
+"""Times on a GPU: chains of a piece in CUDA graphs, the kernels inside one, and what a replay costs the host.
+
+A chain is one graph over several layers, each with weights of its own, all layers together larger than the L2: what a
+model's forward pass does to memory. Contenders are replayed in turn: clocks and temperature are the same for all.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from terrazzo.kernels.target import Target
+from terrazzo.lowering.group import flops, traffic
+from terrazzo.runtime.compiled import Loaded
+from terrazzo.tools.models.fakes import TensorSpec, symbols_of
+from terrazzo.tools.models.fill import draw
+from terrazzo.tools.models.piece import Piece
+from terrazzo.tools.stand_in import backend
+
+REPLAYS = 25
+# Five times the 60 MB of an H200's L2, and enough layers that what a replay costs once does not show.
+ROTATED_BYTES = 300_000_000
+LAYERS = 8
+# A bf16 product of 8192 x 8192 x 8192 on random data reaches this (H200, measured 2026-10-28).
+PEAK_FLOPS = 790e12
+# Cycles the device waits before a timed replay, about 100 us at 1.98 GHz: longer than the host takes to enqueue it.
+HEAD_START = 200_000
+
+Runner = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class KernelTime:
+    """One kernel of a layer, by its place.
+
+    Args:
+        name: as the driver knows it.
+        launch: what it computes, where the plan says so.
+        us: median duration.
+        gap_us: median time between the previous kernel's end and this one's start; negative where they overlap.
+        floor_us: bytes over bandwidth or FLOPs over peak, None where the plan does not say.
+    """
+
+    name: str
+    launch: str
+    us: float
+    gap_us: float
+    floor_us: float | None = None
+
+
+def floor_us(piece: Piece, size: int, target: Target) -> float:
+    """max(weight bytes / bandwidth of a copy, FLOPs of the products / PEAK_FLOPS); activations are left out."""
+    return max(piece.weight_bytes(size) / target.bandwidth_bytes_s, piece.flops(size) / PEAK_FLOPS) * 1e6
+
+
+def layers_of(piece: Piece, size: int, device: torch.device) -> list[list[Any]]:
+    """Arguments for each layer: activations and the rotary cache shared, every weight its own."""
+    count = max(LAYERS, math.ceil(ROTATED_BYTES / max(1, piece.weight_bytes(size))))
+    first = piece.make_inputs(size, device)
+    layers = [first]
+    generator = torch.Generator(device).manual_seed(1)
+    for _ in range(count - 1):
+        layers.append([_own(a, spec, generator) for a, spec in zip(first, piece.specs(), strict=True)])
+    return layers
+
+
+def _own(value: Any, spec: Any, generator: torch.Generator) -> Any:
+    shared = not isinstance(spec, TensorSpec) or any(map(symbols_of, spec.shape)) or spec.fill.kind == "rope"
+    if shared:
+        return value
+    return draw(spec.fill, tuple(value.shape), value.stride(), value.dtype, value.device, generator)
+
+
+def chain(run: Runner, layers: Sequence[Sequence[Any]]) -> torch.cuda.CUDAGraph:
+    """One graph over all layers; `run` is warmed up first."""
+    for args in (layers[0], *layers):
+        run(*args)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for args in layers:
+            run(*args)
+    return graph
+
+
+def interleaved_us(graphs: Mapping[str, torch.cuda.CUDAGraph], layers: int) -> dict[str, float]:
+    """Median time per layer of each graph, over `REPLAYS` rounds in which every graph is replayed once."""
+    times: dict[str, list[float]] = {name: [] for name in graphs}
+    for graph in graphs.values():
+        graph.replay()
+    torch.cuda.synchronize()
+    for _ in range(REPLAYS):
+        for name, graph in graphs.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(HEAD_START)
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times[name].append(start.elapsed_time(end) * 1e3 / layers)
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def kernel_times(graph: torch.cuda.CUDAGraph, layers: int, loaded: Loaded | None = None) -> list[KernelTime]:
+    """Every kernel of one layer, in order, by CUPTI over three replays.
+
+    Args:
+        graph: a chain.
+        layers: how many layers it has.
+        loaded: the plan, which names the launches and gives their floors.
+    """
+    replays = 3
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        for _ in range(replays):
+            graph.replay()
+        torch.cuda.synchronize()
+    events = [e for e in found.events() or () if e.device_type == torch.autograd.DeviceType.CUDA]
+    events.sort(key=lambda e: e.time_range.start)
+    each, rest = divmod(len(events), replays * layers)
+    if rest or not each:
+        return _by_name(events, replays * layers)
+    names = _launches(loaded) if loaded else []
+    labels = names if len(names) == each else [("", None)] * each
+    times = []
+    for place, (launch, floor) in enumerate(labels):
+        # The first kernel of all follows nothing.
+        here = [(events[i - 1], events[i]) for i in range(place, len(events), each) if i]
+        us = statistics.median(e.time_range.end - e.time_range.start for _, e in here)
+        gap = statistics.median(e.time_range.start - before.time_range.end for before, e in here)
+        times.append(KernelTime(here[0][1].name, launch, us, gap, floor))
+    return times
+
+
+def _by_name(events: Sequence[Any], runs: int) -> list[KernelTime]:
+    """Sums per layer, where the kernels cannot be told apart by place."""
+    names = dict.fromkeys(e.name for e in events)
+    total = {n: sum(e.time_range.end - e.time_range.start for e in events if e.name == n) / runs for n in names}
+    return [KernelTime(n, "", us, 0.0) for n, us in total.items()]
+
+
+def _launches(loaded: Loaded) -> list[tuple[str, float | None]]:
+    """The plan's launches in order, each with its floor."""
+    target, values = Target.current(), loaded.plan.schedule.values
+    found: list[tuple[str, float | None]] = []
+    for kernel in loaded.plan.schedule.launches():
+        if not kernel.family:
+            found.append((f"{kernel.name} (itself)", None))
+            continue
+        moved = sum(traffic(g, values) for g in kernel.segments) / target.bandwidth_bytes_s
+        # The peak is that of the tensor cores, which only products use.
+        work = sum(flops(g) for g in kernel.segments if g.contract is not None) / PEAK_FLOPS
+        found.append((f"{kernel.name}: {kernel.family} {kernel.config}", max(moved, work) * 1e6))
+    return found
+
+
+def host_us(piece: Piece, size: int, device: torch.device) -> dict[str, float]:
+    """Host time of one replay: through the dispatcher, and of the bare graph."""
+    served = backend(piece, piece.index + 2, capture_sizes=[size], pool=torch.cuda.graph_pool_handle())
+    args = piece.make_inputs(size, device)
+    with torch.no_grad():
+        # The general graph, one plain run of the plan, the capture.
+        for _ in range(3):
+            served(*args)
+    captured = served.entries[size].captured
+    ways: dict[str, Callable[[], Any]] = {"dispatcher": lambda: served(*args), "bare": lambda: captured.replay()}
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(REPLAYS):
+        for name, way in ways.items():
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            # Few enough that the launch queue never makes the host wait.
+            for _ in range(100):
+                way()
+            times[name].append((time.perf_counter() - start) * 1e4)
+    torch.cuda.synchronize()
+    return {name: statistics.median(found) for name, found in times.items()}
