@@ -21,10 +21,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
-from terrazzo.tools.device import HERE
+from terrazzo.tools.device import HERE, screen
 from terrazzo.tools.measure import KernelTime, Target, chain, floor_us, host_us, interleaved_us, kernel_times, layers_of
 from terrazzo.tools.models import Piece, config, pieces
 from terrazzo.tools.piece_check import CompiledPiece, check_piece
@@ -115,17 +114,17 @@ def table(results: Sequence[dict[str, Any]]) -> Table:
 
 
 def kernel_table(title: str, kernels: Sequence[dict[str, Any]]) -> Table:
-    """One row per kernel of a layer."""
+    """One row per kernel of a layer: its duration, what it adds to the piece's time, and the least it could take."""
     made = Table(title=title, title_justify="left")
     made.add_column("launch")
     made.add_column("kernel")
-    for column in ("µs", "gap before", "floor"):
+    for column in ("µs", "adds", "floor"):
         made.add_column(column, justify="right", no_wrap=True)
     for k in kernels:
         floor = "" if k["floor_us"] is None else f"{k['floor_us']:.1f}"
-        made.add_row(k["launch"], k["name"][:40], f"{k['us']:.2f}", f"{k['gap_us']:.2f}", floor)
+        made.add_row(k["launch"], k["name"][:40], f"{k['us']:.2f}", f"{k['adds_us']:.2f}", floor)
     made.add_section()
-    made.add_row("sum", "", f"{sum(k['us'] for k in kernels):.2f}", f"{sum(k['gap_us'] for k in kernels):.2f}", "")
+    made.add_row("sum", "", "", f"{sum(k['adds_us'] for k in kernels):.2f}", "")
     return made
 
 
@@ -182,7 +181,7 @@ def _report(where: str | None, results: list[dict[str, Any]], host: dict[str, fl
             return
         with open(where, "w") as file:
             file.write(text)
-    console = Console()
+    console = screen()
     console.print(table(results))
     for r in results:
         for name, kernels in r["kernels"].items():

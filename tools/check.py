@@ -24,10 +24,9 @@ from functools import cache
 from itertools import groupby
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
-from terrazzo.tools.device import HERE
+from terrazzo.tools.device import HERE, screen
 from terrazzo.tools.models import Piece, config, names, pieces
 from terrazzo.tools.piece_check import Result, check_sizes
 
@@ -136,7 +135,7 @@ def main() -> int:
             return int(wrong > 0)
         with open(options.json, "w") as file:
             file.write(text)
-    console = Console()
+    console = screen()
     console.print(table(results))
     console.print(f"{len(results)} checks, {wrong} wrong, {time.perf_counter() - started:.0f} s")
     return int(wrong > 0)

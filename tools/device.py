@@ -1,4 +1,4 @@
-"""Where a tool runs: the GPU, or without one Triton's interpreter on the CPU.
+"""Where a tool runs and writes: the GPU, or without one Triton's interpreter on the CPU; a console.
 
 Triton decides when it is imported whether it interprets, so importing this module decides. It comes before every import
 that brings triton in (`terrazzo.tools.models` does, through torch's tracer); in sorted imports it does.
@@ -10,6 +10,7 @@ import os
 import sys
 
 import torch
+from rich.console import Console
 
 from terrazzo.lowering.errors import UserError
 
@@ -27,6 +28,11 @@ def _pick() -> torch.device:
                         remedy="Set TRITON_INTERPRET=1 before triton is imported.")  # fmt: skip
     os.environ["TRITON_INTERPRET"] = "1"
     return torch.device("cpu")
+
+
+def screen() -> Console:
+    """Standard output; 120 columns where it is no terminal."""
+    return Console(width=None if sys.stdout.isatty() else 120)
 
 
 HERE = _pick()

@@ -43,15 +43,15 @@ class KernelTime:
     Args:
         name: as the driver knows it.
         launch: what it computes, where the plan says so.
-        us: median duration.
-        gap_us: median time between the previous kernel's end and this one's start; negative where they overlap.
+        us: median duration, waiting for the kernel before included.
+        adds_us: median time from the previous kernel's end to this one's: these add up to the piece's time.
         floor_us: bytes over bandwidth or FLOPs over peak, None where the plan does not say.
     """
 
     name: str
     launch: str
     us: float
-    gap_us: float
+    adds_us: float
     floor_us: float | None = None
 
 
@@ -117,12 +117,12 @@ def kernel_times(graph: torch.cuda.CUDAGraph, layers: int, loaded: Loaded | None
         loaded: the plan, which names the launches and gives their floors.
     """
     replays = 3
-    with profile(activities=[ProfilerActivity.CUDA]) as found:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as found:
         for _ in range(replays):
             graph.replay()
         torch.cuda.synchronize()
     events = [e for e in found.events() or () if e.device_type == torch.autograd.DeviceType.CUDA]
-    events.sort(key=lambda e: e.time_range.start)
+    events.sort(key=lambda e: e.time_range.end)
     each, rest = divmod(len(events), replays * layers)
     if rest or not each:
         return _by_name(events, replays * layers)
@@ -133,8 +133,8 @@ def kernel_times(graph: torch.cuda.CUDAGraph, layers: int, loaded: Loaded | None
         # The first kernel of all follows nothing.
         here = [(events[i - 1], events[i]) for i in range(place, len(events), each) if i]
         us = statistics.median(e.time_range.end - e.time_range.start for _, e in here)
-        gap = statistics.median(e.time_range.start - before.time_range.end for before, e in here)
-        times.append(KernelTime(here[0][1].name, launch, us, gap, floor))
+        adds = statistics.median(e.time_range.end - before.time_range.end for before, e in here)
+        times.append(KernelTime(here[0][1].name, launch, us, adds, floor))
     return times
 
 
@@ -142,7 +142,7 @@ def _by_name(events: Sequence[Any], runs: int) -> list[KernelTime]:
     """Sums per layer, where the kernels cannot be told apart by place."""
     names = dict.fromkeys(e.name for e in events)
     total = {n: sum(e.time_range.end - e.time_range.start for e in events if e.name == n) / runs for n in names}
-    return [KernelTime(n, "", us, 0.0) for n, us in total.items()]
+    return [KernelTime(n, "", us, us) for n, us in total.items()]
 
 
 def _launches(loaded: Loaded) -> list[tuple[str, float | None]]:
