@@ -1,0 +1,257 @@
+"""What a piece becomes at a size: its kernels, what each holds, why there are not fewer, what they cost and compile to.
+
+    python -m terrazzo.tools.dump_kernels --model llama-3.1-8b --piece 1 --size 16
+    python -m terrazzo.tools.dump_kernels --load piece.json --size 1,2048 --target b200
+    … --source | --stage fuse | --ops        the module; one stage's result; what runs as itself and why
+    … --stats | --ptx | --sass               what the kernels compile to for the target's architecture (or --arch 90)
+    … --json                                 all of it
+    python -m terrazzo.tools.dump_kernels --all-models --size 1,2048 --arch 90     compile every kernel of every model
+
+No device is needed. Exit status: 2 for a request that cannot be right (near misses are named), 1 when something does
+not lower, does not compile or breaks a limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+
+from terrazzo.kernels.target import NAMED, Target
+from terrazzo.lowering.emit import Plan
+from terrazzo.lowering.errors import TerrazzoError, UserError
+from terrazzo.lowering.options import Options
+from terrazzo.lowering.pipeline import Journal
+from terrazzo.tools import dump_text
+from terrazzo.tools.dump_compile import Stats, compile_launch, launches
+from terrazzo.tools.dump_plan import STAGES, Dump, describe, label, make
+from terrazzo.tools.models import Piece, load_piece, names, pieces
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# The device planned for when only an architecture is given.
+BY_ARCH = {80: "a100", 90: "h200", 100: "b200"}
+# First, two equal middle ones, last: a piece of a deeper model is one of these.
+LAYERS = 3
+# A pieces' list without the middle one's twin.
+DISTINCT_LAYERS = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    args = _parser().parse_args(arguments)
+    try:
+        if args.all_models:
+            return _all_models(args)
+        return _one_piece(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except TerrazzoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    text = __doc__.split("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m terrazzo.tools.dump_kernels",
+        description=text[0],
+        epilog="\n\n".join(text[1:]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", help=f"one of {', '.join(names())}, or tiny-<name>")
+    what.add_argument("--load", metavar="FILE", help="a saved piece")
+    what.add_argument("--all-models", action="store_true", help="compile every kernel of every model")
+    parser.add_argument("--piece", default="1", help="index, or first, middle, last (default: 1)")
+    parser.add_argument("--size", default="16", type=_sizes, help="tokens, comma-separated (default: 16)")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of a model's weights")
+    parser.add_argument("--target", help=f"device planned for: {', '.join(NAMED)} (default: h200)")
+    parser.add_argument("--arch", type=int, choices=BY_ARCH, help="architecture instead of a device")
+    parser.add_argument("--no-fuse", action="store_true", help="every op its own kernel")
+    parser.add_argument("--source", action="store_true", help="print the generated module")
+    parser.add_argument("--stage", help=f"print one stage's result: {', '.join(STAGES)}")
+    parser.add_argument("--ops", action="store_true", help="list ops that run as themselves")
+    parser.add_argument("--stats", action="store_true", help="compile: registers, spills, shared memory, seconds")
+    parser.add_argument("--ptx", action="store_true", help="compile and print PTX")
+    parser.add_argument("--sass", action="store_true", help="compile and print SASS")
+    parser.add_argument("--kernel", help="only this kernel's PTX or SASS")
+    parser.add_argument("--json", action="store_true", help="a list with one object per size")
+    return parser
+
+
+def _sizes(text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is no comma-separated list of sizes")
+    return [int(part) for part in parts]
+
+
+def _one_piece(args: argparse.Namespace) -> int:
+    if args.stage:
+        _known("stage", args.stage, STAGES)
+    options = _options(args)
+    piece, origin = _piece(args)
+    dumped, wrong = [], False
+    for size in args.size:
+        title = f"{label(piece)}, size {size}. Regenerate: {_command(origin, size, options)}"
+        dump, plan = _dump(piece, size, options, title)
+        stats = _compile(plan, options.target, args)
+        wrong = wrong or any(s.wrong for s in stats)
+        dumped.append(dump.to_json() | ({"compiled": [asdict(s) for s in stats]} if stats else {}))
+        if not args.json:
+            _print(dump, stats, args)
+    if args.json:
+        print(json.dumps(dumped, indent=1))
+    return int(wrong)
+
+
+def _options(args: argparse.Namespace) -> Options:
+    """The target by name, by architecture, or the default."""
+    name = args.target or BY_ARCH.get(args.arch, "h200")
+    _known("target", name.lower(), list(NAMED))
+    target = Target.named(name)
+    if args.arch and args.arch != target.arch:
+        raise UserError(
+            f"--arch {args.arch}",
+            f"{target.name} is sm_{target.arch}, and a plan is made for one architecture",
+            stage="tools.dump_kernels",
+            remedy="Give one of the two.",
+        )
+    return Options(target, fuse=not args.no_fuse)
+
+
+def _piece(args: argparse.Namespace) -> tuple[Piece, str]:
+    """The piece, and the arguments that name it."""
+    if args.load:
+        # The CPU stands for the device: plans do not depend on it, and fake CUDA tensors need a CUDA build of torch.
+        try:
+            return load_piece(args.load, "cpu"), f"--load {args.load}"
+        except OSError as cause:
+            raise UserError(f"piece {args.load}", str(cause), stage="tools.dump_kernels") from cause
+    found = pieces(args.model, dtype=DTYPES[args.dtype], layers=LAYERS)
+    by_name = {str(p.index): p for p in found} | {p.kind: p for p in reversed(found)}
+    piece = by_name[_known("piece", args.piece, list(by_name))]
+    dtype = "" if args.dtype == "bf16" else f" --dtype {args.dtype}"
+    return piece, f"--model {args.model} --piece {piece.index}{dtype}"
+
+
+def _known(kind: str, name: str, known: Sequence[str]) -> str:
+    if name in known:
+        return name
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or list(known)
+    fact = f"there is no {kind} of that name"
+    raise UserError(f"{kind} {name!r}", fact, stage="tools.dump_kernels", remedy=f"Did you mean {', '.join(near)}?")
+
+
+def _command(origin: str, size: int, options: Options) -> str:
+    fuse = "" if options.fuse else " --no-fuse"
+    return f"python -m terrazzo.tools.dump_kernels {origin} --size {size} --target {options.target.name}{fuse} --source"
+
+
+def _dump(piece: Piece, size: int, options: Options, title: str) -> tuple[Dump, Plan]:
+    """Plan and describe; a failure says which stages passed before it."""
+    journal = Journal()
+    try:
+        plan, retraced = make(piece, size, options, title, journal)
+    except Exception:
+        passed = ", ".join(f"{name} {seconds * 1e3:.1f} ms" for name, _, seconds in journal.stages) or "none"
+        print(f"{label(piece)}, size {size}: stages passed: {passed}", file=sys.stderr)
+        raise
+    return describe(piece, size, options, plan, retraced, journal), plan
+
+
+def _compile(plan: Plan, target: Target, args: argparse.Namespace) -> list[Stats]:
+    """What the command line asks to have compiled."""
+    if not (args.stats or args.ptx or args.sass):
+        return []
+    made = launches(plan, target)
+    if args.kernel:
+        _known("kernel", args.kernel, [launch.kernel for launch in made])
+    code = "sass" if args.sass else "ptx" if args.ptx else ""
+    known: dict[Any, Any] = {}
+    compiled = [compile_launch(launch, target.arch, code, known) for launch in made]
+    return [replace(s, code=s.code if args.kernel in (None, s.kernel) else "") for s in compiled]
+
+
+def _print(dump: Dump, stats: Sequence[Stats], args: argparse.Namespace) -> None:
+    console = dump_text.console()
+    if args.stage:
+        print(next(text for name, _, text in dump.stages if name == args.stage))
+    elif args.ops:
+        console.print(dump_text.ops(dump))
+    elif args.source and not stats:
+        print(dump.source, end="")
+    else:
+        console.print(dump_text.screen(dump, stats))
+        if args.source:
+            print(dump.source, end="")
+    for s in stats:
+        if s.code:
+            print(f"// {s.kernel} sm_{dump.target.arch}\n{s.code}")
+
+
+def _all_models(args: argparse.Namespace) -> int:
+    """Every distinct piece of every model at every size, compiled; one process per core, a model at a time."""
+    options = _options(args)
+    workers = min(len(os.sched_getaffinity(0)), len(names()))
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = [pool.submit(_whole_model, name, args.size, options, args.dtype) for name in names()]
+        rows = [row for future in futures for row in _told(future.result(), args.json)]
+    bad = [row for row in rows if row["wrong"]]
+    if args.json:
+        print(json.dumps(rows, indent=1))
+    else:
+        print(f"{len(rows)} launches for sm_{options.target.arch}, {len(bad)} wrong")
+    return int(bool(bad))
+
+
+def _told(rows: list[dict[str, Any]], quiet: bool) -> list[dict[str, Any]]:
+    """The rows, after one line per plan and per row that is wrong."""
+    if quiet:
+        return rows
+    for place in dict.fromkeys((row["piece"], row["size"]) for row in rows):
+        mine = [row for row in rows if (row["piece"], row["size"]) == place]
+        most = [max(row[column] for row in mine) for column in ("registers", "spills_bytes", "shared_bytes")]
+        seconds = sum(row["seconds"] for row in mine)
+        limits = f"at most {most[0]} registers, {most[1]} bytes of local and {most[2]} of shared memory"
+        print(f"{place[0]} size {place[1]}: {len(mine)} launches, {limits}; {seconds:.1f} s", flush=True)
+        for row in mine:
+            if row["wrong"]:
+                print(f"  {row['kernel']} ({row['family']}): {row['wrong']}", flush=True)
+    return rows
+
+
+def _whole_model(name: str, sizes: Iterable[int], options: Options, dtype: str) -> list[dict[str, Any]]:
+    """One row per launch of a model; a plan that cannot be made or run without memory is one row as well."""
+    rows: list[dict[str, Any]] = []
+    known: dict[Any, Any] = {}
+    for piece in pieces(name, dtype=DTYPES[dtype], layers=DISTINCT_LAYERS):
+        for size in sizes:
+            place = {"piece": label(piece), "size": size}
+            try:
+                plan, _ = make(piece, size, options, label(piece), Journal())
+                made = launches(plan, options.target)
+            except Exception as error:  # whatever fails is this plan's row
+                failed = Stats("plan", (0, 0, 0), wrong=f"{type(error).__name__}: {error}")
+                rows.append(place | {"family": "", "config": ""} | asdict(failed))
+                continue
+            chosen = {k.name: k for k in plan.schedule.launches()}
+            for launch in made:
+                kernel = chosen[launch.kernel]
+                what = {"family": kernel.family, "config": str(kernel.config)}
+                rows.append(place | what | asdict(compile_launch(launch, options.target.arch, known=known)))
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main())
