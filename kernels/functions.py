@@ -135,8 +135,11 @@ def row_sum(x):
 
 @triton.jit
 def row_max(x):
-    """Largest over the columns, [R, C] to [R, 1]; NaN if there is one (outside the interpreter)."""
-    if PLAIN:
+    """Largest over the columns, [R, C] to [R, 1]; NaN if there is one."""
+    if PLAIN and x.dtype.is_floating():
+        lost = tl.max((x != x).to(tl.int32), axis=1, keep_dims=True) != 0
+        return tl.where(lost, float("nan"), tl.max(x, axis=1, keep_dims=True))
+    elif PLAIN:
         return tl.max(x, axis=1, keep_dims=True)
     else:
         return tl.reduce(x, axis=1, combine_fn=_larger, keep_dims=True)
@@ -144,8 +147,11 @@ def row_max(x):
 
 @triton.jit
 def row_min(x):
-    """Smallest over the columns, [R, C] to [R, 1]; NaN if there is one (outside the interpreter)."""
-    if PLAIN:
+    """Smallest over the columns, [R, C] to [R, 1]; NaN if there is one."""
+    if PLAIN and x.dtype.is_floating():
+        lost = tl.max((x != x).to(tl.int32), axis=1, keep_dims=True) != 0
+        return tl.where(lost, float("nan"), tl.min(x, axis=1, keep_dims=True))
+    elif PLAIN:
         return tl.min(x, axis=1, keep_dims=True)
     else:
         return tl.reduce(x, axis=1, combine_fn=_smaller, keep_dims=True)
@@ -170,12 +176,19 @@ def row_all(x):
 
 
 @triton.jit
+def _first(hit):
+    """First column that holds, [R, C] to [R, 1], int64."""
+    column = tl.arange(0, hit.shape[1])[None, :]
+    return tl.min(tl.where(hit, column, hit.shape[1]), axis=1, keep_dims=True).to(tl.int64)
+
+
+@triton.jit
 def row_argmax(x):
-    """Index of the first largest column, [R, C] to [R, 1], int64."""
-    return tl.argmax(x, axis=1, tie_break_left=True, keep_dims=True).to(tl.int64)
+    """Index of the first largest column (the first NaN, if there is one), [R, C] to [R, 1], int64."""
+    return _first((x == row_max(x)) | (x != x))
 
 
 @triton.jit
 def row_argmin(x):
-    """Index of the first smallest column, [R, C] to [R, 1], int64."""
-    return tl.argmin(x, axis=1, tie_break_left=True, keep_dims=True).to(tl.int64)
+    """Index of the first smallest column (the first NaN, if there is one), [R, C] to [R, 1], int64."""
+    return _first((x == row_min(x)) | (x != x))

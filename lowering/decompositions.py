@@ -63,6 +63,7 @@ TAKEN_APART = (
     aten.threshold,
     aten.hardtanh,
     aten.squeeze,
+    aten.linalg_vector_norm,
 )
 
 

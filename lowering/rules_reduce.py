@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -40,15 +41,17 @@ def _at_kept(axes: tuple[int, ...], index: tuple[Affine, ...]) -> tuple[Affine, 
     return tuple(v for i, v in enumerate(index) if i not in axes)
 
 
-def _check(node: Node, layout: Layout, axes: tuple[int, ...]) -> None:
-    if layout.numel == 0:
-        raise Unsupported(node.name, "a reduction over nothing", stage="define")
+# What a reduction over nothing is.
+OVER_NOTHING = {"sum": 0, "prod": 1, "any": False, "all": True}
 
 
 def reduce_to(d: Definer, node: Node, name: str, kind: str, expr: Expr, layout: Layout, axes: tuple[int, ...]) -> Ref:
     """A reduction whose result, without the reduced dimensions, is the value `name`."""
     made = _kept(layout, axes, expr.dtype if kind not in ("argmax", "argmin") else torch.int64)
-    d.reduce(name, node, kind, expr, layout.shape, axes, made)
+    if layout.numel == 0:
+        d.map(node, const(OVER_NOTHING.get(kind, 0), made.dtype), name=name, layout=made)
+    else:
+        d.reduce(name, node, kind, expr, layout.shape, axes, made)
     return Ref(name)
 
 
@@ -67,6 +70,11 @@ def _finish(d: Definer, node: Node, reduced: Ref, scale: float | None = None, pa
     d.map(node, value, name=node.name if part is None else f"{node.name}#{part}", layout=made)
 
 
+def _inverse(count: int) -> float:
+    """What a sum of so many is multiplied with to be their mean."""
+    return 1.0 / count if count else math.nan
+
+
 @rule(aten.sum, aten.mean)
 def total(d: Definer, node: Node) -> None:
     layout, value = _source(d, node)
@@ -75,13 +83,12 @@ def total(d: Definer, node: Node) -> None:
         if node.op not in (aten.sum.default, aten.mean.default)
         else tuple(range(len(layout.shape)))
     )
-    _check(node, layout, axes)
     dtype = arithmetic(node.spec.dtype)  # type: ignore[union-attr]
     reduced = reduce_to(d, node, f"{node.name}_total", "sum", cast(value, dtype), layout, axes)
     count = 1
     for axis in axes:
         count *= layout.shape[axis]
-    _finish(d, node, reduced, 1.0 / count if node.op.overloadpacket is aten.mean else None)
+    _finish(d, node, reduced, _inverse(count) if node.op.overloadpacket is aten.mean else None)
 
 
 @rule(aten.amax, aten.amin, aten.max.default, aten.min.default, aten.prod, aten.any, aten.all)
@@ -89,7 +96,6 @@ def extreme(d: Definer, node: Node) -> None:
     layout, value = _source(d, node)
     packet = node.op.overloadpacket
     axes = _axes(node, 1, len(layout.shape))
-    _check(node, layout, axes)
     kind = {
         aten.amax: "max",
         aten.max: "max",
@@ -112,7 +118,6 @@ def extreme(d: Definer, node: Node) -> None:
 def extreme_with_index(d: Definer, node: Node) -> None:
     layout, value = _source(d, node)
     axes = _axes(node, 1, len(layout.shape))
-    _check(node, layout, axes)
     if value.dtype == torch.bool:
         value = cast(value, torch.int32)
     kind = "max" if node.op is aten.max.dim else "min"
@@ -124,7 +129,6 @@ def extreme_with_index(d: Definer, node: Node) -> None:
 def arg_extreme(d: Definer, node: Node) -> None:
     layout, value = _source(d, node)
     axes = _axes(node, 1, len(layout.shape))
-    _check(node, layout, axes)
     kind = "argmax" if node.op is aten.argmax.default else "argmin"
     _finish(d, node, reduce_to(d, node, f"{node.name}_of", kind, value, layout, axes))
 
@@ -134,7 +138,6 @@ def variance(d: Definer, node: Node) -> None:
     deviation = node.op.overloadpacket is aten.std
     layout, value = _source(d, node)
     axes = _axes(node, 1, len(layout.shape))
-    _check(node, layout, axes)
     spread, _, count, dtype = _spread(d, node, layout, value, axes)
     freedom = _freedom(node, count)
     made = Layout.of(node.spec)  # type: ignore[arg-type]
@@ -152,10 +155,9 @@ def variance(d: Definer, node: Node) -> None:
 def variance_and_mean(d: Definer, node: Node) -> None:
     layout, value = _source(d, node)
     axes = _axes(node, 1, len(layout.shape))
-    _check(node, layout, axes)
     spread, sums, count, _ = _spread(d, node, layout, value, axes)
     _finish(d, node, spread, 1.0 / _freedom(node, count), part=0)
-    _finish(d, node, sums, 1.0 / count, part=1)
+    _finish(d, node, sums, _inverse(count), part=1)
 
 
 def _freedom(node: Node, count: int) -> float:
@@ -181,7 +183,7 @@ def _spread(
     for axis in axes:
         count *= layout.shape[axis]
     index = variables(layout.shape)
-    mean = apply("mul", d.read(sums, _at_kept(axes, index)), const(1.0 / count, dtype), dtype=dtype)
+    mean = apply("mul", d.read(sums, _at_kept(axes, index)), const(_inverse(count), dtype), dtype=dtype)
     distance = apply("sub", value, mean, dtype=dtype)
     squared = apply("mul", distance, distance, dtype=dtype)
     return reduce_to(d, node, f"{node.name}_spread", "sum", squared, layout, axes), sums, count, dtype
