@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -234,14 +235,8 @@ class Definer:
         return self._copied(position, output, wanted)
 
     def _copied(self, position: int, output: Any, wanted: Layout) -> Any:
-        from dataclasses import replace
-
         name = f"{output.ref}_out{position}"
-        expr = self.read(Ref(output.ref), variables(wanted.shape))
-        if wanted.dense:
-            self._put(Map(name, wanted, expr))
-        else:
-            raise Unsupported(output.ref, f"it is returned with strides {wanted.stride}", stage="define")
+        self._put(Map(name, wanted, self.read(Ref(output.ref), variables(wanted.shape))))
         return replace(output, ref=name)
 
 

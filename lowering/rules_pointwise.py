@@ -257,7 +257,7 @@ def convert(d: Definer, node: Node) -> None:
     d.map(node, cast(d.read(node.args[0], variables(layout.shape)), layout.dtype))
 
 
-@rule(aten.clone)
+@rule(aten.clone, aten.lift_fresh_copy)
 def clone(d: Definer, node: Node) -> None:
     d.map(node, d.read(node.args[0], variables(Layout.of(node.spec).shape)))  # type: ignore[arg-type]
 
