@@ -7,6 +7,7 @@ from itertools import groupby
 from typing import Any
 
 from rich.console import Console, Group
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -110,8 +111,9 @@ def _ops(dump: Dump) -> list[str]:
     return lines
 
 
-def _section(title: str, lines: Sequence[str]) -> list[Text]:
-    return [Text(f"\n{title}", style="bold"), *(Text(f"  {line}") for line in lines)] if lines else []
+def _section(title: str, lines: Sequence[str]) -> list[Any]:
+    indented = (Padding(Text(line), (0, 0, 0, 2), expand=False) for line in lines)
+    return [Text(f"\n{title}", style="bold"), *indented] if lines else []
 
 
 def _number(value: float) -> str:
