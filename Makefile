@@ -13,7 +13,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 INSTALL := $(PYTHON) -m pip install --quiet --constraint constraints.txt
 GPU_AT_HAND := nvidia-smi -L >/dev/null 2>&1 && python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
 
-.PHONY: demo demo-text test bench lint clean
+.PHONY: demo demo-text test test-vllm bench lint clean
 
 demo: $(STAMP)
 	$(PYTHON) -m terrazzo.tools.demo
@@ -28,6 +28,10 @@ bench: $(STAMP)
 test: $(STAMP)
 	workers=$$(nvidia-smi -L >/dev/null 2>&1 || $(PYTHON) -c 'import xdist; print("-n 2 --dist loadfile")' 2>/dev/null) ; \
 	$(PYTHON) -m pytest -q $$(echo "$$workers" | grep '^-n') $(PYTEST_OPTIONS)
+
+# The real Python of vLLM 0.10.0 drives PiecewiseBackend; makes .venv-vllm for it.
+test-vllm: $(STAMP)
+	bash tests/vllm/run.sh
 
 # mypy sees the four folders under their real name through links; by path it would find modules called `lowering`.
 lint: $(STAMP)

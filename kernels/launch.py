@@ -15,6 +15,10 @@ Under TRITON_INTERPRET=1 the call goes to the interpreter, whose small floats ar
 from __future__ import annotations
 
 import inspect
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -37,6 +41,10 @@ _I32 = 1 << 31
 
 # Compiled kernels by (fn, constexprs, options), then by the arguments' key: equal Kernels share them.
 _COMPILED: dict[tuple, dict[tuple, Any]] = {}
+
+
+# Launches noted instead of made; None outside `compiling_together`.
+_noted: list[tuple[Kernel, tuple]] | None = None
 
 
 class Kernel:
@@ -100,6 +108,9 @@ class Kernel:
         if self.interpreted:
             self._interpret(grid, args)
             return
+        if _noted is not None:
+            _noted.append((self, args))
+            return
         device, key, passed = _describe(args)
         compiled = self._compiled.get(key)
         if compiled is None:
@@ -124,14 +135,18 @@ class Kernel:
         _, key, _ = _describe(args)
         compiled = self._compiled.get(key)
         if compiled is None:
-            named = dict(zip(self._names, args, strict=True))
-            self._refuse_specialised(named)
-            compiled = self.fn.warmup(grid=(1, 1, 1), **named, **self.constexprs, **self.options)
+            compiled = self._compile(args)
             compiled = compiled.result() if hasattr(compiled, "result") else compiled
             # Loads the module: cuModuleLoad must not happen for the first time inside a capture.
             compiled._init_handles()
             self._compiled[key] = compiled
         return compiled
+
+    def _compile(self, args: tuple) -> Any:
+        """Triton's kernel for these arguments; inside its asynchronous mode a promise of one."""
+        named = dict(zip(self._names, args, strict=True))
+        self._refuse_specialised(named)
+        return self.fn.warmup(grid=(1, 1, 1), **named, **self.constexprs, **self.options)
 
     def _refuse_specialised(self, named: dict[str, Any]) -> None:
         """An int that Triton specialises on is not in the key: 1 would run for 2."""
@@ -153,6 +168,28 @@ class Kernel:
     def _interpret(self, grid: Grid, args: tuple) -> None:
         _repair()
         self.fn[grid](**dict(zip(self._names, args, strict=True)), **self.constexprs)
+
+
+@contextmanager
+def compiling_together() -> Iterator[None]:
+    """Inside, launches are noted instead of made; at the end their kernels are compiled side by side, in threads.
+
+    A kernel that does not compile raises nothing here: its first launch does. For one thread of a process at a time.
+    """
+    global _noted
+    _noted = []
+    try:
+        yield
+        noted = _noted
+    finally:
+        _noted = None
+    workers = min(len(noted), os.cpu_count() or 1)
+    if workers < 1:
+        return
+    with ThreadPoolExecutor(workers) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+        for kernel, args in noted:
+            if _describe(args)[1] not in kernel._compiled:
+                kernel._compile(args)
 
 
 def _describe(args: tuple) -> tuple[int, tuple, list]:
