@@ -6,6 +6,7 @@ from collections.abc import Collection
 from types import SimpleNamespace
 from typing import Any
 
+from terrazzo.runtime.compiled import CompiledPiece
 from terrazzo.runtime.dispatcher import PiecewiseBackend
 from terrazzo.tools.models.piece import Piece
 
@@ -17,6 +18,7 @@ def backend(
     compile_sizes: Collection[int] = (),
     capture_sizes: Collection[int] = (),
     pool: Any = None,
+    compiled: CompiledPiece | None = None,
 ) -> PiecewiseBackend:
     """A piece behind the protocol; its first call runs the piece's own graph, as the general callable.
 
@@ -26,6 +28,7 @@ def backend(
         compile_sizes: numbers of tokens to compile for.
         capture_sizes: numbers of tokens to compile for and capture, after one plain run each.
         pool: memory pool handle that the pieces of a model share.
+        compiled: the piece's plans, for whoever wants to look at them afterwards.
     """
     config = SimpleNamespace(
         compile_sizes=list(compile_sizes),
@@ -42,4 +45,5 @@ def backend(
         list(piece.sym_shape_indices),
         piece.graph.forward,
         None,
+        compile_piece=lambda graph: compiled or CompiledPiece(graph),
     )
