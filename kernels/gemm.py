@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -126,6 +126,23 @@ class Measured:
 Table = Mapping[tuple[int, int, bool], Mapping[int, Measured]]
 
 
+def measured(config: type, rows: str) -> Table:
+    """Read a table of measurements: a header, then a row of N, K, one|pair, m, the config's fields, us and cuBLAS us.
+
+    Args:
+        config: the family's `Config`; its fields are ints or bools, in the order of the columns.
+        rows: the table as text.
+    """
+    table: dict[tuple[int, int, bool], dict[int, Measured]] = {}
+    kinds = [type(getattr(config, field.name, 0)) for field in fields(config)]
+    for row in rows.strip().splitlines()[1:]:
+        n, k, accumulators, m, *values, us, vendor_us = row.split()
+        made = config(*(kind(int(value)) for kind, value in zip(kinds, values, strict=True)))
+        line = table.setdefault((int(n), int(k), accumulators == "pair"), {})
+        line[int(m)] = Measured(made, float(us), float(vendor_us))
+    return table
+
+
 def lookup(table: Table, buckets: tuple[int, ...], problem: GemmProblem) -> Measured | None:
     """Return the entry measured for exactly this N, K and pairing in the bucket that holds m, if there is one."""
     if problem.dtype not in (torch.float16, torch.bfloat16) or problem.layout != "nk" or problem.batch != 1:
@@ -178,12 +195,17 @@ def pick(problem: GemmProblem, target: Target) -> tuple[str, Any, str]:
 
     Returns:
         family name, its config, and why, refusals of the other families included.
+
+    Raises:
+        Unsupported: no family takes the dtype.
     """
     best: tuple[float, str, Any, str] | None = None
     refused = []
     for name in FAMILIES:
         family = importlib.import_module(f".{name}", __package__)
-        reason = family.supports(problem)
+        # Tensor descriptors are TMA only from Hopper on.
+        old = target.arch < 90 and name != "gemm_simple"
+        reason = f"sm_{target.arch} has no TMA" if old else family.supports(problem)
         if reason is not None:
             refused.append(f"not {name}: {reason}")
             continue
@@ -191,7 +213,8 @@ def pick(problem: GemmProblem, target: Target) -> tuple[str, Any, str]:
         us = family.estimate_us(problem, config, target)
         if best is None or us < best[0]:
             best = (us, name, config, why)
-    assert best is not None, "gemm_simple supports every problem"
+    if best is None:
+        raise Unsupported("GEMM", "; ".join(refused), stage="kernels.gemm", remedy="The op runs as itself.")
     return best[1], best[2], "; ".join([best[3], *refused])
 
 

@@ -5,14 +5,15 @@ groups of `group_m` rows of tiles are walked column by column, so that a group's
 L2. `flatten` makes tile and depth loop one pipeline: the next tile's loads fly during the epilogue. `subtile` runs the
 epilogue on halves of the columns, which halves its shared memory.
 Bytes: x and W once if a group fits in L2, y once. FLOPs: 2 * M * N * K per accumulator.
-Paired problems (GLU) keep two accumulators of the same x tile, so neither half of the wide product is written.
+Paired problems (GLU) keep two accumulators of the same x tile, so neither half of the wide product is written; both
+halves of W come as one tile of a three-dimensional view and are multiplied by one instruction (see gemm_tiles.py).
 Source: grouped tile order from Triton's public matmul tutorial; persistence and flattening from its persistent one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
 
@@ -23,25 +24,24 @@ import triton.language as tl
 from .gemm import (
     GemmProblem,
     Measured,
-    Table,
     descriptor,
-    load_tile,
     lookup,
+    measured,
     reference,
     silu_mul_sample,
     store_sample,
     tma_obstacle,
     type_name,
-    w_block,
 )
+from .gemm_tiles import accumulate, halves, tile_origin, w_descriptor, w_descriptor_type
 from .jobs import CompileJob
 from .launch import Kernel
 from .target import Target
 
 __all__ = ["CONFIGS", "Config", "choose", "compile_jobs", "estimate_us", "prepare", "reference", "supports"]
 
-# Largest m of each row of CONFIGS; the last row serves everything above it too.
-BUCKETS = (256, 512, 1024, 2048, 8192)
+# The m of CONFIGS' rows; the last row serves everything above it too.
+BUCKETS = (128, 256, 512, 1024, 2048, 8192)
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class Config:
         programs_per_sm: resident programs per multiprocessor.
         flatten: one pipeline over tiles and depth.
         subtile: the epilogue runs on two halves of the columns.
+        extra_n: columns of a second accumulator beside the first, so that a tile may be 128 + 64 wide; unpaired only.
     """
 
     block_m: int
@@ -67,102 +68,175 @@ class Config:
     programs_per_sm: int = 1
     flatten: bool = False
     subtile: bool = False
+    extra_n: int = 0
+
+    @property
+    def width(self) -> int:
+        """Columns of one tile."""
+        return self.block_n + self.extra_n
 
     def __str__(self) -> str:
         how = f"{' flatten' if self.flatten else ''}{' subtile' if self.subtile else ''}"
-        tile = f"{self.block_m}x{self.block_n}x{self.block_k}"
+        tile = f"{self.block_m}x{self.width}x{self.block_k}"
         return f"{tile} stages {self.stages} warps {self.warps} group {self.group_m} x{self.programs_per_sm}{how}"
 
 
 EVIDENCE = "NVIDIA H200, torch 2.11, triton 3.6, bf16, 2026-11-24"
 
-CONFIGS: Table = {}
+# Each row is the best at exactly that m of what `tools/tune_gemm.py` tries, and serves the m below it too.
+CONFIGS = measured(
+    Config,
+    """
+    N     K accs    m   bm  bn  bk  st  wp  gm  ps  fl  su  ex      us  cuBLAS
+ 2048  2048  one  128   64  64 128   6   4   8   1   0   0   0     6.0     6.8
+ 2048  2048  one  256   64  64 128   6   4   8   1   0   0   0     6.2     6.3
+ 2048  2048  one  512   64 128 128   4   4   8   1   0   0   0     8.5     8.7
+ 2048  2048  one 1024   64 256  64   5   4   8   1   0   0   0    13.1    12.9
+ 2048  2048  one 2048  128 256  64   3   8  16   1   1   0   0    23.1    23.1
+ 2048  2048  one 8192  128 256  64   4   8   8   1   1   1   0   104.7   106.1
+ 2048  8192  one  128   64  64 128   6   4   8   1   0   0   0    16.8    16.4
+ 2048  8192  one  256   64  64 128   6   4   8   1   0   0   0    17.6    21.2
+ 2048  8192  one  512   64 128  64   8   4   8   1   0   0   0    27.5    30.3
+ 2048  8192  one 1024  128 128  64   6   8   8   1   0   0   0    47.4    46.1
+ 2048  8192  one 2048  128 256  64   3   8   8   1   1   0   0    87.6    87.0
+ 2048  8192  one 8192  128 256  64   3   8   8   1   0   0   0   389.9   402.1
+ 3072  2048  one  128   64  64 128   6   4   8   1   0   0   0     6.7     7.0
+ 3072  2048  one  256   64 128 128   4   4   8   1   0   0   0     8.4     7.5
+ 3072  2048  one  512   64 128  64   6   4   8   1   0   0  64    12.0    10.5
+ 3072  2048  one 1024  128 128  64   4   8   8   1   0   0  64    19.9    18.5
+ 3072  2048  one 2048  128 128  64   5   8   8   1   1   0   0    43.7    41.1
+ 3072  2048  one 8192  128 256  64   3   8   8   1   1   0   0   154.7   154.4
+ 4096  4096  one  128   64  64 128   6   4   8   1   0   0   0    11.6    13.3
+ 4096  4096  one  256   64 128  64   8   4   8   1   0   0   0    15.0    16.5
+ 4096  4096  one  512  128 128  64   6   8   8   1   0   0   0    26.2    26.0
+ 4096  4096  one 1024  128 256  64   4   8   8   1   1   0   0    49.6    49.7
+ 4096  4096  one 2048  128 256  64   4   8   8   1   1   0   0   102.6   103.2
+ 4096  4096  one 8192  128 256  64   4   8   8   1   1   0   0   398.2   396.6
+ 4096 12288  one  128   64  64 128   6   4   8   1   0   0   0    30.9    33.0
+ 4096 12288  one  256   64 128  64   8   4   8   1   0   0   0    42.0    42.0
+ 4096 12288  one  512  128 128  64   6   8   8   1   0   0   0    70.0    68.2
+ 4096 12288  one 1024  128 256  64   4   8   8   1   1   0   0   134.8   134.8
+ 4096 12288  one 2048  128 256  64   4   8   8   1   1   0   0   270.6   270.4
+ 4096 12288  one 8192  128 256  64   3   8   8   1   0   0   0  1051.3  1097.3
+ 4096 14336  one  128   64  64 128   6   4   8   1   0   0   0    34.7    36.9
+ 4096 14336  one  256   64 128  64   8   4   8   1   0   0   0    47.5    47.7
+ 4096 14336  one  512  128 128  64   6   8   8   1   0   0   0    85.2    85.1
+ 4096 14336  one 1024  128 256  64   4   8   8   1   1   0   0   147.3   147.6
+ 4096 14336  one 2048  128 256  64   4   8   8   1   1   0   0   320.5   320.3
+ 4096 14336  one 8192  128 256  64   3   8  16   1   1   0   0  1338.8  1343.0
+ 6144  4096  one  128   64 128  64   8   4   8   1   0   0   0    17.1    16.4
+ 6144  4096  one  256   64 128  64   6   4   8   1   0   0  64    22.9    21.0
+ 6144  4096  one  512  128 128  64   4   8   8   1   0   0  64    38.4    35.8
+ 6144  4096  one 1024  128 128  64   6   8   8   1   0   0   0    73.8    69.6
+ 6144  4096  one 2048  128 256  64   4   8   8   1   1   0   0   135.2   136.2
+ 6144  4096  one 8192  128 256  64   4   8   8   1   1   0   0   597.8   593.6
+ 8192  2048 pair  128   64  64  64   4   4   8   2   0   0   0    20.5    20.9
+ 8192  2048 pair  256  128 128  64   4   8   8   1   1   1   0    26.1    26.0
+ 8192  2048 pair  512  128 128  64   4   8   8   1   1   1   0    50.3    49.1
+ 8192  2048 pair 1024  128 128  64   4   8   8   1   1   1   0   108.6   107.6
+ 8192  2048 pair 2048  128 128  64   4   8   8   1   1   1   0   190.2   185.2
+ 8192  2048 pair 8192  128 128  64   4   8   8   1   1   1   0   830.9   821.0
+12288  4096 pair  128   64  64 128   4   4   8   1   0   0   0    65.1    54.7
+12288  4096 pair  256  128  64  64   5   8   8   1   1   0   0    86.4    75.1
+12288  4096 pair  512  128 128  64   4   8   8   1   1   1   0   136.3   136.5
+12288  4096 pair 1024  128 128  64   3   8   8   1   1   1   0   265.8   265.6
+12288  4096 pair 2048  128 128  64   4   8   8   1   1   1   0   563.6   553.1
+12288  4096 pair 8192  128 128  64   3   8   8   1   1   0   0  2701.5  2678.5
+14336  4096 pair  128  128  64  64   4   4   8   2   0   0   0    71.5    66.8
+14336  4096 pair  256  128 128  64   4   8   8   1   1   1   0    93.8    96.5
+14336  4096 pair  512   64 128  64   5   4   8   1   0   0   0   175.9   158.1
+14336  4096 pair 1024  128 128  64   3   8   8   1   1   1   0   305.5   304.9
+14336  4096 pair 2048  128 128  64   4   8   8   1   1   1   0   699.4   680.0
+14336  4096 pair 8192  128 128  64   3   8   8   1   1   1   0  2837.0  2818.5
+""",
+)
 
 
 def supports(problem: GemmProblem) -> str | None:
     """Return why this family cannot do the problem, or None."""
     if problem.m <= 64:
-        return f"{problem.m} tokens leave most of a 128-row tile empty"
+        return f"{problem.m} tokens leave a 64-row tile part empty"
+    if problem.dtype == torch.float32 and not problem.allow_tf32 and problem.paired:
+        return "a pair of fp32 accumulators in IEEE precision spills registers"
     return tma_obstacle(problem)
 
 
 def choose(problem: GemmProblem, target: Target) -> tuple[Config, str]:
     """Return the config for the problem and why: the measured one, else the cheapest by `estimate_us`."""
     if target.interpreted:
-        return _interpreter_config(problem), "interpreter: few programs, large tiles"
+        m, n, k = (max(16, triton.next_power_of_2(size)) for size in (problem.m, problem.n, problem.k))
+        return Config(min(m, 128), min(n, 256), min(k, 256), 1, 4), "interpreter: few programs, large tiles"
     if target.arch == 90 and (hit := lookup(CONFIGS, BUCKETS, problem)) is not None:
         return hit.config, hit.why(EVIDENCE)
     config = min(_candidates(problem, target), key=lambda c: estimate_us(problem, c, target))
     return config, f"estimated {estimate_us(problem, config, target):.1f} us, no measurement for this N and K"
 
 
-# A multiprocessor's bf16 rate with 128x256 tiles: 700 TFLOP/s over 132 of them (prefill sizes, H200, 2026-11-23).
-SM_FLOPS = 700e12 / 132
+# bf16 FLOP/s by columns times rows of a tile, all 132 multiprocessors busy: medians of the timings behind CONFIGS at m
+# up to 2048, less FIXED_US. A pair's tile counts both halves. Held against those timings without the table, what the
+# estimate chooses is 3.9 % slower than the best config tried on average, 21 % at worst (8192x2048 paired, m = 128).
+TILE_FLOPS = {64 * 64: 470e12, 64 * 128: 705e12, 128 * 128: 830e12, 128 * 192: 805e12, 128 * 256: 915e12}
+# What is left of that where the work is long enough for the power limit: 8192 tokens ran at 660 to 720 TFLOP/s.
+SUSTAINED_FLOPS = 700e12
+MEASURED_SM_COUNT = 132
 # fp32 in FMA units: 128 lanes, 2 FLOPs, 1.755 GHz (the boost clock of the data sheet), per multiprocessor.
 SM_FLOPS_FP32 = 128 * 2 * 1.755e9
-# Launch, first tiles and last epilogue.
-FIXED_US = 4.0
+# Launch, first tiles and last epilogue: 64x64 tiles at N = K = 2048 took 6.0 us, 2.0 of it W's bytes, 1.1 arithmetic.
+FIXED_US = 3.0
 
 
 def estimate_us(problem: GemmProblem, config: Config, target: Target) -> float:
-    """Estimate the time: waves of whole tiles at the tensor cores' rate, or the bytes at the memory's, if more."""
+    """Estimate the time: waves of whole tiles at their rate, the bytes at the memory's, or the power limit, if more."""
     hit = lookup(CONFIGS, BUCKETS, problem) if target.arch == 90 and not target.interpreted else None
     if hit is not None and hit.config == config:
-        # The row was measured at its bucket's largest m.
-        bound = next((b for b in BUCKETS if problem.m <= b), BUCKETS[-1])
-        return hit.us * max(problem.m / bound, problem.weight_bytes / target.bandwidth_bytes_s * 1e6 / hit.us)
-    tiles = ceil(problem.m / config.block_m) * ceil(problem.n / config.block_n)
-    waves = ceil(tiles / (target.sm_count * config.programs_per_sm))
-    flops = 2 * config.block_m * config.block_n * problem.k * problem.accumulators * config.programs_per_sm
-    wide = config.block_m * config.block_n * problem.accumulators
-    # Smaller tiles feed the tensor cores worse: 128x128 reaches about 0.85 of 128x256 (same source), 64x128 about 0.7.
-    share = 1.0 if wide >= 128 * 256 else 0.85 if wide >= 128 * 128 else 0.7
-    half = problem.dtype.itemsize == 2 or problem.allow_tf32
-    rate = (SM_FLOPS if problem.dtype.itemsize == 2 else SM_FLOPS / 2) * share if half else SM_FLOPS_FP32
-    compute_us = waves * flops / rate * 1e6
-    return FIXED_US + max(compute_us, problem.bytes_moved / target.bandwidth_bytes_s * 1e6)
+        return hit.us * max(1.0, problem.m / BUCKETS[-1])
+    tiles = ceil(problem.m / config.block_m) * ceil(problem.n / config.width)
+    resident = target.sm_count * config.programs_per_sm
+    area = config.block_m * config.width * problem.accumulators
+    tile_flops = 2 * area * problem.k
+    if problem.dtype == torch.float32 and not problem.allow_tf32:
+        rate = limit = SM_FLOPS_FP32 * target.sm_count
+    else:
+        share = target.sm_count / MEASURED_SM_COUNT * (1.0 if problem.dtype.itemsize == 2 else 0.5)
+        rate = next((rate for known, rate in TILE_FLOPS.items() if area <= known), SUSTAINED_FLOPS) * share
+        # A tile that feeds the tensor cores worse burns the same power for less.
+        limit = SUSTAINED_FLOPS * rate / max(TILE_FLOPS.values())
+    waves_s = ceil(tiles / resident) * resident * tile_flops / rate
+    return FIXED_US + max(waves_s, problem.flops / limit, problem.bytes_moved / target.bandwidth_bytes_s) * 1e6
 
 
 def smem_bytes(problem: GemmProblem, config: Config) -> int:
-    """Shared memory of the pipeline, and of the epilogue's transposition where that is larger (fp32 tile at worst)."""
-    rows = config.block_m + problem.accumulators * config.block_n
-    return config.stages * rows * config.block_k * problem.dtype.itemsize + 1024
+    """Shared memory of the pipeline and, where the next tile's loads fly meanwhile, of the epilogue's transposition."""
+    rows = config.block_m + problem.accumulators * config.width
+    # fp32 in halves of 16 KB per warp group, as compiled: 32 KB beside the pipeline of a flattened 128x256 tile.
+    epilogue = 32768 if config.flatten else 0
+    return config.stages * rows * config.block_k * problem.dtype.itemsize + epilogue + 1024
 
 
 def _candidates(problem: GemmProblem, target: Target) -> Iterable[Config]:
-    """Every tile that fits, for `choose` to estimate."""
+    """The tiles that won somewhere in CONFIGS, where they fit."""
     if problem.dtype == torch.float32 and not problem.allow_tf32:
         # FMA units from registers: larger tiles spill.
         yield Config(64, 64, 32, 2, 8)
         return
-    block_k = 64 if problem.dtype.itemsize == 2 else 32
-    tiles = ((128, 128), (64, 128)) if problem.paired else ((128, 256), (128, 128), (64, 128))
-    for block_m, block_n in tiles:
-        warps = 8 if block_m * block_n * problem.accumulators >= 128 * 256 else 4
-        for stages in (4, 3, 2):
-            config = Config(block_m, block_n, block_k, stages, warps)
-            if smem_bytes(problem, config) <= target.smem_bytes:
-                yield config
-                break
-
-
-def _interpreter_config(problem: GemmProblem) -> Config:
-    block_n = min(256, max(16, triton.next_power_of_2(problem.n)))
-    block_k = min(256, max(16, triton.next_power_of_2(problem.k)))
-    return Config(min(128, max(16, triton.next_power_of_2(problem.m))), block_n, block_k, 1, 4)
-
-
-@triton.jit
-def _halves(acc):
-    """Split [M, N] into its left and right columns."""
-    HALF: tl.constexpr = acc.shape[1] // 2
-    return acc.reshape(acc.shape[0], 2, HALF).permute(0, 2, 1).split()
+    tiles = (
+        (Config(64, 32, 128, 6, 4), Config(64, 64, 64, 8, 4), Config(128, 64, 64, 6, 8),
+         Config(128, 128, 64, 4, 8, flatten=True, subtile=True))
+        if problem.paired
+        else (Config(64, 64, 128, 6, 4), Config(64, 128, 64, 8, 4), Config(128, 128, 64, 6, 8),
+              Config(128, 128, 64, 5, 8, extra_n=64), Config(128, 256, 64, 4, 8, flatten=True))
+    )  # fmt: skip
+    for config in tiles:
+        config = replace(config, block_k=config.block_k * 2 // problem.dtype.itemsize)
+        if smem_bytes(problem, config) <= target.smem_bytes:
+            yield config
 
 
 @triton.jit(do_not_specialize=["m_size"])
 def gemm_persistent_kernel(
     x_desc,
     w_desc,
+    beside_desc,
     m_size,
     t,
     N: tl.constexpr,
@@ -170,6 +244,7 @@ def gemm_persistent_kernel(
     PAIR_OFFSET: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    EXTRA_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
     GROUP_M: tl.constexpr,
@@ -184,32 +259,29 @@ def gemm_persistent_kernel(
     if PDL:
         tl.extra.cuda.gdc_wait()
     tiles_m = tl.cdiv(m_size, BLOCK_M)
-    TILES_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    WIDTH: tl.constexpr = BLOCK_N + EXTRA_N
+    TILES_N: tl.constexpr = (N + WIDTH - 1) // WIDTH
     HALF: tl.constexpr = BLOCK_N // 2
     for tile in tl.range(tl.program_id(0), tiles_m * TILES_N, tl.num_programs(0), flatten=FLATTEN):
-        group = tile // (GROUP_M * TILES_N)
-        rows = min(tiles_m - group * GROUP_M, GROUP_M)
-        in_group = tile % (GROUP_M * TILES_N)
-        m0 = (group * GROUP_M + in_group % rows) * BLOCK_M
-        n0 = in_group // rows * BLOCK_N
-        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        acc2 = acc
-        for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
-            x = x_desc.load([m0, k])  # [BLOCK_M, BLOCK_K]
-            acc = tl.dot(x, load_tile(w_desc, n0, k, KN).T, acc, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-            if PAIRED:
-                acc2 = tl.dot(x, load_tile(w_desc, n0 + PAIR_OFFSET, k, KN).T, acc2, input_precision=PRECISION)
+        m0, n0 = tile_origin(tile, tiles_m, TILES_N, GROUP_M, BLOCK_M, WIDTH)
+        acc, acc2 = accumulate(
+            x_desc, w_desc, beside_desc, m0, n0, K,
+            PAIR_OFFSET, BLOCK_M, BLOCK_N, EXTRA_N, BLOCK_K, STAGES, PAIRED, KN, PRECISION,
+        )  # fmt: skip
         if PDL:
             tl.extra.cuda.gdc_launch_dependents()
-        if not PAIRED:
-            acc2 = acc
         # Bodies multiply m by a row length: M * N may exceed 2^31 here.
         m = m0.to(tl.int64) + tl.arange(0, BLOCK_M)[:, None]
-        if SUBTILE:
-            left, right = _halves(acc)
+        if EXTRA_N > 0:
+            n = n0 + tl.arange(0, BLOCK_N)[None, :]
+            EPILOGUE(acc, acc, m, n, (m < m_size) & (n < N), t)
+            n2 = n0 + BLOCK_N + tl.arange(0, EXTRA_N)[None, :]
+            EPILOGUE(acc2, acc2, m, n2, (m < m_size) & (n2 < N), t)
+        elif SUBTILE:
+            left, right = halves(acc)
             left2, right2 = left, right
             if PAIRED:
-                left2, right2 = _halves(acc2)
+                left2, right2 = halves(acc2)
             n = n0 + tl.arange(0, HALF)[None, :]
             EPILOGUE(left, left2, m, n, (m < m_size) & (n < N), t)
             EPILOGUE(right, right2, m, n + HALF, (m < m_size) & (n + HALF < N), t)
@@ -225,6 +297,7 @@ def _constexprs(problem: GemmProblem, config: Config, epilogue: Any, pdl: bool) 
         "PAIR_OFFSET": problem.pair_offset if problem.paired else 0,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
+        "EXTRA_N": config.extra_n,
         "BLOCK_K": config.block_k,
         "STAGES": config.stages,
         "GROUP_M": config.group_m,
@@ -250,8 +323,7 @@ class PersistentGemm:
             num_stages=config.stages,
             pdl=pdl,
         )
-        self._w_block = w_block(problem, config.block_n, config.block_k)
-        self._tiles_n = ceil(problem.n / config.block_n)
+        self._tiles_n = ceil(problem.n / config.width)
 
     def arguments(self, x: torch.Tensor, w: torch.Tensor, t: tuple) -> tuple[tuple[int, int, int], tuple]:
         """Return grid and kernel arguments, as the next call would launch them."""
@@ -259,7 +331,11 @@ class PersistentGemm:
         tiles = ceil(m / config.block_m) * self._tiles_n
         resident = _sm_count(x.device) * config.programs_per_sm
         x_desc = descriptor(x, [config.block_m, config.block_k], "x")
-        return (min(tiles, resident), 1, 1), (x_desc, descriptor(w, self._w_block, "W"), m, t)
+        w_desc = w_descriptor(w, self.problem, config.block_n, config.block_k)
+        beside = w_desc
+        if config.extra_n:
+            beside = w_descriptor(w, self.problem, config.extra_n, config.block_k)
+        return (min(tiles, resident), 1, 1), (x_desc, w_desc, beside, m, t)
 
     def __call__(self, x: torch.Tensor, w: torch.Tensor, t: tuple) -> None:
         if x.shape[0] == 0:
@@ -301,7 +377,8 @@ def _job(problem: GemmProblem, entry: Measured) -> CompileJob:
         fn=gemm_persistent_kernel,
         signature={
             "x_desc": f"tensordesc<{dtype}[{config.block_m},{config.block_k}]>",
-            "w_desc": f"tensordesc<{dtype}[{config.block_n},{config.block_k}]>",
+            "w_desc": w_descriptor_type(problem, config.block_n, config.block_k, dtype),
+            "beside_desc": w_descriptor_type(problem, config.extra_n or config.block_n, config.block_k, dtype),
             "m_size": "i32",
             "t": (f"*{dtype}",),
         },

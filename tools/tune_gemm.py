@@ -4,7 +4,7 @@
     python -m terrazzo.tools.tune_gemm --shapes 4096x4096,14336x4096p     some shapes (N x K, p: paired)
     python -m terrazzo.tools.tune_gemm --families gemm_skinny --m 16,64 --json out.jsonl
 
-A time is that of one GEMM within a CUDA graph of many, each on its own copy of W, so that L2 holds none when it is read;
+A time is that of one GEMM within a CUDA graph of many, each on its own copy of W, so that L2 holds no W it reads;
 kernels wait for one another with programmatic dependent launch, as in a plan. cuBLAS (`F.linear`) runs in the same
 harness, without the epilogue; ours includes it (SiLU·mul for pairs). A config that errs by more than twice what cuBLAS
 does is reported and never timed. The last lines are entries for `CONFIGS`; exit status 1 when any config was wrong.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -86,58 +87,53 @@ class Candidate:
 
 
 def skinny_space(problem: GemmProblem, target: Target) -> Iterable[gemm_skinny.Config]:
-    """Tiles whose programs fill the multiprocessors 0.6 to 4.2 times, at the deepest pipeline that fits."""
-    block_m = min(256, max(16, triton.next_power_of_2(problem.m)))
-    tiles_m = -(-problem.m // block_m)
-    for block_n in (64, 128):
-        warps = (4,) if block_n == 64 or block_m < 64 else (8,) if block_m == 256 else (4, 8)
-        if block_n * block_m * problem.accumulators > 128 * 256:
-            continue
-        for split_k in (1, 2, 3, 4, 5, 6, 8):
-            per_sm = -(-problem.n // block_n) * tiles_m * split_k / target.sm_count
-            if per_sm > 4.2 or (per_sm < 0.6 and split_k > 1):
+    """Tiles whose programs fill the multiprocessors 0.6 to 4.2 times, with the deepest pipeline and a shallower one."""
+    whole = min(256, max(16, triton.next_power_of_2(problem.m)))
+    for block_m in {whole, max(min(whole, 64), whole // 2), max(min(whole, 64), whole // 4)}:
+        for block_n, split_k in itertools.product((64, 128), (1, 2, 3, 4, 5, 6, 8)):
+            per_sm = -(-problem.n // block_n) * -(-problem.m // block_m) * split_k / target.sm_count
+            too_wide = block_n * block_m * problem.accumulators > (128 * 128 if problem.paired else 128 * 256)
+            if too_wide or per_sm > 4.2 or (per_sm < 0.6 and split_k > 1):
                 continue
-            for block_k in (64, 128):
-                for count in warps:
-                    base = gemm_skinny.Config(block_m, block_n, block_k, 1, count, split_k)
-                    one = gemm_skinny.smem_bytes(problem, base) - 1024
-                    resident = max(1, round(per_sm + 0.3))
-                    deep = min(8, (target.smem_bytes // resident - 2048) // one)
-                    for stages in {deep, min(deep, 4)}:
-                        if stages >= 2:
-                            yield replace(base, stages=stages)
+            wide = block_n * block_m * problem.accumulators >= 128 * 128
+            for block_k, warps in itertools.product((64, 128), (4, 8) if wide and block_n == 128 else (4,)):
+                base = gemm_skinny.Config(block_m, block_n, block_k, 1, warps, split_k)
+                one = gemm_skinny.smem_bytes(problem, base) - 1024
+                deep = min(8, (target.smem_bytes // max(1, round(per_sm + 0.3)) - 2048) // one)
+                depths = {deep, min(deep, 4)} if problem.m <= 128 else {deep}
+                yield from (replace(base, stages=stages) for stages in sorted(depths) if stages >= 2)
 
 
 def persistent_space(problem: GemmProblem) -> Iterable[gemm_persistent.Config]:
-    """Tiles that the tensor cores like, with the pipelines that fit in 227 KB."""
-    config = gemm_persistent.Config
-    if problem.paired:
-        for flatten, subtile in ((False, False), (True, False), (True, True)):
-            yield config(128, 128, 64, 3, 8, flatten=flatten, subtile=subtile)
-        yield config(128, 128, 64, 4, 8)
-        yield config(128, 128, 64, 4, 8, flatten=True, subtile=True)
-        yield config(128, 64, 64, 4, 4, programs_per_sm=1)
-        yield config(128, 64, 64, 3, 4, programs_per_sm=2)
-        yield config(64, 128, 64, 4, 4)
-        yield config(64, 128, 64, 2, 4, programs_per_sm=2)
-        yield config(256, 64, 64, 4, 8)
-        yield config(128, 128, 64, 3, 8, group_m=16)
+    """Tiles that the tensor cores like, with the pipelines that fit in 227 KB; a pair's tile is twice as wide."""
+    config, half = gemm_persistent.Config, 2 if problem.paired else 1
+    if problem.m <= 512:
+        yield config(64, 128 // half, 64, 4, 4, programs_per_sm=2)
+        yield config(64, 128 // half, 64, 8, 4)
+        yield config(64, 128 // half, 128, 4, 4)
+        yield config(64, 64 // half, 128, 6, 4)
+        yield config(128, 64, 64, 4, 4, programs_per_sm=2)
+    if problem.m <= 128:
         return
     for flatten, subtile in ((False, False), (True, False), (True, True)):
-        yield config(128, 256, 64, 3, 8, flatten=flatten, subtile=subtile)
-        yield config(128, 256, 64, 4, 8, flatten=flatten, subtile=subtile)
-    yield config(128, 256, 64, 3, 8, group_m=16)
-    yield config(256, 128, 64, 3, 8)
-    yield config(256, 128, 64, 4, 8, flatten=True)
-    yield config(128, 128, 64, 4, 4)
-    yield config(128, 128, 64, 6, 8)
-    yield config(128, 128, 64, 5, 8, flatten=True)
-    yield config(128, 128, 64, 3, 4, programs_per_sm=2)
-    yield config(128, 128, 64, 3, 8, programs_per_sm=2)
-    yield config(64, 128, 64, 4, 4, programs_per_sm=2)
-    yield config(64, 256, 64, 4, 8)
-    yield config(64, 256, 64, 5, 4)
-    yield config(128, 64, 64, 4, 4, programs_per_sm=2)
+        yield config(128, 256 // half, 64, 3, 8, flatten=flatten, subtile=subtile)
+        yield config(128, 256 // half, 64, 4, 8, flatten=flatten, subtile=subtile)
+    yield config(128, 256 // half, 64, 3, 8, group_m=16)
+    yield config(128, 256 // half, 64, 3, 8, group_m=16, flatten=True)
+    yield config(256, 128 // half, 64, 4, 8)
+    yield config(256, 128 // half, 64, 4, 8, flatten=True)
+    yield config(128, 128 // half, 64, 4, 4)
+    yield config(128, 128 // half, 64, 6, 8)
+    yield config(128, 128 // half, 64, 5, 8, flatten=True)
+    yield config(128, 128 // half, 64, 3, 8, programs_per_sm=2)
+    yield config(64, 256 // half, 64, 5, 4)
+    if not problem.paired:
+        # 192 columns, where tiles of 128 or 256 would leave a last wave mostly empty.
+        yield config(128, 128, 64, 4, 8, extra_n=64)
+        yield config(128, 128, 64, 5, 8, extra_n=64)
+        yield config(128, 128, 64, 4, 8, extra_n=64, flatten=True)
+        yield config(64, 128, 64, 6, 4, extra_n=64)
+        yield config(64, 128, 64, 4, 4, extra_n=64, programs_per_sm=2)
 
 
 def candidates(families: Sequence[str], shapes: Sequence[tuple], sizes: Sequence[int]) -> list[Candidate]:
@@ -148,19 +144,20 @@ def candidates(families: Sequence[str], shapes: Sequence[tuple], sizes: Sequence
             problem = GemmProblem(m, n, k, torch.bfloat16, paired=paired, pair_offset=n if paired else 0)
             if "gemm_skinny" in families and gemm_skinny.supports(problem) is None:
                 found += [Candidate("gemm_skinny", problem, config) for config in skinny_space(problem, target)]
-            if "gemm_persistent" in families and m >= 256:
+            if "gemm_persistent" in families and gemm_persistent.supports(problem) is None:
                 found += [Candidate("gemm_persistent", problem, config) for config in persistent_space(problem)]
     return found
 
 
-def variants(family: str, config: Any) -> Iterable[tuple[Any, bool]]:
-    """What is tried around a winner: without dependent launch, and with W asked into L2 before the wait."""
-    yield config, False
-    if family == "gemm_skinny":
-        for prefetch in (2, 4):
-            yield replace(config, prefetch=prefetch), True
-        if config.block_m == 16:
-            yield replace(config, block_m=32), True
+def variants(candidate: Candidate) -> Iterable[Candidate]:
+    """What is tried around a winner for few tokens: no dependent launch, W asked into L2 before the wait, one token."""
+    if candidate.family != "gemm_skinny" or candidate.problem.m > 64:
+        return
+    yield replace(candidate, pdl=False)
+    yield replace(candidate, config=replace(candidate.config, prefetch=2))
+    yield replace(candidate, config=replace(candidate.config, prefetch=2, early=True))
+    if candidate.problem.m == 16:
+        yield replace(candidate, problem=replace(candidate.problem, m=1))
 
 
 def compile_one(candidate: Candidate) -> str | None:
@@ -195,12 +192,14 @@ class Bench:
         first = (torch.randn(problem.w_shape, device="cuda") * scale).to(problem.dtype)
         self.ws = [first, *(first.roll(i + 1, 0) for i in range(copies - 1))]
         self.y = torch.empty(problem.m, problem.n, dtype=problem.dtype, device="cuda")
+        # Long graphs, so that starting one does not count; large products are long by themselves.
+        self.rounds = max(1, (64 if problem.weight_bytes < 5e7 else 16) // copies) if problem.flops < 1e11 else 1
         rows = self.x[:CHECKED_ROWS]
         glu = (lambda gate, up: torch.nn.functional.silu(gate) * up) if problem.paired else None
         self.oracle = reference(problem, rows.double(), self.ws[0].double(), glu)
         eager = reference(problem, rows, self.ws[0], glu)
         self.bound = 2 * (eager.double() - self.oracle).abs().max().item() + 2**-8 * self.oracle.abs().max().item()
-        self.vendor_us = self.graph_us(lambda w: torch.nn.functional.linear(self.x, w))
+        self.vendor = self.graph(lambda w: torch.nn.functional.linear(self.x, w))
 
     def error(self, launch: Any) -> float:
         """Largest error against the oracle; NaN where an element was not written."""
@@ -210,34 +209,38 @@ class Bench:
             return float("nan")
         return (self.y[:CHECKED_ROWS].double() - self.oracle).abs().max().item()
 
-    def time(self, launch: Any) -> float:
-        t = (self.y, self.problem.n)
-        return self.graph_us(lambda w: launch(self.x, w, t))
-
-    def graph_us(self, call: Any, replays: int = 12) -> float:
-        """Median time of one call in a graph over all copies of W."""
-        rounds = max(1, 8 // len(self.ws)) if self.problem.flops < 1e11 else 1
+    def graph(self, call: Any) -> torch.cuda.CUDAGraph:
+        """A graph of one call for every copy of W."""
         call(self.ws[0])
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            for w in self.ws * rounds:
+            for w in self.ws * self.rounds:
                 call(w)
-        graph.replay()
-        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(replays)]
-        for start, end in events:
-            start.record()
+        return graph
+
+    def duel(self, launch: Any, replays: int = 8) -> tuple[float, float]:
+        """Median times of one call, ours and cuBLAS's, taken in turns: the clock follows the load of the moment."""
+        t = (self.y, self.problem.n)
+        ours = self.graph(lambda w: launch(self.x, w, t))
+        turns = [ours, self.vendor] * (replays + 1)
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(len(turns) + 1)]
+        events[0].record()
+        for graph, event in zip(turns, events[1:], strict=True):
             graph.replay()
-            end.record()
+            event.record()
         torch.cuda.synchronize()
-        return statistics.median(start.elapsed_time(end) for start, end in events) * 1e3 / (len(self.ws) * rounds)
+        times = [start.elapsed_time(end) for start, end in itertools.pairwise(events)]
+        calls = len(self.ws) * self.rounds
+        # The first turn of each warms up.
+        return statistics.median(times[2::2]) * 1e3 / calls, statistics.median(times[3::2]) * 1e3 / calls
 
 
 def measure(candidate: Candidate, bench: Bench, compiled: str | None) -> dict[str, Any]:
     """One line of the journal: the time, or why there is none."""
     problem = candidate.problem
     line = {"family": candidate.family, "m": problem.m, "n": problem.n, "k": problem.k, "paired": problem.paired}
-    line |= {"config": asdict(candidate.config), "pdl": candidate.pdl, "vendor_us": round(bench.vendor_us, 2)}
+    line |= {"config": asdict(candidate.config), "pdl": candidate.pdl}
     if compiled is not None:
         return line | {"failed": compiled}
     try:
@@ -245,7 +248,8 @@ def measure(candidate: Candidate, bench: Bench, compiled: str | None) -> dict[st
         error = bench.error(launch)
         if not error <= bench.bound:
             return line | {"wrong": error, "bound": bench.bound}
-        return line | {"us": round(bench.time(launch), 2), "error": error}
+        us, vendor_us = bench.duel(launch)
+        return line | {"us": round(us, 2), "vendor_us": round(vendor_us, 2), "error": error}
     except Exception as failure:
         return line | {"failed": f"{type(failure).__name__}: {str(failure)[:160]}"}
 
@@ -263,13 +267,10 @@ def tune(found: Sequence[Candidate], workers: int, write: Any, deadline: float) 
                 own.append((measure(candidate, bench, compiled[candidate.binary()]), candidate))
                 write(own[-1][0])
         for family in dict.fromkeys(candidate.family for _, candidate in own):
-            timed = sorted((line["us"], i) for i, (line, c) in enumerate(own) if "us" in line and c.family == family)
+            timed = sorted((ratio(line), i) for i, (line, c) in enumerate(own) if "us" in line and c.family == family)
             winners += [own[i][1] for _, i in timed[:2]]
         lines += [line for line, _ in own]
-    more = [replace(c, config=config, pdl=pdl) for c in winners for config, pdl in variants(c.family, c.config)]
-    more = [replace(c, problem=replace(c.problem, m=32)) if getattr(c.config, "block_m", 0) == 32 else c for c in more]
-    # One token shares its config with sixteen: measured to be reported, with the best of them.
-    more += [replace(c, problem=replace(c.problem, m=1)) for c in winners if c.problem.m == 16]
+    more = [variant for winner in winners for variant in variants(winner)]
     compiled = compile_all(more, workers)
     for problem in dict.fromkeys(candidate.problem for candidate in more):
         if time.monotonic() > deadline:
@@ -282,12 +283,16 @@ def tune(found: Sequence[Candidate], workers: int, write: Any, deadline: float) 
     return lines
 
 
+def ratio(line: dict[str, Any]) -> float:
+    return line["us"] / line["vendor_us"]
+
+
 def table(lines: Sequence[dict[str, Any]]) -> list[str]:
     """The best of each family, shape and size, as entries for `CONFIGS`."""
     best: dict[tuple, dict[str, Any]] = {}
     for line in lines:
         key = (line["family"], line["n"], line["k"], line["paired"], line["m"])
-        if line["pdl"] and "us" in line and line["us"] < best.get(key, {"us": float("inf")})["us"]:
+        if line["pdl"] and "us" in line and (key not in best or ratio(line) < ratio(best[key])):
             best[key] = line
     return [
         f"{family} ({n}, {k}, {paired}) {m}: Measured(Config({', '.join(map(str, line['config'].values()))}), "
@@ -300,7 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m terrazzo.tools.tune_gemm", description=__doc__.splitlines()[0])
     parser.add_argument("--families", default="gemm_skinny,gemm_persistent")
     parser.add_argument("--shapes", default="", help="NxK, with p for paired; default: the projections in SHAPES")
-    parser.add_argument("--m", default="16,64,128,256,512,1024,2048,8192")
+    parser.add_argument("--m", default="16,32,64,128,256,512,1024,2048,8192")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
     parser.add_argument("--budget-s", type=float, default=3600, help="start no further problem after so many seconds")
     parser.add_argument("--json", default="", help="write every measurement there, one JSON object a line")

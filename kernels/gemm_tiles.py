@@ -1,0 +1,114 @@
+"""Steps of the TMA schedules: where a tile lies, the pipelined sum over K that fills it, W asked into L2 beforehand."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .gemm import GemmProblem, descriptor, load_tile, w_block
+
+
+@triton.jit
+def tile_origin(
+    tile, tiles_m, TILES_N: tl.constexpr, GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """First row and column of a tile; groups of GROUP_M rows of tiles are walked column by column."""
+    group = tile // (GROUP_M * TILES_N)
+    rows = min(tiles_m - group * GROUP_M, GROUP_M)
+    in_group = tile % (GROUP_M * TILES_N)
+    return (group * GROUP_M + in_group % rows) * BLOCK_M, in_group // rows * BLOCK_N
+
+
+@triton.jit
+def accumulate(
+    x_desc,
+    w_desc,
+    beside_desc,
+    m0,
+    n0,
+    K: tl.constexpr,
+    PAIR_OFFSET: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    EXTRA_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    PAIRED: tl.constexpr,
+    KN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Sum x[m0:, k] * W[k, n0:] over all k; returns both accumulators: a pair's, or the one with the one beside it
+    (columns n0 + BLOCK_N …, EXTRA_N of them), or the same one twice.
+
+    A pair from an [N, K] matrix comes as one tile [2, BLOCK_N, BLOCK_K] of a three-dimensional view, so that one
+    instruction of twice the width multiplies both halves and x's tile is read from shared memory once, not twice.
+    """
+    if PAIRED and not KN:
+        both = tl.zeros([BLOCK_M, 2 * BLOCK_N], tl.float32)
+        for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+            x = x_desc.load([m0, k])  # [BLOCK_M, BLOCK_K]
+            w = w_desc.load([0, n0, k]).reshape(2 * BLOCK_N, BLOCK_K)
+            both = tl.dot(x, w.T, both, input_precision=PRECISION)  # [BLOCK_M, 2 * BLOCK_N]
+        return both.reshape(BLOCK_M, 2, BLOCK_N).permute(0, 2, 1).split()
+    else:
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        acc2 = tl.zeros([BLOCK_M, EXTRA_N], tl.float32) if EXTRA_N > 0 else acc
+        for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+            x = x_desc.load([m0, k])  # [BLOCK_M, BLOCK_K]
+            acc = tl.dot(x, load_tile(w_desc, n0, k, KN).T, acc, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+            if PAIRED:
+                acc2 = tl.dot(x, load_tile(w_desc, n0 + PAIR_OFFSET, k, KN).T, acc2, input_precision=PRECISION)
+            if EXTRA_N > 0:
+                beside = load_tile(beside_desc, n0 + BLOCK_N, k, KN)
+                acc2 = tl.dot(x, beside.T, acc2, input_precision=PRECISION)  # [BLOCK_M, EXTRA_N]
+        if not PAIRED and EXTRA_N == 0:
+            acc2 = acc
+        return acc, acc2
+
+
+@triton.jit
+def ask_into_l2(w, row0, k0, ROWS: tl.constexpr, ROW_STRIDE: tl.constexpr, BLOCK_N: tl.constexpr, DEPTH: tl.constexpr):
+    """Ask L2 for W[row0 : row0 + BLOCK_N, k0 : k0 + DEPTH]; a hint, nothing waits for it."""
+    # One instruction per thread of four warps: a row each, or half a row. Rows beyond the end ask for the last again.
+    PARTS: tl.constexpr = max(1, 128 // BLOCK_N)
+    lane = tl.arange(0, BLOCK_N * PARTS)
+    rows = tl.minimum(row0 + lane // PARTS, ROWS - 1).to(tl.int64)
+    k0 = k0 + lane % PARTS * (DEPTH // PARTS)
+    size = tl.full([BLOCK_N * PARTS], DEPTH // PARTS * (w.dtype.element_ty.primitive_bitwidth // 8), tl.int32)
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
+        "=r,l,r",
+        [w + rows * ROW_STRIDE + k0, size],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def halves(acc):
+    """Split [M, N] into its left and right columns."""
+    HALF: tl.constexpr = acc.shape[1] // 2
+    return acc.reshape(acc.shape[0], 2, HALF).permute(0, 2, 1).split()
+
+
+def w_descriptor(w: torch.Tensor, problem: GemmProblem, block_n: int, block_k: int) -> TensorDescriptor:
+    """Describe W for `accumulate`: as it is, or a pair's halves as the outermost of three axes.
+
+    Raises:
+        Unsupported: W's base or row stride is not a multiple of 16 bytes.
+    """
+    if not problem.paired or problem.layout == "kn":
+        return descriptor(w, w_block(problem, block_n, block_k), "W")
+    row = descriptor(w, [block_n, block_k], "W").strides[0]
+    return TensorDescriptor(w, [2, problem.n, problem.k], [problem.pair_offset * row, row, 1], [2, block_n, block_k])
+
+
+def w_descriptor_type(problem: GemmProblem, block_n: int, block_k: int, dtype: str) -> str:
+    """Triton's type of that descriptor, for compile jobs."""
+    block = w_block(problem, block_n, block_k)
+    if problem.paired and problem.layout == "nk":
+        block = [2, *block]
+    return f"tensordesc<{dtype}[{','.join(map(str, block))}]>"

@@ -1,0 +1,132 @@
+"""What the GEMM families refuse and choose, the measured tables, the shared workspace, and jobs for the compiler."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from terrazzo.kernels import gemm_persistent, gemm_simple, gemm_skinny, workspace
+from terrazzo.kernels.gemm import GemmProblem, lookup, measured, pick, tma_obstacle
+from terrazzo.kernels.target import Target
+from terrazzo.lowering.errors import Unsupported
+
+H200 = Target.named("h200")
+DENSE = GemmProblem(16, 4096, 4096, torch.bfloat16)
+TABLES = [pytest.param(gemm_skinny, id="skinny"), pytest.param(gemm_persistent, id="persistent")]
+
+
+@pytest.mark.parametrize(
+    ("change", "fact"),
+    [
+        ({"batch": 2}, "batch is 2"),
+        ({"aligned": False}, "not a multiple of 16 bytes"),
+        ({"k": 4095}, "x's row stride of 8190 bytes"),
+        ({"layout": "kn", "n": 4095}, "W's row stride of 8190 bytes"),
+        ({"x_strides": (0, 1, 16)}, "x's innermost stride is 16"),
+        ({"w_strides": (0, 1, 4096)}, "W's innermost stride is 4096"),
+    ],
+)
+def test_tma_says_why_not(change: dict, fact: str) -> None:
+    assert tma_obstacle(DENSE) is None
+    problem = replace(DENSE, **change)
+    assert fact in (tma_obstacle(problem) or "")
+    name, _, why = pick(problem, H200)
+    assert name == "gemm_simple"
+    assert fact in why
+
+
+def test_fp64_is_no_family_s_business() -> None:
+    problem = replace(DENSE, dtype=torch.float64)
+    assert all("float64" in family.supports(problem) for family in (gemm_skinny, gemm_persistent, gemm_simple))
+    with pytest.raises(Unsupported, match="float64"):
+        pick(problem, H200)
+
+
+def test_each_size_goes_to_its_family() -> None:
+    names = [pick(replace(DENSE, m=m), H200)[0] for m in (1, 16, 64, 256, 8192)]
+    assert names == ["gemm_skinny"] * 3 + ["gemm_persistent"] * 2
+
+
+def test_no_tma_before_hopper() -> None:
+    name, _, why = pick(DENSE, Target.named("a100"))
+    assert name == "gemm_simple"
+    assert "sm_80 has no TMA" in why
+
+
+@pytest.mark.parametrize("family", TABLES)
+def test_a_measured_size_gets_its_row(family) -> None:
+    (n, k, paired), row = next(iter(family.CONFIGS.items()))
+    for m, entry in row.items():
+        problem = GemmProblem(m, n, k, torch.bfloat16, paired=paired, pair_offset=n)
+        config, why = family.choose(problem, H200)
+        assert config == entry.config
+        assert "cuBLAS" in why
+        assert family.estimate_us(problem, config, H200) == entry.us
+
+
+@pytest.mark.parametrize("family", TABLES)
+@pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("m", [1, 100, 128])
+def test_other_sizes_get_a_config_that_fits(family, paired: bool, dtype: torch.dtype, m: int) -> None:
+    problem = GemmProblem(m, 5120, 3584, dtype, paired=paired, pair_offset=5120, allow_tf32=True)
+    if family is gemm_persistent:
+        problem = replace(problem, m=problem.m * 80)
+    config, why = family.choose(problem, H200)
+    assert "no measurement" in why
+    assert family.smem_bytes(problem, config) <= H200.smem_bytes
+    assert family.estimate_us(problem, config, H200) >= problem.weight_bytes / H200.bandwidth_bytes_s * 1e6 * 0.9
+
+
+@pytest.mark.parametrize("family", TABLES)
+def test_most_rows_are_level_with_the_vendor(family) -> None:
+    # Half of the rows at least are level with cuBLAS: a table that is not was measured wrongly, or chosen wrongly.
+    bound = 64 if family is gemm_skinny else 2048
+    rows = [entry for row in family.CONFIGS.values() for m, entry in row.items() if m <= bound]
+    ratios = sorted(entry.us / entry.vendor_us for entry in rows)
+    assert ratios[len(ratios) // 2] <= 1.01
+
+
+def test_lookup_takes_the_bucket_that_holds_m() -> None:
+    table = measured(gemm_simple.Config, "N K accs m bm bn bk st wp us cuBLAS\n64 32 one 16 16 16 16 1 4 2.0 3.0")
+    hit = lookup(table, (16, 64), GemmProblem(9, 64, 32, torch.float16))
+    assert hit is not None
+    assert (hit.config, hit.us) == (gemm_simple.Config(16, 16, 16, 1, 4), 2.0)
+    assert lookup(table, (16, 64), GemmProblem(17, 64, 32, torch.float16)) is None
+    assert lookup(table, (16, 64), GemmProblem(9, 64, 32, torch.float32)) is None
+    assert lookup(table, (16, 64), GemmProblem(9, 64, 32, torch.float16, "kn")) is None
+
+
+@pytest.mark.parametrize("family", [gemm_skinny, gemm_persistent, gemm_simple])
+def test_every_config_gives_a_job(family) -> None:
+    jobs = list(family.compile_jobs(90))
+    assert len({job.label for job in jobs}) == len(jobs) > 0
+    for job in jobs:
+        assert {*job.signature, *job.constexprs} == set(job.fn.arg_names)
+    assert family is gemm_simple or not list(family.compile_jobs(80))
+
+
+def test_workspace_grows_and_keeps_what_it_replaced(device: torch.device) -> None:
+    slot = 7
+    first = workspace.get(device, 10, 4, slot)
+    assert workspace.get(device, 5, 2, slot) is first
+    assert not first.counters.any()
+    larger = workspace.get(device, first.partials.numel() + 1, 4, slot)
+    assert larger.partials.numel() > first.partials.numel()
+    assert workspace.get(device, 10, 4, slot) is larger
+    # A captured graph may still use the first one: nothing may take its memory.
+    assert any(kept is first for kept in workspace._replaced)
+    assert workspace.get(device, 10, 4, slot + 1) is not larger
+
+
+@pytest.mark.gpu
+def test_workspace_does_not_grow_inside_a_capture(device: torch.device) -> None:
+    slot = 9
+    held = workspace.get(device, 10, 4, slot)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        assert workspace.get(device, 10, 4, slot) is held
+        with pytest.raises(Exception, match="while a CUDA graph is being captured"):
+            workspace.get(device, held.partials.numel() + 1, 4, slot)
