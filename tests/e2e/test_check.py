@@ -1,0 +1,177 @@
+"""The check of whole pieces: it passes what is right, and turns red on every kind of wrong."""
+
+from __future__ import annotations
+
+import json
+import sys
+from functools import cache
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import fx
+
+from terrazzo.tools import check, wide
+from terrazzo.tools.models import Piece, pieces
+from terrazzo.tools.piece_check import CompiledPiece, check_piece, sharing
+
+SIZE = 3
+
+
+@cache
+def middle(device: torch.device) -> tuple[Piece, CompiledPiece]:
+    piece = pieces("gpt2", tiny=True, device=device, layers=2)[1]
+    return piece, CompiledPiece(piece.graph)
+
+
+def sabotaged(compiled, change):
+    """The compiled piece with something done to its arguments and outputs after each run."""
+
+    def at(args):
+        run = compiled.at(args)
+        calls = []
+
+        def call(*now):
+            calls.append(1)
+            return change(list(run(*now)), now, len(calls))
+
+        return call
+
+    return SimpleNamespace(at=at, plans=compiled.plans, summary=compiled.summary)
+
+
+def scaled(outputs, args, call):
+    outputs[0].mul_(1.05)
+    return outputs
+
+
+def one_nan(outputs, args, call):
+    outputs[0][-1, -1, -1] = torch.nan
+    return outputs
+
+
+def unstable(outputs, args, call):
+    if call == 2:
+        outputs[0][0, 0, 0] = torch.nextafter(outputs[0][0, 0, 0], outputs[0].new_tensor(1e3))
+    return outputs
+
+
+def unshared(outputs, args, call):
+    return [o.clone(memory_format=torch.preserve_format) for o in outputs]
+
+
+def restrided(outputs, args, call):
+    last = outputs[-1]
+    wide_rows = last.new_empty(last.shape[0], last.shape[1] + 8)
+    return [*outputs[:-1], wide_rows[:, : last.shape[1]].copy_(last)]
+
+
+def careless(outputs, args, call):
+    next(a for a in args if isinstance(a, torch.Tensor) and a.dim() == 3).zero_()
+    return outputs
+
+
+def vandal(outputs, args, call):
+    next(a for a in args if isinstance(a, torch.nn.Parameter) or (isinstance(a, torch.Tensor) and a.dim() == 1)).add_(1)
+    return outputs
+
+
+def test_a_right_piece_passes(device):
+    piece, compiled = middle(device)
+    result = check_piece(piece, compiled, SIZE, device)
+    assert result.ok, result.failures
+    assert result.kernels > 0 and result.foreign == 0
+    assert 0 < result.ratio <= 2
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (scaled, "output 0: max error"),
+        (one_nan, "output 0: max error inf"),
+        (unstable, "a second run differs in 1 of"),
+        (unshared, "memory shared by outputs: []"),
+        (restrided, "eager has"),
+        (careless, "has changed, eager leaves it alone"),
+        (vandal, "has changed"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_every_kind_of_wrong_is_seen(device, change, said):
+    piece, compiled = middle(device)
+    result = check_piece(piece, sabotaged(compiled, change), SIZE, device)
+    assert any(said in failure for failure in result.failures), result.failures
+
+
+def test_memory_read_before_it_is_written_is_seen(device):
+    piece, compiled = middle(device)
+
+    def stale(outputs, args, call):
+        outputs[0].add_(torch.empty_like(outputs[0]))
+        return outputs
+
+    result = check_piece(piece, sabotaged(compiled, stale), SIZE, device)
+    assert any("output 0: max error inf" in failure for failure in result.failures)
+
+
+def test_a_piece_that_is_not_compiled_is_wrong(device):
+    piece, _ = middle(device)
+    own = SimpleNamespace(at=lambda args: piece.graph.forward, plans={}, summary=lambda: "runs as the graph it was")
+    assert check_piece(piece, own, SIZE, device).failures == ["not compiled: it runs as the graph it was"]
+
+
+def test_an_error_is_reported_with_its_place(device):
+    piece, compiled = middle(device)
+
+    def broken(outputs, args, call):
+        raise RuntimeError("no luck")
+
+    (failure,) = check_piece(piece, sabotaged(compiled, broken), SIZE, device).failures
+    assert failure.startswith("RuntimeError at test_check.py:") and failure.endswith("no luck")
+
+
+def test_the_wide_run_rounds_nowhere():
+    graph = fx.symbolic_trace(lambda x: (x.to(torch.bfloat16).float() + torch.ones(3, dtype=torch.float16)).half())
+    x = torch.rand(3) + 1e-12
+    (exact,) = wide.run_wide(graph, [x]).outputs
+    assert exact.dtype is torch.float64 and torch.equal(exact, x.double() + 1)
+
+
+def test_unfilled_memory_is_recognised_and_filled_memory_is_not():
+    def f(x):
+        bare, half = x.new_empty(4), x.new_empty(2, 2)
+        half.select(0, 0).copy_(x)
+        return bare.view(2, 2), half, x * torch.nan
+
+    found = wide.run_wide(fx.symbolic_trace(f), [torch.zeros(2)])
+    bare, half, computed = (found.unfilled(o) for o in found.outputs)
+    assert bare.all() and half.tolist() == [[False, False], [True, True]] and computed is None
+
+
+def test_rows_that_a_router_may_send_either_way_are_undecided():
+    graph = fx.symbolic_trace(lambda x: torch.topk(x.bfloat16(), 2)[1])
+    x = torch.tensor([[3.0, 2.0, 1.0], [3.0, 1.0001, 1.0], [1.0, 2.0, 3.0]])
+    assert wide.undecided(wide.run_eager(graph, [x]), wide.run_wide(graph, [x])).tolist() == [False, True, False]
+    assert wide.undecided(wide.run_eager(fx.symbolic_trace(lambda x: -x), [x]), wide.Outcome((), ())) is None
+
+
+def test_sharing_names_owner_and_distance():
+    x, y = torch.zeros(4), torch.zeros(4)
+    outcome = wide.Outcome((x[2:], y, y[1:], torch.zeros(4)), (x,))
+    assert sharing(outcome) == ["output 0 is input 0 + 8", "output 2 is output 1 + 4"]
+
+
+def test_the_tool_reports_and_exits(device, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["check", "--models", "gpt2", "--tiny", "--sizes", "1", "--procs", "1", "--json"])
+    assert check.main() == 0
+    results = json.loads(capsys.readouterr().out)
+    assert [(r["piece"], r["failures"]) for r in results] == [("middle", []), ("first", []), ("last", [])]
+
+
+def test_the_tool_exits_1_when_something_is_wrong(monkeypatch, capsys):
+    wrong = check.Result("gpt2", "last", 1, failures=["output 0: too far"])
+    monkeypatch.setattr(check, "check_all", lambda *args: iter([wrong]))
+    monkeypatch.setattr(sys, "argv", ["check", "--models", "gpt2"])
+    assert check.main() == 1
+    shown = capsys.readouterr()
+    assert "1 checks, 1 wrong" in shown.out and "gpt2 last at 1: output 0: too far" in shown.err
