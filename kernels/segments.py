@@ -33,8 +33,6 @@ MAX_SEGMENTS = 4
 WIDE_FROM = 1 << 28
 ROW_SIZES = ("rows0", "rows1", "rows2", "rows3")
 
-Prepared = Callable[[tuple[Any, ...], tuple[int, ...], int], None]
-
 
 @dataclass(frozen=True)
 class Problem:

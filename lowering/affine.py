@@ -206,12 +206,6 @@ class Affine:
             if isinstance(atom, (Div, Mod, Bounded)):
                 yield from atom.base.atoms()
 
-    def as_var(self) -> Var | None:
-        """The variable this is, if it is just that."""
-        if self.const == 0 and len(self.terms) == 1 and self.terms[0][1] == 1 and isinstance(self.terms[0][0], Var):
-            return self.terms[0][0]
-        return None
-
 
 def _coarse(rest: Affine, divisor: int) -> tuple[int, Affine, Affine] | None:
     """(step, big, small) with rest = step · big + small, step a divisor of `divisor` and small in [0, step), if there
@@ -308,15 +302,3 @@ def substitution(mapping: Mapping[int, Affine]) -> Callable[[Atom], Affine | Non
         return mapping[atom.dim] if isinstance(atom, Var) and atom.dim in mapping else None
 
     return new
-
-
-def is_bijection(flat: Affine, numel: int) -> bool:
-    """Whether `flat` takes every value in [0, numel) exactly once over its variables: a permutation of dimensions."""
-    if flat.const or any(not isinstance(a, Var) for a, _ in flat.terms):
-        return False
-    step = 1
-    for atom, coefficient in sorted(flat.terms, key=lambda t: t[1]):
-        if coefficient != step:
-            return False
-        step *= atom.size  # type: ignore[union-attr]
-    return step == numel

@@ -77,6 +77,8 @@ class Definer:
         self.layouts: dict[str, Layout] = {}
         self.scalars: dict[str, str] = {}
         self.shared_views: dict[str, View] = {}
+        # Where results start in the storage that tracing gave them (a copy of a view may keep its offset); ours start at 0.
+        self.offsets = {n.name: int(n.spec.offset) for n in trace.nodes if isinstance(n.spec, Spec)}
         for entry in trace.inputs:
             if entry.spec is not None:
                 self.layouts[entry.name] = Layout.of(entry.spec)
@@ -130,7 +132,7 @@ class Definer:
         if layout.dtype != self.layouts[base].dtype:
             self.extern(node, f"it reads {self.layouts[base].dtype} memory as {layout.dtype}")
             return
-        self.views[node.name] = View(base, layout, int(spec.offset))
+        self.views[node.name] = View(base, layout, int(spec.offset) - self.offsets.get(base, 0))
         self.layouts[node.name] = layout
 
     def _put(self, definition: Definition) -> None:
@@ -267,6 +269,3 @@ def _is_view(node: Node) -> bool:
         and node.args
         and isinstance(node.args[0], Ref)
     )
-
-
-__all__ = ["COMPUTABLE", "Definer", "Empty", "Rule", "at_flat", "define", "is_number", "rule"]

@@ -17,7 +17,7 @@ import torch
 from .emit_expr import HELPERS, Body, short_names
 from .emit_loop import looped_body
 from .group import Group
-from .ir import Output, Ref, iter_refs, map_tree
+from .ir import Output, Ref, map_tree
 from .schedule import Schedule, Step
 from .select import Kernel, is_looped, operand
 from .values import Empty, Extern, Item, Layout, Values, View
@@ -282,6 +282,3 @@ def _python(value: Any) -> str:
 
 def _tuple(numbers: Sequence[int]) -> str:
     return "(" + "".join(f"{n}, " for n in numbers).rstrip() + ")"
-
-
-__all__ = ["Plan", "emit", "iter_refs"]

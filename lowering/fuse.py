@@ -53,7 +53,7 @@ class Fused:
 
 
 class _State:
-    """Groups while they grow: members by group number, the graph between groups, and what each contraction would save."""
+    """Groups while they grow: members by number, the graph between groups, what each contraction would save."""
 
     def __init__(self, deps: Dependencies, options: Options) -> None:
         self.deps, self.options = deps, options

@@ -16,11 +16,9 @@ class Options:
         fuse: contract the graph into groups; off, every op is its own kernel (for finding a wrong fusion).
         pdl: launch kernels with programmatic dependent launch where the target has it.
         allow_tf32: fp32 matrix products may use tf32 (torch's own switch, read by the caller).
-        poison: fill buffers with NaN before a plan runs (tests).
     """
 
     target: Target
     fuse: bool = True
     pdl: bool = True
     allow_tf32: bool = False
-    poison: bool = False

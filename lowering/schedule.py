@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from .ir import Output
 from .select import Kernel, Selected, reads_and_writes
-from .values import Values
+from .values import Extern, Values
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,8 @@ def schedule(selected: Selected) -> Schedule:
         values.base(v) for _, v in values.mutations
     }
     kept |= {i.name for i in values.inputs}
+    # Ops that return nothing leave no name to drop.
+    kept |= {n for n, made in values.definitions.items() if isinstance(made, Extern) and not any(made.layouts)}
     last: dict[str, int] = {}
     effects = []
     for number, kernel in enumerate(selected.kernels):

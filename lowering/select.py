@@ -31,7 +31,7 @@ from .options import Options
 from .values import Contract, Item, Values, View
 
 MAX_SEGMENTS = 4
-# Independent groups further apart than this in running order stay apart: joining them would keep buffers alive for long.
+# Independent groups further apart than this in running order stay apart: joining them keeps buffers alive for long.
 NEAR = 6
 
 

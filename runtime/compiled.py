@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from ..kernels.launch import compiling_together
 from ..kernels.target import Target
 from ..lowering.emit import Plan
-from ..lowering.errors import TerrazzoError, Unsupported
+from ..lowering.errors import Unsupported
 from ..lowering.intake import Examples
 from ..lowering.ir import Trace
 from ..lowering.options import Options
@@ -235,5 +235,3 @@ def _runner(loaded: Loaded, constants: tuple[torch.Tensor, ...]) -> Runner:
         return lambda *args: call(*args, *constants)[0]
     return lambda *args: pytree.tree_unflatten(list(call(*args, *constants)), structure)
 
-
-__all__ = ["CompiledPiece", "TerrazzoError", "options_for"]

@@ -17,7 +17,6 @@ from terrazzo.lowering.affine import (
     bounded,
     contiguous_strides,
     delinearize,
-    is_bijection,
     linear,
     substitution,
     variables,
@@ -94,9 +93,3 @@ def test_bounded_is_dropped_when_the_range_proves_it():
     assert bounded(i, 8) == i
     assert bounded(i - 4, 4) != i - 4
     assert bounded(i - 4, 4).substitute(substitution({0: Affine((), 5)})) == Affine((), 1)
-
-
-def test_bijections_are_permutations_of_dimensions():
-    i, j = variables((3, 5))
-    assert is_bijection(i * 5 + j, 15) and is_bijection(j * 3 + i, 15)
-    assert not is_bijection(i * 6 + j, 15) and not is_bijection(i + j, 15)
