@@ -10,8 +10,9 @@ The tokens `m` are a run-time argument of every kernel: `GemmProblem.m` only cho
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
+from itertools import product
 from typing import Any
 
 import torch
@@ -126,7 +127,7 @@ class Measured:
 Table = Mapping[tuple[int, int, bool], Mapping[int, Measured]]
 
 
-def measured(config: type, rows: str) -> Table:
+def measured(config: Any, rows: str) -> Table:
     """Read a table of measurements: a header, then a row of N, K, one|pair, m, the config's fields, us and cuBLAS us.
 
     Args:
@@ -160,6 +161,8 @@ def tma_obstacle(problem: GemmProblem) -> str | None:
         return f"dtype {problem.dtype} is not float32, float16 or bfloat16"
     if not problem.aligned:
         return f"a base pointer is not a multiple of {TMA_ALIGNMENT_BYTES} bytes"
+    if problem.layout == "kn" and problem.dtype == torch.float32 and problem.allow_tf32:
+        return "tensor cores take tf32 along depth only; W stored the other way is transposed in shared memory first"
     _, x_row, x_col = problem.x_stride
     _, w_n, w_k = problem.w_stride
     w_inner, w_outer = (w_k, w_n) if problem.layout == "nk" else (w_n, w_k)
@@ -261,6 +264,33 @@ def descriptor(tensor: torch.Tensor, block: list[int], name: str) -> TensorDescr
 def type_name(dtype: torch.dtype) -> str:
     """Triton's name of an operand's dtype."""
     return {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
+
+
+def job_configs(
+    table: Table, buckets: tuple[int, ...], supports: Callable[..., Any], choose: Callable[..., Any], arch: int
+) -> Iterable[tuple[GemmProblem, Any]]:
+    """Yield a TMA family's problems and configs to compile: all measured, and one per layout, dtype and pairing."""
+    if arch < 90:
+        return
+    problems = [
+        GemmProblem(m, n, k, torch.bfloat16, paired=paired, pair_offset=n if paired else 0)
+        for (n, k, paired), row in table.items()
+        for m in row
+    ]
+    kinds = ((torch.bfloat16, False), (torch.float32, True), (torch.float32, False))
+    for m, layout, paired, (dtype, allow_tf32) in product(buckets, ("nk", "kn"), (False, True), kinds):
+        offset = 5120 if paired else 0
+        problems.append(GemmProblem(m, 5120, 3584, dtype, layout, paired, offset, allow_tf32=allow_tf32))
+    target = Target.named("b200" if arch >= 100 else "h200")
+    for problem in problems:
+        if supports(problem) is None:
+            yield problem, choose(problem, target)[0]
+
+
+def label(problem: GemmProblem) -> str:
+    """Name a problem in a few characters, unique among `job_configs`."""
+    dtype = "tf32" if problem.allow_tf32 else type_name(problem.dtype)
+    return f"{problem.n}x{problem.k} {problem.layout}{' paired' if problem.paired else ''} {dtype} m<={problem.m}"
 
 
 @triton.jit

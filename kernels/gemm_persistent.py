@@ -23,8 +23,9 @@ import triton.language as tl
 
 from .gemm import (
     GemmProblem,
-    Measured,
     descriptor,
+    job_configs,
+    label,
     lookup,
     measured,
     reference,
@@ -208,8 +209,8 @@ def estimate_us(problem: GemmProblem, config: Config, target: Target) -> float:
 def smem_bytes(problem: GemmProblem, config: Config) -> int:
     """Shared memory of the pipeline and, where the next tile's loads fly meanwhile, of the epilogue's transposition."""
     rows = config.block_m + problem.accumulators * config.width
-    # fp32 in halves of 16 KB per warp group, as compiled: 32 KB beside the pipeline of a flattened 128x256 tile.
-    epilogue = 32768 if config.flatten else 0
+    # As compiled for a 128x256 tile: halves of 16 KB per warp group where the result is half as wide, else the tile.
+    epilogue = 0 if not config.flatten else 32768 if problem.dtype.itemsize == 2 else 131072
     return config.stages * rows * config.block_k * problem.dtype.itemsize + epilogue + 1024
 
 
@@ -361,19 +362,16 @@ def prepare(epilogue: Any, config: Config, problem: GemmProblem, *, pdl: bool = 
 
 
 def compile_jobs(arch: int) -> Iterable[CompileJob]:
-    """Yield one job for every measured config, with the sample epilogues."""
-    if arch < 90:
-        return
-    for (n, k, paired), row in CONFIGS.items():
-        for bucket, entry in row.items():
-            yield _job(GemmProblem(bucket, n, k, torch.bfloat16, paired=paired, pair_offset=n), entry)
+    """Yield one job for every config that `choose` gives for a measured or a sample problem, with sample epilogues."""
+    for problem, config in job_configs(CONFIGS, BUCKETS, supports, choose, arch):
+        yield _job(problem, config)
 
 
-def _job(problem: GemmProblem, entry: Measured) -> CompileJob:
-    config, dtype = entry.config, type_name(problem.dtype)
+def _job(problem: GemmProblem, config: Config) -> CompileJob:
+    dtype = type_name(problem.dtype)
     return CompileJob(
         family="gemm_persistent",
-        label=f"{problem.n}x{problem.k}{' paired' if problem.paired else ''} m<={problem.m}",
+        label=label(problem),
         fn=gemm_persistent_kernel,
         signature={
             "x_desc": f"tensordesc<{dtype}[{config.block_m},{config.block_k}]>",

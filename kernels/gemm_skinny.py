@@ -22,8 +22,9 @@ import triton.language as tl
 from . import workspace
 from .gemm import (
     GemmProblem,
-    Measured,
     descriptor,
+    job_configs,
+    label,
     load_tile,
     lookup,
     measured,
@@ -368,24 +369,21 @@ def prepare(epilogue: Any, config: Config, problem: GemmProblem, *, pdl: bool = 
 
 
 def compile_jobs(arch: int) -> Iterable[CompileJob]:
-    """Yield one job for every measured config, with the sample epilogues."""
-    if arch < 90:
-        return
-    for (n, k, paired), row in CONFIGS.items():
-        for bucket, entry in row.items():
-            yield _job(GemmProblem(bucket, n, k, torch.bfloat16, paired=paired, pair_offset=n), entry)
+    """Yield one job for every config that `choose` gives for a measured or a sample problem, with sample epilogues."""
+    for problem, config in job_configs(CONFIGS, BUCKETS, supports, choose, arch):
+        yield _job(problem, config)
 
 
-def _job(problem: GemmProblem, entry: Measured) -> CompileJob:
-    config, dtype = entry.config, type_name(problem.dtype)
+def _job(problem: GemmProblem, config: Config) -> CompileJob:
+    dtype = type_name(problem.dtype)
     epilogue = silu_mul_sample if problem.paired else store_sample
     return CompileJob(
         family="gemm_skinny",
-        label=f"{problem.n}x{problem.k}{' paired' if problem.paired else ''} m<={problem.m}",
+        label=label(problem),
         fn=gemm_skinny_kernel,
         signature={
             "x_desc": f"tensordesc<{dtype}[{config.block_m},{config.block_k}]>",
-            "w_desc": f"tensordesc<{dtype}[{config.block_n},{config.block_k}]>",
+            "w_desc": f"tensordesc<{dtype}[{','.join(map(str, w_block(problem, config.block_n, config.block_k)))}]>",
             "w": f"*{dtype}",
             "partials": "*fp32",
             "counters": "*i32",

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from .ir import Node, Ref, Spec, Trace, map_tree
+from .ir import Node, Ref, Spec, Trace, iter_refs, map_tree
 
 aten = torch.ops.aten
 
@@ -37,6 +37,7 @@ def canonicalize(trace: Trace) -> Trace:
     outputs = tuple(replace(o, ref=same.get(o.ref, o.ref)) for o in trace.outputs)
     mutations = tuple((i, same.get(v, v)) for i, v in trace.mutations)
     needed = {o.ref for o in outputs} | {v for _, v in mutations}
+    needed |= {r.name for o in outputs for r in iter_refs(o.value)}
     live: list[Node] = []
     for node in reversed(kept):
         if node.name in needed or _acts(node):

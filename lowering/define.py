@@ -19,7 +19,7 @@ import torch
 from .affine import Affine, delinearize, linear, variables
 from .errors import InternalError, Unsupported
 from .expr import Const, Expr, const, keep, load
-from .ir import Node, Ref, Spec, Trace, iter_refs, op_name
+from .ir import Node, Ref, Scalar, Spec, Trace, iter_leaves, iter_refs, op_name
 from .values import Contract, Definition, Empty, Extern, Item, Layout, Map, Reduce, Values, View
 
 Rule = Callable[["Definer", Node], None]
@@ -75,9 +75,8 @@ class Definer:
         self.definitions: dict[str, Definition] = {}
         self.views: dict[str, View] = {}
         self.layouts: dict[str, Layout] = {}
-        self.scalars: dict[str, str] = {}
         self.shared_views: dict[str, View] = {}
-        # Where results start in the storage that tracing gave them (a copy of a view may keep its offset); ours start at 0.
+        # Where results start in the storage that tracing gave them (a copy of a view may keep its offset): ours, at 0.
         self.offsets = {n.name: int(n.spec.offset) for n in trace.nodes if isinstance(n.spec, Spec)}
         for entry in trace.inputs:
             if entry.spec is not None:
@@ -103,6 +102,8 @@ class Definer:
     def _refusal(self, node: Node) -> str | None:
         if node.op not in RULES:
             return f"no lowering rule for {op_name(node.op)}"
+        if any(isinstance(leaf, Scalar) for leaf in iter_leaves((node.args, dict(node.kwargs)))):
+            return "it takes a number that is only known at run time"
         specs = [self.layouts.get(r.name) for r in iter_refs((node.args, dict(node.kwargs)))]
         made = node.spec if isinstance(node.spec, tuple) else (node.spec,)
         for spec in [*specs, *made]:
@@ -177,14 +178,14 @@ class Definer:
         return self.read(value, [Affine() if s == 1 else i for s, i in zip(shape, own, strict=True)])
 
     def number(self, value: Any) -> Expr:
-        """A Python number, or a number only known at run time, as an expression of its natural dtype."""
+        """A Python number as an expression of its natural dtype."""
         if isinstance(value, bool):
             return const(value, torch.bool)
         if isinstance(value, int):
             return const(value, torch.int64)
         if isinstance(value, float):
             return const(value, torch.float32)
-        raise Unsupported(str(value), f"{value} is only known at run time", stage="define")
+        raise Unsupported(str(value), f"{value!r} is no number", stage="define")
 
     def map(self, node: Node, expr: Expr, *, name: str = "", layout: Layout | None = None) -> None:
         """Defines the node's value element by element; `expr` is over `variables(layout.shape)`."""

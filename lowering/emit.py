@@ -12,15 +12,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import sympy
 import torch
+from torch.utils._sympy.printers import PythonPrinter
 
 from .emit_expr import HELPERS, Body, short_names
 from .emit_loop import looped_body
 from .group import Group
-from .ir import Output, Ref, map_tree
+from .ir import Output, Ref, Scalar, map_tree
 from .schedule import Schedule, Step
 from .select import Kernel, is_looped, operand
-from .values import Empty, Extern, Item, Layout, Values, View
+from .values import Contract, Empty, Extern, Item, Layout, Map, Reduce, Values, View
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,10 @@ class _Writer:
             f"  {k.name}: {k.family} {k.config} ({k.why})" if k.family else f"  {k.name}: itself ({k.why})"
             for k in launches
         ]
-        lines += ['"""', "", "import torch"]
+        lines += ['"""', ""]
+        if "math." in rest:
+            lines.append("import math")
+        lines.append("import torch")
         if "tl." in rest:
             lines += ["import triton", "import triton.language as tl"]
         if "libdevice." in rest:
@@ -207,7 +212,8 @@ class _Writer:
         op = made.node.op
         text = f"torch.ops.{op}" if isinstance(op, torch._ops.OpOverload) else self.kept(op)
         lines = [f"# {made.name}: itself, {made.why}"] if made.why else []
-        target = f"{self.names[made.name]} = " if any(layout is not None for layout in made.layouts) else ""
+        returns = isinstance(op, torch._ops.OpOverload) and bool(op._schema.returns)
+        target = f"{self.names[made.name]} = " if returns or any(made.layouts) else ""
         return [*lines, f"{target}{text}({', '.join(args)})"]
 
     def literal(self, value: Any) -> Any:
@@ -217,6 +223,9 @@ class _Writer:
             return value
         if isinstance(value, (torch.dtype, torch.layout, torch.memory_format)):
             return _Text(str(value))
+        if isinstance(value, Scalar):
+            names = {s: sympy.Symbol(self.names[s.name]) for s in value.expr.free_symbols}
+            return _Text(PythonPrinter().doprint(value.expr.xreplace(names)))
         return _Text(self.kept(value))
 
     def kept(self, value: Any) -> str:
@@ -243,11 +252,8 @@ class _Writer:
         name = self.names[view.base]
         if same:
             return name
-        offset = (
-            f"{name}.storage_offset() + {view.offset}"
-            if any(i.name == view.base for i in self.values.inputs)
-            else str(view.offset)
-        )
+        ours = isinstance(self.values.definitions.get(view.base), (Map, Reduce, Contract, Empty))
+        offset = str(view.offset) if ours else f"{name}.storage_offset() + {view.offset}"
         return f"{name}.as_strided({_tuple(view.layout.shape)}, {_tuple(view.layout.stride)}, {offset})"
 
     def output(self, output: Output) -> str:

@@ -12,6 +12,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -142,7 +143,7 @@ def apply(fn: str, *args: Expr, dtype: torch.dtype) -> Expr:
 
 
 # Functions whose name in torch is another.
-TORCH_NAMES = {
+TORCH_NAMES: dict[str, Callable[..., Any]] = {
     "silu": torch.nn.functional.silu,
     "shift_left": torch.bitwise_left_shift,
     "shift_right": torch.bitwise_right_shift,

@@ -10,7 +10,7 @@ Symbols are our own too: the piece's expressions are carried over into a fresh `
 trace relies on are exactly the trace's, and are checked for every size by `specialize`. With a `binding` the sizes are
 integers from the start (a size whose guards failed, and sizes 0 and 1).
 
-Refuses (Unsupported): changes of metadata of inputs, mutated inputs that overlap others, and whatever cannot be traced.
+Refuses (Unsupported): changes of metadata of inputs, sizes that depend on data, and whatever cannot be traced.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._functorch._aot_autograd.functional_utils import from_fun, has_data_mutation, to_fun
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
@@ -35,7 +35,8 @@ from torch.utils import _pytree as pytree
 
 from .decompositions import table
 from .errors import TerrazzoError, Unsupported
-from .ir import Dim, Input, Node, Output, Ref, Spec, Trace, map_tree
+from .ir import Dim, Trace
+from .record import Recorded, attribute
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ def _trace(graph: fx.GraphModule, world: _World, constants: Mapping[str, torch.T
     with world.mode:
         held = [world.mode.from_tensor(t, static_shapes=True) for t in constants.values()]
     fakes = [*world.inputs, *held]
-    with world.mode, enable_python_dispatcher():
+    with world.mode, enable_python_dispatcher(), world.env.ignore_fresh_unbacked_symbols():
         returned = _run(graph, constants, fakes)
     leaves, structure = pytree.tree_flatten(returned)
     shapes_before = [tuple(f.shape) if isinstance(f, torch.Tensor) else None for f in fakes]
@@ -167,104 +168,25 @@ def _trace(graph: fx.GraphModule, world: _World, constants: Mapping[str, torch.T
         values = [from_fun(o) if isinstance(o, torch.Tensor) else o for o in outputs]
         return values + [from_fun(wrapped[i]) for i in mutated]
 
-    with _tracing(), world.mode, enable_python_dispatcher(), FunctionalTensorMode():
+    fresh = world.env.ignore_fresh_unbacked_symbols()
+    with _tracing(), world.mode, enable_python_dispatcher(), FunctionalTensorMode(), fresh:
         traced = make_fx(functional, decomposition_table=table())(*fakes)
     for before, fake in zip(shapes_before, fakes, strict=True):
         if before is not None and before != tuple(fake.shape):
             raise Unsupported("the piece", "it changes the shape of an input", stage="intake")
-    return _convert(traced.graph, world, constants, names, leaves, structure, mutated, fakes)
-
-
-def _convert(
-    graph: fx.Graph,
-    world: _World,
-    constants: Mapping[str, torch.Tensor],
-    names: list[str],
-    leaves: list[Any],
-    structure: Any,
-    mutated: list[int],
-    fakes: list[Any],
-) -> Trace:
-    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
-    inputs: list[Input] = []
-    rename: dict[fx.Node, str] = {}
-    for node, fake, name, example in zip(
-        placeholders, fakes, [*names, *constants], [*world.examples.values, *constants.values()], strict=True
-    ):
-        rename[node] = name
-        inputs.append(_input(name, fake, example, constants))
-    taken = {i.name for i in inputs}
-    nodes: list[Node] = []
-    for node in graph.nodes:
-        if node.op == "get_attr":
-            name = _unique(node.name, taken)
-            rename[node] = name
-            tensor = _attribute(graph.owning_module, node.target)
-            inputs.append(Input(name, "constant", _spec(node.meta.get("val", tensor)), value=tensor, parameter=True))
-        elif node.op == "call_function" and not _is_symbolic(node.meta.get("val")):
-            rename[node] = _unique(node.name, taken)
-            convert = _argument(rename)
-            nodes.append(
-                Node(
-                    rename[node],
-                    node.target,
-                    map_tree(tuple(node.args), convert),
-                    map_tree(dict(node.kwargs), convert),
-                    _specs(node.meta.get("val")),
-                    _source(node),
-                )
-            )
-    results = pytree.tree_leaves(next(n for n in graph.nodes if n.op == "output").args[0])
-    outputs = _outputs(leaves, results[: len(leaves)], rename, inputs, fakes)
-    mutations = tuple(
-        (inputs[i].name, rename[v])
-        for i, v in zip(mutated, results[len(leaves) :], strict=True)
-        if isinstance(v, fx.Node)
-    )
     symbols = {world.ours[s]: place for s, place in world.sources.items() if isinstance(world.ours[s], sympy.Symbol)}
-    return Trace(tuple(inputs), tuple(nodes), outputs, mutations, symbols, _guards(world), structure)
-
-
-def _input(name: str, fake: Any, example: Any, constants: Mapping[str, torch.Tensor]) -> Input:
-    if name in constants:
-        return Input(name, "constant", _spec(fake), value=constants[name], parameter=True)
-    if isinstance(fake, torch.Tensor):
-        return Input(name, "tensor", _spec(fake), parameter=isinstance(example, torch.nn.Parameter))
-    if isinstance(fake, (int, torch.SymInt)) and not isinstance(fake, bool):
-        return Input(name, "symbol", value=_dim(fake))
-    return Input(name, "opaque", value=fake)
-
-
-def _outputs(
-    leaves: list[Any], results: list[Any], rename: Mapping[fx.Node, str], inputs: list[Input], fakes: list[Any]
-) -> tuple[Output, ...]:
-    storages = {f.untyped_storage()._cdata: i for i, f in enumerate(fakes) if isinstance(f, torch.Tensor)}
-    groups: dict[int, int] = {}
-    outputs = []
-    for leaf, result in zip(leaves, results, strict=True):
-        if not isinstance(leaf, torch.Tensor):
-            kind = "symbol" if isinstance(leaf, torch.SymInt) else "const"
-            value = _dim(leaf) if isinstance(leaf, torch.SymInt) else leaf
-            outputs.append(Output(kind, value=value))
-            continue
-        same = next((i for i, f in enumerate(fakes) if f is leaf), None)
-        key = leaf.untyped_storage()._cdata
-        if same is not None:
-            outputs.append(Output("input", inputs[same].name, _spec(leaf)))
-        elif key in storages:
-            outputs.append(Output("alias", inputs[storages[key]].name, _spec(leaf)))
-        else:
-            outputs.append(Output("value", rename[result], _spec(leaf), storage=groups.setdefault(key, len(groups))))
-    return tuple(outputs)
-
-
-def _guards(world: _World) -> tuple[sympy.Basic, ...]:
-    """What the trace relies on: recorded guards, and the range each symbol was assumed to lie in (2 and up)."""
-    guards = [g.expr for g in world.env.guards]
-    for symbol in world.ours.values():
-        if isinstance(symbol, sympy.Symbol):
-            guards.append(sympy.Ge(symbol, world.env.var_to_range[symbol].lower))
-    return tuple(guards)
+    return Recorded(
+        graph=traced.graph,
+        names=[*names, *constants],
+        examples=[*world.examples.values, *constants.values()],
+        fakes=fakes,
+        constants=constants,
+        leaves=leaves,
+        structure=structure,
+        mutated=mutated,
+        symbols=symbols,
+        guards=_guards(world),
+    ).trace()
 
 
 def _run(graph: fx.GraphModule, constants: Mapping[str, torch.Tensor], arguments: Sequence[Any]) -> Any:
@@ -320,20 +242,10 @@ def _constants(graph: fx.GraphModule) -> dict[str, torch.Tensor]:
     found = {}
     for node in graph.graph.nodes:
         if node.op == "get_attr":
-            value = _attribute(graph, node.target)
+            value = attribute(graph, node.target)
             if isinstance(value, torch.Tensor):
                 found[_flat(node.target)] = value
     return found
-
-
-def _flat(target: Any) -> str:
-    return "held_" + str(target).replace(".", "_")
-
-
-def _attribute(module: Any, path: str) -> Any:
-    for part in path.split("."):
-        module = getattr(module, part)
-    return module
 
 
 @contextlib.contextmanager
@@ -347,70 +259,6 @@ def _tracing() -> Iterator[None]:
         del guard
 
 
-def _argument(rename: Mapping[fx.Node, str]) -> Any:
-    def convert(value: Any) -> Any:
-        if isinstance(value, fx.Node):
-            known = value.meta.get("val")
-            return _dim(known) if _is_symbolic(known) else Ref(rename[value])
-        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-            return _dim(value)
-        return tuple(map(convert, value)) if isinstance(value, fx.immutable_collections.immutable_list) else value
-
-    return convert
-
-
-def _is_symbolic(value: Any) -> bool:
-    return isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool, int, float)) and value is not None
-
-
-def _expr(value: Any) -> sympy.Expr:
-    return value.node.expr if isinstance(value, torch.SymInt) else sympy.sympify(value)
-
-
-def _dim(value: Any) -> Any:
-    """An integer, or the expression of a symbolic number."""
-    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-        expr = value.node.expr
-        return int(expr) if isinstance(expr, (sympy.Integer, int)) else expr
-    return value
-
-
-def _spec(tensor: torch.Tensor) -> Spec:
-    return Spec(
-        tuple(_dim(s) for s in tensor.shape),
-        tuple(_dim(s) for s in tensor.stride()) if tensor.layout == torch.strided else (),
-        _dim(tensor.storage_offset()) if isinstance(tensor, FakeTensor) else 0,
-        tensor.dtype,
-        tensor.device,
-    )
-
-
-def _specs(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return _spec(value)
-    if isinstance(value, (tuple, list)):
-        return tuple(_specs(v) for v in value)
-    return None
-
-
-def _source(node: fx.Node) -> str:
-    """`file.py:120` of the line of the model that this op came from."""
-    for line in reversed((node.meta.get("stack_trace") or "").splitlines()):
-        line = line.strip()
-        if line.startswith('File "'):
-            path, _, rest = line[6:].partition('"')
-            return f"{path.rsplit('/', 1)[-1]}:{rest.split('line ')[-1].split(',')[0].strip()}"
-    return ""
-
-
-def _unique(name: str, taken: set[str]) -> str:
-    base, count = name, 1
-    while name in taken:
-        name, count = f"{base}_{count}", count + 1
-    taken.add(name)
-    return name
-
-
 def _hint(examples: Examples, symbol: sympy.Symbol) -> int:
     """A size to trace with: the one the piece was captured with, else a number that is nothing special."""
     for value in examples.values:
@@ -418,3 +266,20 @@ def _hint(examples: Examples, symbol: sympy.Symbol) -> int:
             if isinstance(part, torch.SymInt) and _expr(part) == symbol and part.node.has_hint():
                 return max(int(part.node.hint), 2)
     return 4099
+
+
+def _guards(world: _World) -> tuple[sympy.Basic, ...]:
+    """What the trace relies on: recorded guards, and the range each symbol was assumed to lie in (2 and up)."""
+    guards = [g.expr for g in world.env.guards]
+    for symbol in world.ours.values():
+        if isinstance(symbol, sympy.Symbol):
+            guards.append(sympy.Ge(symbol, world.env.var_to_range[symbol].lower))
+    return tuple(guards)
+
+
+def _flat(target: Any) -> str:
+    return "held_" + str(target).replace(".", "_")
+
+
+def _expr(value: Any) -> sympy.Expr:
+    return value.node.expr if isinstance(value, torch.SymInt) else sympy.sympify(value)

@@ -27,6 +27,22 @@ class Ref:
 
 
 @dataclass(frozen=True)
+class Scalar:
+    """A number known only when the piece runs: an expression over the results of nodes that read one out of a tensor.
+
+    Args:
+        expr: its symbols carry the names of those nodes, or are sizes.
+        refs: those nodes.
+    """
+
+    expr: sympy.Expr
+    refs: tuple[Ref, ...]
+
+    def __str__(self) -> str:
+        return str(self.expr)
+
+
+@dataclass(frozen=True)
 class Spec:
     """What is known of a tensor: shape and strides in elements, offset of its first element in its storage."""
 
@@ -80,7 +96,8 @@ class Input:
 
 @dataclass(frozen=True)
 class Node:
-    """One op: `op(*args, **kwargs)`, its tensors as `Ref`s, its sizes as integers or sympy expressions.
+    """One op: `op(*args, **kwargs)`, its tensors as `Ref`s, its sizes as integers or sympy expressions, its
+    run-time numbers as `Scalar`s.
 
     `op` is an `OpOverload`, a higher-order op or `operator.getitem`.
     """
@@ -114,7 +131,7 @@ class Output:
             'const'.
         ref: name of the node or input.
         spec: geometry of the tensor, relative to its storage.
-        value: of a symbol its expression, of a constant the constant.
+        value: of a symbol its expression or `Scalar`, of a constant the constant.
         storage: outputs with the same number share their storage in eager execution.
     """
 
@@ -174,15 +191,24 @@ def op_name(op: Callable[..., Any]) -> str:
 
 
 def iter_refs(tree: Any) -> Iterator[Ref]:
-    """Every `Ref` in nested tuples, lists and dicts."""
-    if isinstance(tree, Ref):
-        yield tree
-    elif isinstance(tree, (tuple, list)):
+    """Every `Ref` in nested tuples, lists and dicts, those of scalars included."""
+    for leaf in iter_leaves(tree):
+        if isinstance(leaf, Ref):
+            yield leaf
+        elif isinstance(leaf, Scalar):
+            yield from leaf.refs
+
+
+def iter_leaves(tree: Any) -> Iterator[Any]:
+    """Everything in nested tuples, lists and dicts that is none of them."""
+    if isinstance(tree, (tuple, list)):
         for part in tree:
-            yield from iter_refs(part)
+            yield from iter_leaves(part)
     elif isinstance(tree, dict):
         for part in tree.values():
-            yield from iter_refs(part)
+            yield from iter_leaves(part)
+    else:
+        yield tree
 
 
 def map_tree(tree: Any, leaf: Callable[[Any], Any]) -> Any:

@@ -22,7 +22,7 @@ from .values import Layout
 aten = torch.ops.aten
 prims = torch.ops.prims
 
-UNARY = {
+UNARY: dict[str, Any] = {
     "exp": aten.exp, "exp2": aten.exp2, "expm1": aten.expm1, "log": aten.log, "log2": aten.log2, "log10": aten.log10,
     "log1p": aten.log1p, "sqrt": aten.sqrt, "rsqrt": aten.rsqrt, "sin": aten.sin, "cos": aten.cos, "tan": aten.tan,
     "asin": aten.asin, "acos": aten.acos, "atan": aten.atan, "sinh": aten.sinh, "cosh": aten.cosh, "tanh": aten.tanh,
@@ -33,7 +33,7 @@ UNARY = {
     "bitwise_not": aten.bitwise_not,
 }  # fmt: skip
 
-BINARY = {
+BINARY: dict[str, Any] = {
     "mul": aten.mul, "pow": aten.pow, "fmod": aten.fmod, "remainder": aten.remainder,
     "maximum": aten.maximum, "minimum": aten.minimum, "fmax": aten.fmax, "fmin": aten.fmin, "atan2": aten.atan2,
     "hypot": aten.hypot, "copysign": aten.copysign, "bitwise_and": aten.bitwise_and, "bitwise_or": aten.bitwise_or,
@@ -69,7 +69,7 @@ def operands(d: Definer, node: Node, args: Sequence[Any], dtype: torch.dtype) ->
 def promoted_operands(
     d: Definer, node: Node, args: Sequence[Any], common: torch.dtype, numbers: bool = False
 ) -> list[Expr]:
-    """The arguments as torch's arithmetic sees them: rounded to the common dtype, computed with in `arithmetic(common)`.
+    """The arguments as torch's arithmetic sees them: rounded to the common dtype, then in `arithmetic(common)`.
 
     Args:
         common: the dtype that the operands promote to.

@@ -57,6 +57,7 @@ def cat(d: Definer, node: Node) -> None:
             result = value
             continue
         mine = in_range(at[axis], start, start + size)
+        assert mine is not None, "a part that is not the whole has elements outside"
         if start + size == layout.shape[axis]:
             result = Masked(layout.dtype, cond=mine, body=value)
         else:

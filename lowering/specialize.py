@@ -14,7 +14,7 @@ from typing import Any
 
 import sympy
 
-from .ir import Spec, Trace, map_tree
+from .ir import Scalar, Spec, Trace, map_tree
 
 
 def failed_guard(trace: Trace, binding: Mapping[sympy.Symbol, int]) -> str | None:
@@ -44,6 +44,8 @@ def specialize(trace: Trace, binding: Mapping[sympy.Symbol, int]) -> Trace:
                 stride=tuple(map(leaf, value.stride)),
                 offset=leaf(value.offset),
             )
+        if isinstance(value, Scalar):
+            return replace(value, expr=value.expr.xreplace(values))
         if not isinstance(value, sympy.Basic):
             return value
         if value not in known:

@@ -6,7 +6,7 @@
 
 Pieces that are equal but for their names share trace and plans within the process. What cannot be lowered at all
 runs as the graph it was, with one warning; what cannot be lowered in part runs those ops as themselves, counted in
-`summary()`.
+`summary()`. So does a single call in which an input that the piece writes overlaps another.
 """
 
 from __future__ import annotations
@@ -153,7 +153,23 @@ class CompiledPiece:
         except Unsupported as cause:
             return self._fall_back(cause)
         constants = tuple(self._constants(loaded.plan))
-        return self._warmed(_runner(loaded, constants), loaded, args)
+        run = self._warmed(_runner(loaded, constants), loaded, args)
+        written = {name for name, _ in loaded.plan.schedule.values.mutations}
+        return self._apart(run, [i for i in self._tensors if self._names[i] in written]) if written else run
+
+    def _apart(self, run: Runner, written: list[int]) -> Runner:
+        """The plan, unless an input that it writes shares memory with another: then what is read after the write
+        depends on which addresses were passed, and the graph itself runs."""
+
+        def checked(*args: Any) -> Any:
+            spans = {i: _span(args[i]) for i in self._tensors}
+            for i in written:
+                start, end = spans[i]
+                if any(start < e and s < end for j, (s, e) in spans.items() if j != i):
+                    return self.graph.forward(*args)
+            return run(*args)
+
+        return checked
 
     def _constants(self, plan: Plan) -> list[torch.Tensor]:
         """The tensors this very piece holds, in the plan's order; those the trace made itself are the plan's."""
@@ -213,6 +229,15 @@ class CompiledPiece:
         return self.graph.forward
 
 
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    """First byte of a tensor and the one after its last."""
+    if not tensor.numel():
+        return 0, 0
+    start = tensor.data_ptr()
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, start + (last + 1) * tensor.element_size()
+
+
 def options_for(args: Sequence[Any]) -> Options:
     """Options for the device these arguments live on.
 
@@ -234,4 +259,3 @@ def _runner(loaded: Loaded, constants: tuple[torch.Tensor, ...]) -> Runner:
     if structure.is_leaf():
         return lambda *args: call(*args, *constants)[0]
     return lambda *args: pytree.tree_unflatten(list(call(*args, *constants)), structure)
-

@@ -48,8 +48,7 @@ def bench_piece(
     Returns:
         Per size: model, size, floor_us, us by contender, layers per graph, failures of the check, and kernels.
     """
-    compiled = CompiledPiece(piece.graph)
-    return [_bench_size(piece, compiled, size, contenders, kernels) for size in sizes]
+    return [_bench_size(piece, CompiledPiece(piece.graph), size, contenders, kernels) for size in sizes]
 
 
 def _bench_size(

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import multiprocessing
 import os
 import sys
@@ -57,7 +56,7 @@ def check_all(
             yield from check_kind(*task)
         return
     # A process that has touched CUDA cannot be forked.
-    with ProcessPoolExecutor(procs, mp_context=multiprocessing.get_context("spawn"), initializer=_quiet) as pool:
+    with ProcessPoolExecutor(procs, mp_context=multiprocessing.get_context("spawn")) as pool:
         for done in as_completed([pool.submit(check_kind, *task) for task in tasks]):
             yield from done.result()
 
@@ -107,14 +106,8 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _quiet() -> None:
-    """A fallback is a failure here and reported as such, with its cause as the log has it."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-
-
 def main() -> int:
     options = _arguments()
-    _quiet()
     models = names() if options.models == "all" else options.models.split(",")
     for name in models:
         config(name)

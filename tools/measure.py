@@ -17,6 +17,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from terrazzo.kernels.target import Target
+from terrazzo.lowering.errors import InternalError
 from terrazzo.lowering.group import flops, traffic
 from terrazzo.runtime.compiled import Loaded
 from terrazzo.tools.models.fakes import TensorSpec, symbols_of
@@ -169,6 +170,8 @@ def host_us(piece: Piece, size: int, device: torch.device) -> dict[str, float]:
         for _ in range(3):
             served(*args)
     captured = served.entries[size].captured
+    if captured is None:
+        raise InternalError("host_us", f"three calls captured nothing: {served.summary()}", stage="tools")
     ways: dict[str, Callable[[], Any]] = {"dispatcher": lambda: served(*args), "bare": lambda: captured.replay()}
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(REPLAYS):

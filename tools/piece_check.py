@@ -1,15 +1,16 @@
 """Everything that must hold of a compiled piece at one size, found out by running it.
 
-    values      every output and every changed input against eager and fp64 (oracle.py, wide.py)
-    geometry    shape, dtype, strides of dimensions larger than 1, device
-    memory      outputs share storage with each other and with inputs exactly as eager's do; no input changes that
-                eager leaves alone; nothing is read that was not written (fresh memory is filled with NaN)
-    again       a second run gives the same bits
-    graph       on CUDA: captured and replayed, the same bits; replayed on other inputs, right again
+values      every output and every changed input against eager and fp64 (oracle.py, wide.py)
+geometry    shape, dtype, strides of dimensions larger than 1, device
+memory      outputs share storage with each other and with inputs exactly as eager's do; no input changes that
+            eager leaves alone; nothing is read that was not written (fresh memory is filled with NaN)
+again       a second run gives the same bits
+graph       on CUDA: captured and replayed, the same bits; replayed on other inputs, right again
 """
 
 from __future__ import annotations
 
+import logging
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -56,10 +57,10 @@ class Result:
 
 def check_sizes(piece: Piece, sizes: Sequence[int], device: torch.device) -> list[Result]:
     """Compiles a piece and checks it at each of these numbers of tokens."""
-    compiled = CompiledPiece(piece.graph)
     results = []
     for size in sizes:
-        results.append(check_piece(piece, compiled, size, device))
+        # Equal pieces share trace and plans; that one size cannot be compiled must not colour the next.
+        results.append(check_piece(piece, CompiledPiece(piece.graph), size, device))
         if device.type == "cuda":
             # Several processes may share the device.
             torch.cuda.empty_cache()
@@ -77,8 +78,8 @@ def check_piece(piece: Piece, compiled: CompiledPiece, size: int, device: torch.
     """
     result = Result(piece.model, piece.kind, size)
     try:
-        with torch.no_grad():
-            _Check(piece, compiled, size, device, result).all()
+        with torch.no_grad(), _listening() as said:
+            _Check(piece, compiled, size, device, result, said).all()
     except Exception as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{frame.filename.rpartition('/')[2]}:{frame.lineno}"
@@ -93,6 +94,7 @@ class _Check:
     size: int
     device: torch.device
     result: Result
+    said: list[str]
 
     def __post_init__(self) -> None:
         specs = self.piece.specs()
@@ -156,7 +158,7 @@ class _Check:
     def _count(self) -> None:
         found = [loaded for (sizes, _), loaded in self.compiled.plans.items() if sizes == (self.size,)]
         if not found or "graph it was" in self.compiled.summary():
-            self._fail("not compiled: it runs as the graph it was")
+            self._fail("; ".join(["not compiled: it runs as the graph it was", *self.said]))
             return
         launches = found[0].plan.schedule.launches()
         self.result.kernels = sum(bool(k.family) for k in launches)
@@ -235,6 +237,22 @@ def sharing(outcome: wide.Outcome) -> list[str]:
             owner, start = known[storage]
             lines.append(f"{name} is {owner} + {tensor.data_ptr() - start}")
     return lines
+
+
+@contextmanager
+def _listening() -> Iterator[list[str]]:
+    """Warnings of terrazzo's log while inside: they hold the cause of a fallback."""
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("terrazzo")
+    propagates, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
+        yield said
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagates
 
 
 @contextmanager

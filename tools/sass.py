@@ -6,8 +6,8 @@
     … --match 128x64 --show sass                               the code of what matches
 
 The compiler asks no driver whether a kernel fits, so the limits stand here and are checked: shared memory against the
-architecture, local memory (spills) against the bound the job states. Exit status 1 when a job breaks one or does not
-compile.
+architecture, local memory (spills) against the bound that the job or the architecture states. Exit status 1 when a job
+breaks one or does not compile.
 
 Compiling and interpreting cannot share a process: `compile_for` refuses under TRITON_INTERPRET=1;
 `compile_isolated` and the command line work from there.
@@ -41,6 +41,9 @@ from terrazzo.lowering.errors import UserError
 # Opt-in shared memory one block may use, per architecture. Source: CUDA C++ Programming Guide, technical specifications
 # per compute capability (163 KB and 227 KB).
 SHARED_LIMIT_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}
+# Local memory per thread that passes beyond a job's own bound: configs were measured on sm_90, where none may spill; on
+# the others the same tiles may cost a few registers around the main loop (16 bytes at most, as compiled by triton 3.6).
+SPILL_BOUND_BYTES = {80: 16, 90: 0, 100: 16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,7 +260,7 @@ def _compile_row(name: str, index: int, arch: int, show: str) -> Row:
     except Exception as error:  # whatever the compiler throws is this row's result
         lines = str(error).strip().splitlines() or [""]
         return Row(job.family, job.label, arch, wrong=f"{type(error).__name__}: {lines[-1]}")
-    limit, bound = SHARED_LIMIT_BYTES[arch], job.spill_bound_bytes
+    limit, bound = SHARED_LIMIT_BYTES[arch], max(job.spill_bound_bytes, SPILL_BOUND_BYTES[arch])
     wrong = []
     if report.shared_bytes > limit:
         wrong.append(f"{report.shared_bytes} bytes of shared memory, the limit is {limit}")

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import fx
 
+from terrazzo.lowering.errors import Unsupported
 from terrazzo.tools import check, wide
 from terrazzo.tools.models import Piece, pieces
 from terrazzo.tools.piece_check import CompiledPiece, check_piece, sharing
@@ -118,6 +119,14 @@ def test_a_piece_that_is_not_compiled_is_wrong(device):
     piece, _ = middle(device)
     own = SimpleNamespace(at=lambda args: piece.graph.forward, plans={}, summary=lambda: "runs as the graph it was")
     assert check_piece(piece, own, SIZE, device).failures == ["not compiled: it runs as the graph it was"]
+
+
+def test_a_fallback_is_reported_with_its_cause(device, monkeypatch):
+    piece, _ = middle(device)
+    compiled = CompiledPiece(piece.graph)
+    monkeypatch.setattr(compiled, "_shared", lambda args: (_ for _ in ()).throw(Unsupported("x", "no way", stage="y")))
+    (failure,) = check_piece(piece, compiled, SIZE, device).failures
+    assert failure.startswith("not compiled") and "no way" in failure
 
 
 def test_an_error_is_reported_with_its_place(device):

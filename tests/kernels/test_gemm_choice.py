@@ -37,8 +37,8 @@ def test_tma_says_why_not(change: dict, fact: str) -> None:
     assert fact in why
 
 
-def test_fp64_is_no_family_s_business() -> None:
-    problem = replace(DENSE, dtype=torch.float64)
+def test_fp64_belongs_to_no_family() -> None:
+    problem = replace(DENSE, m=100, dtype=torch.float64)
     assert all("float64" in family.supports(problem) for family in (gemm_skinny, gemm_persistent, gemm_simple))
     with pytest.raises(Unsupported, match="float64"):
         pick(problem, H200)

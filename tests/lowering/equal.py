@@ -1,11 +1,12 @@
-"""A function compiled by terrazzo against the same function in eager: values, dtypes, shapes, strides, aliasing, mutation.
+"""A function compiled by terrazzo against the same function in eager: values, geometry, aliasing, mutation.
 
-Floats are right when they err at most twice as much as eager does, measured against fp64 (`tests/kernels/oracle.py`); integers,
-bools, NaN, infinities and, for ops that round nothing, the sign of zero must be equal.
+Floats are right when they err at most twice as much as eager does, measured against fp64 (`tests/kernels/oracle.py`);
+integers, bools, NaN, infinities and, for ops that round nothing, the sign of zero must be equal.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,7 +38,7 @@ def same(fn: Function, *args: Any, itself: bool = False, exact: bool = False, ze
     ours, theirs, exactly = (copied(args) for _ in range(3))
     piece = CompiledPiece(traced(fn, len(args)), ours)
     got = piece(*ours)
-    compare((got, ours), (fn(*theirs), theirs), None if exact else (fn(*doubled(exactly)), exactly), zeros)
+    compare((got, ours), (fn(*theirs), theirs), None if exact else (fn(*doubled(exactly)), exactly), zeros=zeros)
     assert piece.plans, "it fell back to the graph it was"
     launches = [k for loaded in piece.plans.values() for k in loaded.plan.schedule.launches()]
     externs = [f"{k.name}: {k.why}" for k in launches if not k.family]
@@ -53,7 +54,7 @@ def traced(fn: Function, count: int) -> fx.GraphModule:
 
 
 def copied(args: Sequence[Any]) -> list[Any]:
-    """The arguments on the device and with memory of their own: equal geometry, and what shared storage still shares it."""
+    """The arguments on the device in memory of their own: equal geometry, and what shared storage still does."""
     storages: dict[int, torch.UntypedStorage] = {}
 
     def fresh(value: Any) -> Any:
@@ -77,20 +78,31 @@ def doubled(args: list[Any]) -> list[Any]:
     return args
 
 
-def compare(ours: Any, theirs: Any, exactly: Any = None, zeros: bool = False) -> None:
-    """Asserts that two results are the same in structure, geometry, aliasing and value."""
+def compare(ours: Any, theirs: Any, exactly: Any = None, *, zeros: bool = False, close: bool = False) -> None:
+    """Asserts that two results are the same in structure, geometry, aliasing and value.
+
+    Args:
+        ours, theirs: results, nested as they come.
+        exactly: the same in fp64; without it floats must be equal.
+        zeros: so must the signs of zeros.
+        close: floats need only be close (`torch.testing.assert_close`): their rounding is another test's business.
+    """
     a, structure = pytree.tree_flatten(ours)
     b, other = pytree.tree_flatten(theirs)
     assert structure == other, f"{structure} is not {other}"
     c = pytree.tree_leaves(exactly) if exactly is not None else b
     for position, (x, y, z) in enumerate(zip(a, b, c, strict=True)):
         if not isinstance(y, torch.Tensor):
-            assert x == y and type(x) is type(y), f"{position}: {x!r} is not {y!r}"
+            assert (x == y or (close and math.isclose(x, y, rel_tol=1e-6))) and type(x) is type(y), (
+                f"{x!r} is not {y!r}"
+            )
             continue
         assert x.dtype == y.dtype and x.shape == y.shape, f"{position}: {x.dtype} {x.shape} is not {y.dtype} {y.shape}"
         steps = [(i, j) for i, j, s in zip(x.stride(), y.stride(), y.shape, strict=True) if s > 1 and y.numel()]
         assert all(i == j for i, j in steps), f"{position}: strides {x.stride()} are not {y.stride()}"
-        if exactly is None or not y.dtype.is_floating_point:
+        if close:
+            torch.testing.assert_close(x, y, equal_nan=True)
+        elif exactly is None or not y.dtype.is_floating_point:
             torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
             if zeros and y.dtype.is_floating_point:
                 assert torch.equal(x.signbit() & ~x.isnan(), y.signbit() & ~y.isnan()), f"{position}: signs differ"

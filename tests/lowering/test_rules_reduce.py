@@ -13,14 +13,31 @@ from .equal import odd, same
 
 X = torch.Tensor
 KINDS: dict[str, Callable[..., Any]] = {
-    "sum": torch.sum, "mean": torch.mean, "amax": torch.amax, "amin": torch.amin, "prod": torch.prod, "any": torch.any,
-    "all": torch.all, "argmax": torch.argmax, "argmin": torch.argmin, "var": torch.var, "std": torch.std,
-    "logsumexp": torch.logsumexp, "max": torch.max, "min": torch.min, "softmax": torch.softmax,
-    "log_softmax": torch.log_softmax, "nansum": torch.nansum, "var_mean": torch.var_mean, "std_mean": torch.std_mean,
-    "norm": lambda x, d: torch.linalg.vector_norm(x, dim=d), "count": torch.count_nonzero,
+    "sum": torch.sum,
+    "mean": torch.mean,
+    "amax": torch.amax,
+    "amin": torch.amin,
+    "prod": torch.prod,
+    "any": torch.any,
+    "all": torch.all,
+    "argmax": torch.argmax,
+    "argmin": torch.argmin,
+    "var": torch.var,
+    "std": torch.std,
+    "logsumexp": torch.logsumexp,
+    "max": torch.max,
+    "min": torch.min,
+    "softmax": torch.softmax,
+    "log_softmax": torch.log_softmax,
+    "nansum": torch.nansum,
+    "var_mean": torch.var_mean,
+    "std_mean": torch.std_mean,
+    "norm": lambda x, d: torch.linalg.vector_norm(x, dim=d),
+    "count": torch.count_nonzero,
     "norm1": lambda x, d: torch.linalg.vector_norm(x, 1, dim=d),
-    "norminf": lambda x, d: torch.linalg.vector_norm(x, math.inf, dim=d), "aminmax": lambda x, d: torch.aminmax(x, dim=d),
-}  # fmt: skip
+    "norminf": lambda x, d: torch.linalg.vector_norm(x, math.inf, dim=d),
+    "aminmax": lambda x, d: torch.aminmax(x, dim=d),
+}
 SHAPES = [((7,), 0), ((5, 17), 1), ((5, 17), 0), ((3, 1, 13), -2), ((3, 4, 5), 1), ((1, 1), -1), ((2, 131), -1)]
 SEVERAL = ["sum", "mean", "amax", "amin", "var", "std", "logsumexp", "any", "all", "var_mean"]
 

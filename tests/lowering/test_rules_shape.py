@@ -123,7 +123,7 @@ def test_indices() -> None:
     same(lambda w, i: F.embedding(i, w), x, torch.tensor([[0, 4], [3, 3], [1, 2]]))
     same(lambda w, i: F.embedding(i, w, padding_idx=0) * 2, x.to(HALF), torch.tensor([4, 0, 0], dtype=torch.int32))
     same(lambda w, i: F.embedding(i, w), x, torch.empty(0, 3, dtype=torch.int64))
-    same(lambda i: F.one_hot(i, 5) * 2, torch.tensor([0, 4, 2]), itself=False)
+    same(lambda i: F.one_hot(i, 5) * 2, torch.tensor([0, 4, 2]), itself=True)
     same(lambda x, i: x[i] + x.exp()[i].sum(-1, keepdim=True), x, i)
 
 
@@ -181,8 +181,10 @@ def test_products_of_odd_operands() -> None:
 
 
 PASSING: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
-    "topk": (lambda x: x.topk(3, -1), (odd(4, 7),)), "sort": (lambda x: x.exp().sort(1), (odd(4, 7),)),
-    "cumsum": (lambda x: x.cumsum(1) * 2, (odd(4, 7),)), "conv2d": (lambda x, w: F.conv2d(x, w).relu(), (odd(1, 2, 5, 5), odd(3, 2, 3, 3))),
+    "topk": (lambda x: x.topk(3, -1), (odd(4, 7),)),
+    "sort": (lambda x: x.exp().sort(1), (odd(4, 7),)),
+    "cumsum": (lambda x: x.cumsum(1) * 2, (odd(4, 7),)),
+    "conv2d": (lambda x, w: F.conv2d(x, w).relu(), (odd(1, 2, 5, 5), odd(3, 2, 3, 3))),
     "sdpa": (lambda q: F.scaled_dot_product_attention(q, q, q, is_causal=True), (odd(1, 2, 5, 8),)),
     "complex": (lambda x: torch.view_as_real(torch.view_as_complex(x) * 1j), (odd(3, 2),)),
     "polar": (lambda x: torch.polar(x.abs(), x).abs() + 1, (odd(3),)),
@@ -190,11 +192,14 @@ PASSING: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "bmm": (lambda a, b: torch.bmm(a * 2, b) + 1, (odd(2, 3, 4), odd(2, 4, 5))),
     "einsum": (lambda a, b: torch.einsum("bij,bkj->bik", a, b), (odd(2, 3, 4), odd(2, 5, 4))),
     "bag": (lambda w, i: F.embedding_bag(i, w, mode="sum"), (odd(5, 4), torch.tensor([[0, 1], [4, 4]]))),
-    "bits": (lambda x: x.view(torch.int32) + 1, (odd(3),)), "narrow_bits": (lambda x: x.view(torch.int16) + 1, (odd(3),)),
-    "pool": (lambda x: F.max_pool2d(x, 2) + 1, (odd(1, 1, 4, 4),)), "int8 mm": (lambda a, b: torch._int_mm(a, b), (odd(17, 8, dtype=torch.int8), odd(8, 8, dtype=torch.int8))),
+    "bits": (lambda x: x.view(torch.int32) + 1, (odd(3),)),
+    "narrow_bits": (lambda x: x.view(torch.int16) + 1, (odd(3),)),
+    "pool": (lambda x: F.max_pool2d(x, 2) + 1, (odd(1, 1, 4, 4),)),
+    "int8 mm": (lambda a, b: torch._int_mm(a, b), (odd(17, 8, dtype=torch.int8), odd(8, 8, dtype=torch.int8))),
     "searchsorted": (lambda x, v: torch.searchsorted(x, v), (torch.arange(5.0), odd(4))),
-    "tensor split": (lambda x: x.exp().tensor_split(3), (odd(7),)), "integer power": (lambda x, n: x**n, (odd(5, dtype=torch.int64), torch.arange(5))),
-}  # fmt: skip
+    "tensor split": (lambda x: x.exp().tensor_split(3), (odd(7),)),
+    "integer power": (lambda x, n: x**n, (odd(5, dtype=torch.int64), torch.arange(5))),
+}
 OURS_ALL_THE_SAME = {"tensor split"}
 
 

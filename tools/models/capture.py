@@ -91,7 +91,7 @@ def _merge_tokens(graph: fx.GraphModule, arguments: list[str]) -> None:
         InternalError: two size inputs stand for different sizes.
     """
     sizes = [n for n, name in zip(placeholders(graph), arguments, strict=True) if name == TOKENS]
-    names = {spec_of(n).value for n in sizes}
+    names = {spec.value for n in sizes if isinstance(spec := spec_of(n), SizeSpec)}
     if len(names) != 1:
         raise InternalError("capture", f"sizes {sorted(map(str, names))}, expected one", stage="models")
     for extra in sizes[1:]:

@@ -72,7 +72,7 @@ def load_piece(path: str | Path, device: torch.device | str | None = None) -> Pi
 
 def _node_to_json(node: fx.Node, names: dict[str, str]) -> dict[str, Any]:
     """One node; `names` gives symbols their stored names, in the order in which they turn up."""
-    data = {"op": node.op, "name": node.name, "target": name_of(node)}
+    data: dict[str, Any] = {"op": node.op, "name": node.name, "target": name_of(node)}
     if node.op == "placeholder":
         data["value"] = _spec_to_json(spec_of(node), names)
     else:

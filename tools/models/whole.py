@@ -110,7 +110,11 @@ def _cut(
     c = config(name, tiny)
     captured = capture(c, layers, dtype, _indexed(device))
     graph, names = split(captured.graph)
-    cut = {n: piece_of(c.name, i, kind_of(i, len(names)), graph.get_submodule(n)) for i, n in enumerate(names)}
+    cut = {}
+    for position, part in enumerate(names):
+        piece = graph.get_submodule(part)
+        assert isinstance(piece, fx.GraphModule)
+        cut[part] = piece_of(c.name, position, kind_of(position, len(names)), piece)
     return graph, captured.arguments, cut
 
 
