@@ -135,7 +135,7 @@ def measured(config: Any, rows: str) -> Table:
         rows: the table as text.
     """
     table: dict[tuple[int, int, bool], dict[int, Measured]] = {}
-    kinds = [type(getattr(config, field.name, 0)) for field in fields(config)]
+    kinds: list[Callable[[int], Any]] = [type(getattr(config, field.name, 0)) for field in fields(config)]
     for row in rows.strip().splitlines()[1:]:
         n, k, accumulators, m, *values, us, vendor_us = row.split()
         made = config(*(kind(int(value)) for kind, value in zip(kinds, values, strict=True)))
