@@ -48,7 +48,13 @@ def bench_piece(
     Returns:
         Per size: model, size, floor_us, us by contender, layers per graph, failures of the check, and kernels.
     """
-    return [_bench_size(piece, CompiledPiece(piece.graph), size, contenders, kernels) for size in sizes]
+    results = []
+    for size in sizes:
+        made = _bench_size(piece, CompiledPiece(piece.graph), size, contenders, kernels)
+        times = ", ".join(f"{name} {us:.1f}" for name, us in made["us"].items())
+        print(f"{piece.model} at {size}: floor {made['floor_us']:.1f}, {times} µs", file=sys.stderr, flush=True)
+        results.append(made)
+    return results
 
 
 def _bench_size(
@@ -161,10 +167,10 @@ def main() -> int:
         config(name)
     contenders = options.contenders.split(",") + [AUTOTUNED] * options.max_autotune
     kernels = [k for k in options.kernels.split(",") if k]
+    host = host_us(middle("llama-3.1-8b", tiny=True), 16, HERE)
     results: list[dict[str, Any]] = []
     for name in models:
         results += bench_piece(middle(name), sizes, contenders, kernels)
-    host = host_us(middle("llama-3.1-8b", tiny=True), 16, HERE)
     _report(options.json, results, host)
     return int(any(r["failures"] for r in results))
 

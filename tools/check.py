@@ -50,7 +50,8 @@ def check_all(
         tiny: the models' tiny twins.
         procs: processes that share the work; compiling keeps a core busy each.
     """
-    tasks = [(model, at, tuple(sizes), dtype, tiny) for model in models for at in (1, 0, 2)]
+    # The longest first, so that no process works on alone at the end.
+    tasks = [(model, at, tuple(sizes), dtype, tiny) for at in (1, 0, 2) for model in models]
     if procs == 1:
         for task in tasks:
             yield from check_kind(*task)
@@ -118,16 +119,16 @@ def main() -> int:
     started, results = time.perf_counter(), []
     for result in check_all(models, sizes, options.dtype, options.tiny or not on_gpu, procs):
         results.append(result)
-        for failure in result.failures:
-            print(f"{result.model} {result.piece} at {result.size}: {failure}", file=sys.stderr, flush=True)
+        state = f"error {result.ratio:.2f}" if result.ok else "; ".join(result.failures)
+        print(f"{result.model} {result.piece} at {result.size}: {state}", file=sys.stderr, flush=True)
+        if options.json not in (None, "-"):
+            # What is known so far, should the rest not be reached.
+            with open(options.json, "w") as file:
+                json.dump([asdict(r) for r in results], file)
     wrong = sum(not r.ok for r in results)
-    if options.json:
-        text = json.dumps([asdict(r) for r in results])
-        if options.json == "-":
-            print(text)
-            return int(wrong > 0)
-        with open(options.json, "w") as file:
-            file.write(text)
+    if options.json == "-":
+        print(json.dumps([asdict(r) for r in results]))
+        return int(wrong > 0)
     console = screen()
     console.print(table(results))
     console.print(f"{len(results)} checks, {wrong} wrong, {time.perf_counter() - started:.0f} s")
