@@ -25,10 +25,17 @@ def terrazzo(graph: fx.GraphModule, example_inputs: Sequence[Any], **options: An
         options: none are taken.
 
     Raises:
-        UserError: gradients would be needed, or an option is unknown.
+        UserError: gradients would be needed, or options were given.
     """
     if options:
-        raise UserError("torch.compile", f"unknown options {sorted(options)}", stage="backend")
+        # torch.compile hands over its own `mode` and `options` under those names.
+        given = ", ".join(f"{name}={value!r}" for name, value in sorted(options.items()))
+        raise UserError(
+            "torch.compile(backend='terrazzo')",
+            f"it was given {given} and takes no options",
+            stage="backend",
+            remedy="Leave mode and options out.",
+        )
     needs_grad = [i for i, v in enumerate(example_inputs) if isinstance(v, torch.Tensor) and v.requires_grad]
     if needs_grad and torch.is_grad_enabled():
         raise UserError(
