@@ -136,7 +136,7 @@ def load(path: Path, device: torch.device) -> tuple[Any, Any]:
     warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
-    model = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     return model.to(device).eval(), tokenizer
 
 
