@@ -85,7 +85,7 @@ def intake(graph: fx.GraphModule, examples: Examples, binding: Mapping[sympy.Sym
         Unsupported: the piece cannot be traced, or changes an input in a way no plan can repeat.
     """
     world = _World(examples, binding)
-    constants = _constants(graph)
+    constants = held(graph)
     try:
         return _trace(graph, world, constants)
     except TerrazzoError:
@@ -152,8 +152,7 @@ class _World:
 def _trace(graph: fx.GraphModule, world: _World, constants: Mapping[str, torch.Tensor]) -> Trace:
     names = [n.name for n in graph.graph.nodes if n.op == "placeholder"]
     with world.mode:
-        held = [world.mode.from_tensor(t, static_shapes=True) for t in constants.values()]
-    fakes = [*world.inputs, *held]
+        fakes = [*world.inputs, *(world.mode.from_tensor(t, static_shapes=True) for t in constants.values())]
     with world.mode, enable_python_dispatcher(), world.env.ignore_fresh_unbacked_symbols():
         returned = _run(graph, constants, fakes)
     leaves, structure = pytree.tree_flatten(returned)
@@ -192,25 +191,31 @@ def _trace(graph: fx.GraphModule, world: _World, constants: Mapping[str, torch.T
 def _run(graph: fx.GraphModule, constants: Mapping[str, torch.Tensor], arguments: Sequence[Any]) -> Any:
     """The piece run on these arguments (constants last), node by node, so that metadata reaches the trace."""
     split = len(arguments) - len(constants)
-    held = dict(zip(constants, arguments[split:], strict=True))
+    given = {id(t): a for t, a in zip(constants.values(), arguments[split:], strict=True)}
     with torch.no_grad(), torch.fx.traceback.preserve_node_meta():
-        return _Interpreter(graph, held).run(*arguments[:split])
+        return _Interpreter(graph, given).run(*arguments[:split])
 
 
 class _Interpreter(fx.Interpreter):
-    """Runs a graph with the tensors it holds replaced by the ones given."""
+    """Runs a graph with the tensors it holds replaced by the ones given, by identity: a name may be one of several."""
 
-    def __init__(self, graph: fx.GraphModule, held: Mapping[str, Any]) -> None:
+    def __init__(self, graph: fx.GraphModule, given: Mapping[int, Any]) -> None:
         super().__init__(graph, garbage_collect_values=False)
-        self.held = held
+        self.given = given
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is operator.getitem and isinstance(args[0], torch.Tensor):
             return _indexed(*args)
         return super().call_function(target, args, kwargs)
 
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        module = self.fetch_attr(target)
+        state = {name: self.given[id(tensor)] for name, tensor in _state(module)}
+        return torch.func.functional_call(module, state, args, kwargs)
+
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return self.held[_flat(target)] if _flat(target) in self.held else super().get_attr(target, args, kwargs)
+        value = super().get_attr(target, args, kwargs)
+        return self.given.get(id(value), value)
 
 
 def _indexed(tensor: torch.Tensor, key: Any) -> torch.Tensor:
@@ -238,14 +243,26 @@ def _whole(key: Any) -> bool:
     return isinstance(key, (int, torch.SymInt)) and not isinstance(key, bool)
 
 
-def _constants(graph: fx.GraphModule) -> dict[str, torch.Tensor]:
-    found = {}
+def held(graph: fx.GraphModule) -> dict[str, torch.Tensor]:
+    """The tensors that a piece holds, in the order in which its nodes come to them; what has several names is held
+    once, under the first."""
+    found: dict[int, tuple[str, torch.Tensor]] = {}
     for node in graph.graph.nodes:
+        reached: list[tuple[str, Any]] = []
         if node.op == "get_attr":
-            value = attribute(graph, node.target)
+            reached = [(str(node.target), attribute(graph, node.target))]
+        elif node.op == "call_module":
+            reached = [(f"{node.target}.{name}", t) for name, t in _state(graph.get_submodule(node.target))]
+        for name, value in reached:
             if isinstance(value, torch.Tensor):
-                found[_flat(node.target)] = value
-    return found
+                found.setdefault(id(value), ("held_" + name.replace(".", "_"), value))
+    return dict(found.values())
+
+
+def _state(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """A module's tensors under all their names."""
+    parameters, buffers = (f(remove_duplicate=False) for f in (module.named_parameters, module.named_buffers))
+    return [*parameters, *buffers]
 
 
 @contextlib.contextmanager
@@ -275,10 +292,6 @@ def _guards(world: _World) -> tuple[sympy.Basic, ...]:
         if isinstance(symbol, sympy.Symbol):
             guards.append(sympy.Ge(symbol, world.env.var_to_range[symbol].lower))
     return tuple(guards)
-
-
-def _flat(target: Any) -> str:
-    return "held_" + str(target).replace(".", "_")
 
 
 def _expr(value: Any) -> sympy.Expr:

@@ -26,7 +26,7 @@ from ..kernels.launch import compiling_together
 from ..kernels.target import Target
 from ..lowering.emit import Plan
 from ..lowering.errors import Unsupported
-from ..lowering.intake import Examples
+from ..lowering.intake import Examples, held
 from ..lowering.ir import Trace
 from ..lowering.options import Options
 from ..lowering.pipeline import plan as make_plan
@@ -173,17 +173,10 @@ class CompiledPiece:
 
     def _constants(self, plan: Plan) -> list[torch.Tensor]:
         """The tensors this very piece holds, in the plan's order; those the trace made itself are the plan's."""
-        held = {
-            f"held_{str(n.target).replace('.', '_')}": n.target for n in self.graph.graph.nodes if n.op == "get_attr"
-        }
-        found = []
-        for name, tensor in plan.constants.items():
-            value: Any = self.graph if name in held else tensor
-            if name in held:
-                for part in str(held[name]).split("."):
-                    value = getattr(value, part)
-            found.append(value)
-        return found
+        # By order: an equal piece may hold its tensors under other names.
+        names = held(self._lowered.graph) if self._lowered is not None else {}
+        own = dict(zip(names, held(self.graph).values(), strict=True))
+        return [own.get(name, tensor) for name, tensor in plan.constants.items()]
 
     def _shared(self, args: Sequence[Any]) -> _Lowered:
         if self._lowered is None:

@@ -6,7 +6,9 @@ The 32 layers of a model differ in names alone; they share one trace and its pla
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import sys
+import types
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -25,22 +27,42 @@ def fingerprint(graph: fx.GraphModule, examples: Examples) -> str | None:
         examples: its arguments; symbols count by order of appearance.
     """
     symbols: dict[sympy.Symbol, sympy.Symbol] = {}
-    names: dict[fx.Node, str] = {}
-    lines = []
-    values = iter(examples.values)
+    inputs = [_argument(value, symbols) for value in examples.values]
+    tensors: dict[int, int] = {}
     try:
-        for node in graph.graph.nodes:
-            names[node] = f"n{len(names)}"
-            if node.op == "placeholder":
-                lines.append(f"placeholder {_argument(next(values), symbols)}")
-            elif node.op == "get_attr":
-                lines.append(f"get_attr {_argument(_attribute(graph, node.target), symbols)}")
-            else:
-                target = _target(node)
-                lines.append(f"{node.op} {target} {_tree(node.args, names)} {_tree(dict(node.kwargs), names)}")
+        lines = _lines(graph, inputs, tensors)
     except _Unknown:
         return None
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _lines(graph: fx.GraphModule, inputs: Sequence[str], tensors: dict[int, int]) -> list[str]:
+    """A line per node.
+
+    Args:
+        graph: the piece, or the body of one of its higher-order ops.
+        inputs: what is known of the arguments of the piece; nothing of a body's.
+        tensors: numbers of the tensors that are held, by identity, so that tied ones show.
+    """
+    names: dict[fx.Node, str] = {}
+    known = iter(inputs)
+    lines = []
+    for node in graph.graph.nodes:
+        names[node] = f"n{len(names)}"
+        if node.op == "placeholder":
+            lines.append(f"placeholder {next(known, '')}")
+        elif node.op == "get_attr":
+            value = _attribute(graph, node.target)
+            if isinstance(value, fx.GraphModule):
+                lines += ["body", *_lines(value, (), tensors), "end"]
+            elif isinstance(value, torch.Tensor) and inputs:
+                lines.append(f"get_attr {tensors.setdefault(id(value), len(tensors))} {_argument(value, {})}")
+            else:
+                raise _Unknown
+        else:
+            target = _target(node)
+            lines.append(f"{node.op} {target} {_tree(node.args, names)} {_tree(dict(node.kwargs), names)}")
+    return lines
 
 
 class _Unknown(Exception):
@@ -66,16 +88,27 @@ def _dim(value: Any, symbols: dict[sympy.Symbol, sympy.Symbol]) -> str:
 
 
 def _target(node: fx.Node) -> str:
-    if isinstance(node.target, str):
-        return node.target
-    if isinstance(node.target, torch._ops.OpOverload):
-        return str(node.target)
-    module, name = getattr(node.target, "__module__", None), getattr(node.target, "__qualname__", None)
-    if name is None:
-        name = getattr(node.target, "__name__", None)
+    if node.op == "call_module":
+        # What a module does hangs on more than its type and its tensors.
+        raise _Unknown
+    target = node.target
+    if isinstance(target, (str, torch._ops.OpOverload, torch._ops.OpOverloadPacket, torch._ops.HigherOrderOperator)):
+        return str(target)
+    module, name = getattr(target, "__module__", None), getattr(target, "__qualname__", None)
     if name is None:
         raise _Unknown
+    if isinstance(target, (types.FunctionType, type)) and _found(module, name) is not target:
+        # A lambda or a function inside a function: others have its name.
+        raise _Unknown
     return f"{module}.{name}"
+
+
+def _found(module: Any, name: str) -> Any:
+    """What the name leads to."""
+    value = sys.modules.get(module)
+    for part in name.split("."):
+        value = getattr(value, part, None)
+    return value
 
 
 def _tree(value: Any, names: Mapping[fx.Node, str]) -> str:
