@@ -32,7 +32,8 @@ class Var:
 
 @dataclass(frozen=True)
 class Div:
-    """`base // divisor`, rounded towards minus infinity; built by `Affine.floordiv` only."""
+    """`base // divisor` of a base that is never negative, where Triton's `//`, which rounds towards zero, agrees; built
+    by `Affine.floordiv` only."""
 
     base: Affine
     divisor: int
@@ -45,7 +46,7 @@ class Div:
 
 @dataclass(frozen=True)
 class Mod:
-    """`base mod divisor`, in [0, divisor); built by `Affine.mod` only."""
+    """`base mod divisor`, in [0, divisor), of a base that is never negative; built by `Affine.mod` only."""
 
     base: Affine
     divisor: int
@@ -169,7 +170,8 @@ class Affine:
         if len(rest.terms) == 1 and isinstance(rest.terms[0][0], Div) and rest.terms[0][1] == 1 and rest.const == 0:
             inner = rest.terms[0][0]
             return quotient + inner.base.floordiv(inner.divisor * divisor)
-        return quotient + Affine.of(Div(rest, divisor))
+        below = min(lo // divisor, 0)
+        return quotient + Affine.of(Div(rest - below * divisor, divisor)) + below
 
     def mod(self, divisor: int) -> Affine:
         """`self mod divisor` (never negative) for a positive divisor, folded where ranges allow."""
@@ -187,7 +189,7 @@ class Affine:
         if coarse is not None:
             step, big, small = coarse
             return big.mod(divisor // step) * step + small
-        return Affine.of(Mod(rest, divisor))
+        return Affine.of(Mod(rest - min(lo // divisor, 0) * divisor, divisor))
 
     def substitute(self, new: Callable[[Atom], Affine | None]) -> Affine:
         """Every atom replaced by `new(atom)`; where that is None, the atom's own parts are substituted."""
