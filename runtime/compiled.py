@@ -149,10 +149,14 @@ class CompiledPiece:
 
     def _compile(self, sizes: tuple[int, ...], misaligned: tuple[int, ...], args: Sequence[Any]) -> Runner:
         try:
-            loaded = self._shared(args).loaded(sizes, frozenset(self._names[i] for i in misaligned))
+            lowered = self._shared(args)
+            # By order: an equal piece may hold its tensors under other names.
+            own = dict(zip(held(lowered.graph), held(self.graph).values(), strict=True))
+            unaligned = {name for name, tensor in own.items() if tensor.data_ptr() & 15}
+            loaded = lowered.loaded(sizes, frozenset(unaligned | {self._names[i] for i in misaligned}))
         except Unsupported as cause:
             return self._fall_back(cause)
-        constants = tuple(self._constants(loaded.plan))
+        constants = tuple(own.get(name, tensor) for name, tensor in loaded.plan.constants.items())
         run = self._warmed(_runner(loaded, constants), loaded, args)
         written = {name for name, _ in loaded.plan.schedule.values.mutations}
         return self._apart(run, [i for i in self._tensors if self._names[i] in written]) if written else run
@@ -170,13 +174,6 @@ class CompiledPiece:
             return run(*args)
 
         return checked
-
-    def _constants(self, plan: Plan) -> list[torch.Tensor]:
-        """The tensors this very piece holds, in the plan's order; those the trace made itself are the plan's."""
-        # By order: an equal piece may hold its tensors under other names.
-        names = held(self._lowered.graph) if self._lowered is not None else {}
-        own = dict(zip(names, held(self.graph).values(), strict=True))
-        return [own.get(name, tensor) for name, tensor in plan.constants.items()]
 
     def _shared(self, args: Sequence[Any]) -> _Lowered:
         if self._lowered is None:
