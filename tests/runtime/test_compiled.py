@@ -1,0 +1,218 @@
+"""`CompiledPiece`: plans by size and alignment, what falls back, what it says about itself."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch import fx, nn
+
+from terrazzo.lowering.errors import Unsupported
+from terrazzo.runtime import compiled
+from terrazzo.runtime.compiled import CompiledPiece, options_for
+from terrazzo.tools.models import pieces
+
+UNALIGNED = 1  # fp32 elements: four bytes past a multiple of 16
+
+
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch):
+    """A process in which nothing was compiled yet."""
+    monkeypatch.setattr(compiled, "_SHARED", {})
+
+
+@pytest.fixture
+def middle():
+    """A piece with a symbolic number of tokens."""
+    return pieces("llama-3.2-1b", tiny=True)[1]
+
+
+def graph_of(fn, count):
+    """A function of `count` tensors as FX."""
+    arguments = ", ".join(f"x{i}" for i in range(count))
+    root = eval(f"lambda {arguments}: fn({arguments})", {"fn": fn})
+    return fx.symbolic_trace(root)
+
+
+def at_offset(offset, *shape, device):
+    """A tensor whose memory starts `offset` elements past an aligned address."""
+    memory = torch.randn(offset + torch.Size(shape).numel(), device=device)
+    return memory[offset:].view(shape)
+
+
+def test_a_plan_per_size_from_one_trace(middle, device, monkeypatch):
+    traced = []
+    make_trace = compiled.make_trace
+    monkeypatch.setattr(compiled, "make_trace", lambda *args: traced.append(args[2:]) or make_trace(*args))
+    piece = CompiledPiece(middle.graph)
+    for size in (2, 3, 2, 5):
+        piece(*middle.make_inputs(size, device))
+    assert [sizes for sizes, _ in piece.plans] == [(2,), (3,), (5,)]
+    assert traced == [()]
+
+
+def test_a_size_of_one_is_traced_for_itself(middle, device, monkeypatch):
+    bound = []
+    make_trace = compiled.make_trace
+    monkeypatch.setattr(compiled, "make_trace", lambda *args: bound.extend(args[2:]) or make_trace(*args))
+    CompiledPiece(middle.graph)(*middle.make_inputs(1, device))
+    assert [list(binding.values()) for binding in bound] == [[1]]
+
+
+def test_the_same_sizes_are_looked_up(middle, device):
+    piece = CompiledPiece(middle.graph)
+    first, second, other = (piece.at(middle.make_inputs(size, device)) for size in (2, 2, 3))
+    assert first is second is not other
+
+
+def test_equal_pieces_share_and_others_do_not(device):
+    parts = pieces("llama-3.2-1b", tiny=True)
+    made = [CompiledPiece(p.graph) for p in parts]
+    for piece, part in zip(made, parts, strict=True):
+        piece(*part.make_inputs(2, device))
+    first, second, third, *_ = made
+    assert second.plans is third.plans is not first.plans
+
+
+def test_misaligned_inputs_have_plans_of_their_own(device):
+    graph = graph_of(lambda x, w: torch.relu(x @ w), 2)
+    aligned = [at_offset(0, 4, 32, device=device), at_offset(0, 32, 16, device=device)]
+    piece = CompiledPiece(graph, aligned)
+    for first, second in ((0, 0), (UNALIGNED, 0), (0, UNALIGNED), (4, 4)):
+        args = [at_offset(first, 4, 32, device=device), at_offset(second, 32, 16, device=device)]
+        torch.testing.assert_close(piece(*args), graph(*args))
+    # Four fp32 elements on, memory is aligned again.
+    assert [names for _, names in piece.plans] == [frozenset(), {"x0"}, {"x1"}]
+
+
+def test_misaligned_tensors_that_the_piece_holds_count(device):
+    class Holding(nn.Module):
+        def __init__(self, offset):
+            super().__init__()
+            self.register_buffer("w", at_offset(offset, 32, 16, device=device), persistent=False)
+
+        def forward(self, x):
+            return x @ self.w
+
+    x = torch.randn(4, 32, device=device)
+    plans = []
+    for offset in (0, UNALIGNED):
+        graph = fx.symbolic_trace(Holding(offset))
+        piece = CompiledPiece(graph, [x])
+        torch.testing.assert_close(piece(x), graph(x))
+        plans = [names for _, names in piece.plans]
+    assert plans == [frozenset(), {"held_w"}]
+
+
+def test_what_cannot_be_lowered_runs_as_it_was_and_says_why_once(middle, device, monkeypatch, caplog):
+    def refuse(*args):
+        raise Unsupported("node mul_3", "it is unlucky", stage="define", source="model.py:7")
+
+    monkeypatch.setattr(compiled, "make_trace", refuse)
+    piece = CompiledPiece(middle.graph)
+    with caplog.at_level(logging.WARNING, "terrazzo"):
+        for size in (2, 3):
+            ours, theirs = (run(*middle.make_inputs(size, device)) for run in (piece, middle.graph))
+            # The last is memory that attention would fill.
+            torch.testing.assert_close(ours[:-1], theirs[:-1], rtol=0, atol=0)
+    (record,) = caplog.records
+    for said in ("node mul_3", "model.py:7", "it is unlucky", "[define]", "dump_kernels"):
+        assert said in record.getMessage()
+    assert piece.summary() == "runs as the graph it was" and not piece.plans
+
+
+def test_shapes_that_depend_on_data_fall_back_and_are_right(device, caplog):
+    graph = graph_of(lambda x: x[x > 0] * 2, 1)
+    x = torch.randn(5, 3, device=device)
+    piece = CompiledPiece(graph, [x])
+    with caplog.at_level(logging.WARNING, "terrazzo"):
+        assert torch.equal(piece(x), graph(x))
+    assert "data" in caplog.text and "graph it was" in piece.summary()
+
+
+def test_a_defect_is_not_hidden_by_a_fall_back(device, monkeypatch):
+    monkeypatch.setattr(compiled, "make_trace", lambda *args: 1 / 0)
+    x = torch.randn(3, device=device)
+    with pytest.raises(ZeroDivisionError):
+        CompiledPiece(graph_of(torch.relu, 1), [x])(x)
+
+
+def shifts(written, read):
+    """Right only while what is read is not what is written."""
+    written.copy_(written * 2)
+    return read + 1
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [((0, 8), (8, 16)), ((0, 8), (0, 8)), ((0, 8), (4, 12)), ((4, 12), (0, 8)), ((0, 8), (7, 15))],
+    ids=["apart", "same", "behind", "before", "by one"],
+)
+def test_inputs_that_overlap_what_is_written(device, written, read):
+    def arguments():
+        memory = torch.arange(16.0, device=device)
+        return memory, [memory[slice(*written)], memory[slice(*read)]]
+
+    graph = graph_of(shifts, 2)
+    examples = [torch.zeros(8, device=device) for _ in range(2)]
+    piece = CompiledPiece(graph, examples)
+    piece(*examples)
+    (ours, args), (theirs, same) = arguments(), arguments()
+    assert torch.equal(piece(*args), graph(*same))
+    assert torch.equal(ours, theirs)
+    assert piece.plans, "it is for one call only that the graph runs"
+
+
+def test_overlapping_inputs_run_the_graph_itself(device, monkeypatch):
+    graph = graph_of(shifts, 2)
+    examples = [torch.zeros(8, device=device) for _ in range(2)]
+    piece = CompiledPiece(graph, examples)
+    piece(*examples)
+    ran = []
+    monkeypatch.setattr(piece.graph, "forward", lambda *args: ran.append(args))
+    memory = torch.zeros(24, device=device)
+    piece(memory[:8], memory[8:16])
+    assert not ran
+    piece(memory[:8], memory[4:12])
+    assert len(ran) == 1
+
+
+def test_the_first_run_writes_an_input_once(device):
+    graph = graph_of(lambda x: x.add_(1), 1)
+    x = torch.zeros(5, device=device)
+    piece = CompiledPiece(graph, [x.clone()])
+    assert piece(x) is x or torch.equal(piece.graph(torch.zeros_like(x)), x)
+    assert torch.equal(x, torch.ones_like(x))
+
+
+def test_the_summary_counts_kernels_and_ops_as_themselves(middle, device):
+    piece = CompiledPiece(middle.graph)
+    assert piece.summary() == "not called yet"
+    for size in (2, 3):
+        piece(*middle.make_inputs(size, device))
+    launches = [len(loaded.plan.schedule.launches()) for loaded in piece.plans.values()]
+    counts = [f"({size},): {n} kernels, 0 ops as themselves" for size, n in zip((2, 3), launches, strict=True)]
+    assert piece.summary() == "; ".join(counts)
+
+
+def test_the_summary_names_fixed_shapes_and_foreign_ops(device):
+    x = torch.randn(6, 5, device=device)
+    piece = CompiledPiece(graph_of(lambda x: torch.sort(x * 2).values, 1), [x])
+    torch.testing.assert_close(piece(x), torch.sort(x * 2).values)
+    assert piece.summary() == "fixed: 1 kernels, 1 ops as themselves"
+
+
+@pytest.mark.parametrize("nest", [list, tuple, lambda v: {"a": v[0], "b": [v[1], None]}, lambda v: v[0]],
+                         ids=["list", "tuple", "dict", "bare"])  # fmt: skip
+def test_results_keep_their_structure(device, nest):
+    graph = graph_of(lambda x: nest([x + 1, x * 2]), 1)
+    x = torch.randn(3, device=device)
+    ours, theirs = CompiledPiece(graph, [x])(x), graph(x)
+    assert isinstance(ours, type(theirs))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_options_are_for_the_arguments_device(device):
+    target = options_for([3, torch.zeros(2, device=device)]).target
+    assert target.interpreted == (device.type == "cpu")
