@@ -203,7 +203,9 @@ def show(console: Console, told: Told, seconds: float) -> None:
         table.add_row(name, str(piece.nodes), kernels, itself)
     console.print(table)
     wrong = [i for i, (a, b) in enumerate(zip_longest(told.eager, told.terrazzo), 1) if a != b]
-    verdict = f"[red]wrong: token {wrong[0]} is not eager's[/]" if wrong else "[green]every token is eager's[/]"
+    verdict = "[green]every token is eager's[/]" if told.ok else "[red]wrong: not every piece runs kernels[/]"
+    if wrong:
+        verdict = f"[red]wrong: token {wrong[0]} is not eager's[/]"
     console.print(f"{verdict}. {seconds:.0f} s.", highlight=False)
 
 
