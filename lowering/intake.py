@@ -154,7 +154,7 @@ def _trace(graph: fx.GraphModule, world: _World, constants: Mapping[str, torch.T
     with world.mode:
         fakes = [*world.inputs, *(world.mode.from_tensor(t, static_shapes=True) for t in constants.values())]
     with world.mode, enable_python_dispatcher(), world.env.ignore_fresh_unbacked_symbols():
-        returned = _run(graph, constants, fakes)
+        returned = _plain(_run(graph, constants, fakes))
     leaves, structure = pytree.tree_flatten(returned)
     shapes_before = [tuple(f.shape) if isinstance(f, torch.Tensor) else None for f in fakes]
 
@@ -194,6 +194,15 @@ def _run(graph: fx.GraphModule, constants: Mapping[str, torch.Tensor], arguments
     given = {id(t): a for t, a in zip(constants.values(), arguments[split:], strict=True)}
     with torch.no_grad(), torch.fx.traceback.preserve_node_meta():
         return _Interpreter(graph, given).run(*arguments[:split])
+
+
+def _plain(value: Any) -> Any:
+    """A result with the lists and dicts that the graph's own code returns, where its nodes hold FX's immutable ones."""
+    if isinstance(value, dict):
+        return {key: _plain(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    return tuple(_plain(v) for v in value) if type(value) is tuple else value
 
 
 class _Interpreter(fx.Interpreter):
