@@ -193,6 +193,8 @@ class _Composer:
         return self._group("row", tuple(stores))
 
     def gemm(self, product: Contract) -> Group:
+        if {product.a.base, product.b.base} & set(self.order):
+            raise Refused(f"the operands of %{product.name} are read from memory")
         self.product = product
         results = [n for n in self.needed if n != product.name]
         sizes = {self.layout(n).numel for n in results} or {product.m * product.n}
