@@ -245,7 +245,8 @@ def rewrite(
 
     def atom(a: Atom) -> Affine | None:
         if isinstance(a, Indirect):
-            return Affine.of(Indirect(memo[id(a.value)], a.size))
+            value = memo[id(a.value)]
+            return Affine.of(int(value.value) if isinstance(value, Const) else Indirect(value, a.size))
         return new_atom(a)
 
     def shift(offset: Affine) -> Affine:
