@@ -76,6 +76,8 @@ class Definer:
         self.views: dict[str, View] = {}
         self.layouts: dict[str, Layout] = {}
         self.shared_views: dict[str, View] = {}
+        # Values that tracing gave gaps between their elements, with that geometry; in ours they have none.
+        self.spread: dict[str, Layout] = {}
         # Where results start in the storage that tracing gave them (a copy of a view may keep its offset): ours, at 0.
         self.offsets = {n.name: int(n.spec.offset) for n in trace.nodes if isinstance(n.spec, Spec)}
         for entry in trace.inputs:
@@ -133,7 +135,13 @@ class Definer:
         if layout.dtype != self.layouts[base].dtype:
             self.extern(node, f"it reads {self.layouts[base].dtype} memory as {layout.dtype}")
             return
-        self.views[node.name] = View(base, layout, int(spec.offset) - self.offsets.get(base, 0))
+        offset = int(spec.offset) - self.offsets.get(base, 0)
+        if base in self.spread:
+            traced = self.spread[base]
+            at = delinearize(linear(variables(layout.shape), layout.stride, offset), traced.shape, traced.stride)
+            self.map(node, self.read(Ref(base), at))
+            return
+        self.views[node.name] = View(base, layout, offset)
         self.layouts[node.name] = layout
 
     def _put(self, definition: Definition) -> None:
@@ -191,6 +199,7 @@ class Definer:
         """Defines the node's value element by element; `expr` is over `variables(layout.shape)`."""
         layout = layout or Layout.of(node.spec)  # type: ignore[arg-type]
         if not layout.dense:
+            self.spread[name or node.name] = layout
             layout = Layout.contiguous(layout.shape, layout.dtype, layout.device)
         self._put(Map(name or node.name, layout, keep(expr, layout.dtype), node.source))
 
