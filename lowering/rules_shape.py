@@ -222,6 +222,8 @@ def gather(d: Definer, node: Node) -> None:
     shape = d.layout(source).shape
     if not shape:
         raise Unsupported(node.name, "gather from a 0-d tensor", stage="define")
+    if len(d.layout(which).shape) != len(shape):
+        raise Unsupported(node.name, "gather by an index of another rank", stage="define")
     axis %= len(shape)
     at = list(variables(_layout(node).shape))
     at[axis] = Affine.of(Indirect(d.read(which, at), shape[axis]))
