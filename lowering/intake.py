@@ -174,7 +174,7 @@ def _trace(graph: fx.GraphModule, world: _World, constants: Mapping[str, torch.T
         if before is not None and before != tuple(fake.shape):
             raise Unsupported("the piece", "it changes the shape of an input", stage="intake")
     for i in mutated:
-        if any(size != 1 and step == 0 for size, step in zip(fakes[i].shape, fakes[i].stride(), strict=True)):
+        if any(size > 1 and step == 0 for size, step in zip(fakes[i].shape, fakes[i].stride(), strict=True)):
             raise Unsupported([*names, *constants][i], "it is written, and its elements share memory", stage="intake")
     symbols = {world.ours[s]: place for s, place in world.sources.items() if isinstance(world.ours[s], sympy.Symbol)}
     return Recorded(
