@@ -153,10 +153,10 @@ def _trace(graph: fx.GraphModule, world: _World, constants: Mapping[str, torch.T
     names = [n.name for n in graph.graph.nodes if n.op == "placeholder"]
     with world.mode:
         fakes = [*world.inputs, *(world.mode.from_tensor(t, static_shapes=True) for t in constants.values())]
+    before = [(tuple(f.shape), f.stride()) if isinstance(f, torch.Tensor) else None for f in fakes]
     with world.mode, enable_python_dispatcher(), world.env.ignore_fresh_unbacked_symbols():
         returned = _plain(_run(graph, constants, fakes))
     leaves, structure = pytree.tree_flatten(returned)
-    shapes_before = [tuple(f.shape) if isinstance(f, torch.Tensor) else None for f in fakes]
 
     mutated: list[int] = []
 
@@ -170,8 +170,8 @@ def _trace(graph: fx.GraphModule, world: _World, constants: Mapping[str, torch.T
     fresh = world.env.ignore_fresh_unbacked_symbols()
     with _tracing(), world.mode, enable_python_dispatcher(), FunctionalTensorMode(), fresh:
         traced = make_fx(functional, decomposition_table=table())(*fakes)
-    for before, fake in zip(shapes_before, fakes, strict=True):
-        if before is not None and before != tuple(fake.shape):
+    for geometry, fake in zip(before, fakes, strict=True):
+        if geometry is not None and geometry != (tuple(fake.shape), fake.stride()):
             raise Unsupported("the piece", "it changes the shape of an input", stage="intake")
     for i in mutated:
         if any(size > 1 and step == 0 for size, step in zip(fakes[i].shape, fakes[i].stride(), strict=True)):
