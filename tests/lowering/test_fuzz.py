@@ -21,9 +21,8 @@ from terrazzo.runtime.compiled import CompiledPiece
 from .equal import compare, copied, odd, same, traced
 from .programs import Program, programs
 
-EXAMPLES = int(os.environ.get("TERRAZZO_FUZZ", "60"))
-# Of the programs that hypothesis draws, one in three is new: it likes to vary those it had (19 of the first 60 were).
-REPEATED = 3
+# Of these, 144 differ (hypothesis likes to vary what it had); 9.5 s on one of two cores (torch 2.13, 2026-11-24).
+EXAMPLES = int(os.environ.get("TERRAZZO_FUZZ", "180"))
 # Floats of a small result may err more than twice as much as eager's by eager's luck; not for every draw of the values.
 DRAWS = 3
 
@@ -50,8 +49,9 @@ def run(program: Program) -> None:
                 raise
 
 
+@pytest.mark.filterwarnings("ignore:var")
 @settings(
-    max_examples=REPEATED * EXAMPLES,
+    max_examples=EXAMPLES,
     derandomize=True,
     deadline=None,
     database=None,
