@@ -286,11 +286,12 @@ def delinearize(offset: Affine, sizes: Sequence[int], strides: Sequence[int]) ->
 
     Args:
         offset: elements from the tensor's first one.
-        sizes, strides: of a dense tensor, its dimensions in any order of stride.
+        sizes, strides: of a dense tensor, its dimensions in any order of stride; where a stride is 0 all indices mean
+            the same element, and 0 is the answer.
     """
     index: list[Affine] = [Affine()] * len(sizes)
     rest = offset
-    order = sorted((d for d in range(len(sizes)) if sizes[d] > 1), key=lambda d: -strides[d])
+    order = sorted((d for d in range(len(sizes)) if sizes[d] > 1 and strides[d]), key=lambda d: -strides[d])
     for d in order:
         index[d] = rest.floordiv(strides[d])
         rest = rest.mod(strides[d])
