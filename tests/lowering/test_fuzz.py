@@ -79,6 +79,9 @@ def test_random_programs(program: Program) -> None:
             lambda x, y: (x.copy_(y).permute(2, 0, 1)[1:] * 1, x[:, ::2, 1] * 1),
             (odd(8, 5, 9)[1::2, :, ::3], odd(4, 5, 3)),
         ),
+        (lambda x: x[::2].clone().narrow(0, 3, 1) * 2, (odd(7, 0),)),
+        (lambda x: x[::2].clone().narrow(0, 3, 1) * 2, (odd(0).expand(7, 0),)),
+        (lambda x, y: (x.expand(4, 3).clone()[1:, 1] * 2, x.expand(4, 3).add(y)[2]), (odd(3), odd(1))),
     ],
 )
 def test_what_once_was_wrong(fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
