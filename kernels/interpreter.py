@@ -142,7 +142,9 @@ class ExactBuilder(stock.InterpreterBuilder):
     def binary_op(self, lhs: Handle, rhs: Handle, op: Any) -> Handle:
         dtype = lhs.dtype.scalar
         if dtype not in SMALL:
-            return super().binary_op(lhs, rhs, op)
+            made = super().binary_op(lhs, rhs, op)
+            # The stock one keeps the operands' dtype, and a scalar answer becomes a number when it is spread.
+            return Handle(made.data, tl.int1) if op in _COMPARISONS else made
         result = op(widen(lhs.data, dtype), widen(rhs.data, dtype))
         return Handle(result, tl.int1) if op in _COMPARISONS else Handle(narrow(result, dtype), dtype)
 
