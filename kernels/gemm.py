@@ -46,6 +46,7 @@ class GemmProblem:
         w_strides: (batch, n, k) in elements whatever the layout; None means dense.
         aligned: both base pointers are multiples of 16 bytes.
         allow_tf32: fp32 operands may be rounded to TF32.
+        epilogue_itemsize: bytes of the widest element that the epilogue reads or stores per column; 0: as the operands.
     """
 
     m: int
@@ -60,6 +61,7 @@ class GemmProblem:
     w_strides: tuple[int, int, int] | None = None
     aligned: bool = True
     allow_tf32: bool = False
+    epilogue_itemsize: int = 0
 
     @property
     def w_columns(self) -> int:

@@ -2,8 +2,8 @@
 
 Schedule: one program per multiprocessor walks over output tiles [BLOCK_M, BLOCK_N]; both operands arrive by TMA;
 groups of `group_m` rows of tiles are walked column by column, so that a group's x tiles and the current W tile stay in
-L2. `flatten` makes tile and depth loop one pipeline: the next tile's loads fly during the epilogue. `subtile` runs the
-epilogue on halves of the columns, which halves its shared memory.
+L2. `flatten` makes tile and depth loop one pipeline: the next tile's loads fly during the epilogue. `parts` runs the
+epilogue on halves or quarters of the columns, each of which needs as much less shared memory.
 Bytes: x and W once if a group fits in L2, y once. FLOPs: 2 * M * N * K per accumulator.
 Paired problems (GLU) keep two accumulators of the same x tile, so neither half of the wide product is written; both
 halves of W come as one tile of a three-dimensional view and are multiplied by one instruction (see gemm_tiles.py).
@@ -34,7 +34,7 @@ from .gemm import (
     tma_obstacle,
     type_name,
 )
-from .gemm_tiles import accumulate, halves, tile_origin, w_descriptor, w_descriptor_type
+from .gemm_tiles import accumulate, run_epilogue, tile_origin, w_descriptor, w_descriptor_type
 from .jobs import CompileJob
 from .launch import Kernel
 from .target import Target
@@ -56,7 +56,7 @@ class Config:
         group_m: rows of tiles walked together.
         programs_per_sm: resident programs per multiprocessor.
         flatten: one pipeline over tiles and depth.
-        subtile: the epilogue runs on two halves of the columns.
+        parts: runs of columns that the epilogue takes one after the other; 1, 2 or 4.
         extra_n: columns of a second accumulator beside the first, so that a tile may be 128 + 64 wide; unpaired only.
     """
 
@@ -68,7 +68,7 @@ class Config:
     group_m: int = 8
     programs_per_sm: int = 1
     flatten: bool = False
-    subtile: bool = False
+    parts: int = 1
     extra_n: int = 0
 
     @property
@@ -77,7 +77,7 @@ class Config:
         return self.block_n + self.extra_n
 
     def __str__(self) -> str:
-        how = f"{' flatten' if self.flatten else ''}{' subtile' if self.subtile else ''}"
+        how = f"{' flatten' if self.flatten else ''}{f' in {self.parts} parts' if self.parts > 1 else ''}"
         tile = f"{self.block_m}x{self.width}x{self.block_k}"
         return f"{tile} stages {self.stages} warps {self.warps} group {self.group_m} x{self.programs_per_sm}{how}"
 
@@ -88,67 +88,67 @@ EVIDENCE = "NVIDIA H200, torch 2.11, triton 3.6, bf16, 2026-11-24"
 CONFIGS = measured(
     Config,
     """
-    N     K accs    m   bm  bn  bk  st  wp  gm  ps  fl  su  ex      us  cuBLAS
- 2048  2048  one  128   64  64 128   6   4   8   1   0   0   0     6.0     6.8
- 2048  2048  one  256   64  64 128   6   4   8   1   0   0   0     6.2     6.3
- 2048  2048  one  512   64 128 128   4   4   8   1   0   0   0     8.5     8.7
- 2048  2048  one 1024   64 256  64   5   4   8   1   0   0   0    13.1    12.9
- 2048  2048  one 2048  128 256  64   3   8  16   1   1   0   0    23.1    23.1
- 2048  2048  one 8192  128 256  64   4   8   8   1   1   1   0   104.7   106.1
- 2048  8192  one  128   64  64 128   6   4   8   1   0   0   0    16.8    16.4
- 2048  8192  one  256   64  64 128   6   4   8   1   0   0   0    17.6    21.2
- 2048  8192  one  512   64 128  64   8   4   8   1   0   0   0    27.5    30.3
- 2048  8192  one 1024  128 128  64   6   8   8   1   0   0   0    47.4    46.1
- 2048  8192  one 2048  128 256  64   3   8   8   1   1   0   0    87.6    87.0
- 2048  8192  one 8192  128 256  64   3   8   8   1   0   0   0   389.9   402.1
- 3072  2048  one  128   64  64 128   6   4   8   1   0   0   0     6.7     7.0
- 3072  2048  one  256   64 128 128   4   4   8   1   0   0   0     8.4     7.5
- 3072  2048  one  512   64 128  64   6   4   8   1   0   0  64    12.0    10.5
- 3072  2048  one 1024  128 128  64   4   8   8   1   0   0  64    19.9    18.5
- 3072  2048  one 2048  128 128  64   5   8   8   1   1   0   0    43.7    41.1
- 3072  2048  one 8192  128 256  64   3   8   8   1   1   0   0   154.7   154.4
- 4096  4096  one  128   64  64 128   6   4   8   1   0   0   0    11.6    13.3
- 4096  4096  one  256   64 128  64   8   4   8   1   0   0   0    15.0    16.5
- 4096  4096  one  512  128 128  64   6   8   8   1   0   0   0    26.2    26.0
- 4096  4096  one 1024  128 256  64   4   8   8   1   1   0   0    49.6    49.7
- 4096  4096  one 2048  128 256  64   4   8   8   1   1   0   0   102.6   103.2
- 4096  4096  one 8192  128 256  64   4   8   8   1   1   0   0   398.2   396.6
- 4096 12288  one  128   64  64 128   6   4   8   1   0   0   0    30.9    33.0
- 4096 12288  one  256   64 128  64   8   4   8   1   0   0   0    42.0    42.0
- 4096 12288  one  512  128 128  64   6   8   8   1   0   0   0    70.0    68.2
- 4096 12288  one 1024  128 256  64   4   8   8   1   1   0   0   134.8   134.8
- 4096 12288  one 2048  128 256  64   4   8   8   1   1   0   0   270.6   270.4
- 4096 12288  one 8192  128 256  64   3   8   8   1   0   0   0  1051.3  1097.3
- 4096 14336  one  128   64  64 128   6   4   8   1   0   0   0    34.7    36.9
- 4096 14336  one  256   64 128  64   8   4   8   1   0   0   0    47.5    47.7
- 4096 14336  one  512  128 128  64   6   8   8   1   0   0   0    85.2    85.1
- 4096 14336  one 1024  128 256  64   4   8   8   1   1   0   0   147.3   147.6
- 4096 14336  one 2048  128 256  64   4   8   8   1   1   0   0   320.5   320.3
- 4096 14336  one 8192  128 256  64   3   8  16   1   1   0   0  1338.8  1343.0
- 6144  4096  one  128   64 128  64   8   4   8   1   0   0   0    17.1    16.4
- 6144  4096  one  256   64 128  64   6   4   8   1   0   0  64    22.9    21.0
- 6144  4096  one  512  128 128  64   4   8   8   1   0   0  64    38.4    35.8
- 6144  4096  one 1024  128 128  64   6   8   8   1   0   0   0    73.8    69.6
- 6144  4096  one 2048  128 256  64   4   8   8   1   1   0   0   135.2   136.2
- 6144  4096  one 8192  128 256  64   4   8   8   1   1   0   0   597.8   593.6
- 8192  2048 pair  128   64  64  64   4   4   8   2   0   0   0    20.5    20.9
- 8192  2048 pair  256  128 128  64   4   8   8   1   1   1   0    26.1    26.0
- 8192  2048 pair  512  128 128  64   4   8   8   1   1   1   0    50.3    49.1
- 8192  2048 pair 1024  128 128  64   4   8   8   1   1   1   0   108.6   107.6
- 8192  2048 pair 2048  128 128  64   4   8   8   1   1   1   0   190.2   185.2
- 8192  2048 pair 8192  128 128  64   4   8   8   1   1   1   0   830.9   821.0
-12288  4096 pair  128   64  64 128   4   4   8   1   0   0   0    65.1    54.7
-12288  4096 pair  256  128  64  64   5   8   8   1   1   0   0    86.4    75.1
-12288  4096 pair  512  128 128  64   4   8   8   1   1   1   0   136.3   136.5
-12288  4096 pair 1024  128 128  64   3   8   8   1   1   1   0   265.8   265.6
-12288  4096 pair 2048  128 128  64   4   8   8   1   1   1   0   563.6   553.1
-12288  4096 pair 8192  128 128  64   3   8   8   1   1   0   0  2701.5  2678.5
-14336  4096 pair  128  128  64  64   4   4   8   2   0   0   0    71.5    66.8
-14336  4096 pair  256  128 128  64   4   8   8   1   1   1   0    93.8    96.5
-14336  4096 pair  512   64 128  64   5   4   8   1   0   0   0   175.9   158.1
-14336  4096 pair 1024  128 128  64   3   8   8   1   1   1   0   305.5   304.9
-14336  4096 pair 2048  128 128  64   4   8   8   1   1   1   0   699.4   680.0
-14336  4096 pair 8192  128 128  64   3   8   8   1   1   1   0  2837.0  2818.5
+    N     K accs    m   bm  bn  bk  st  wp  gm  ps  fl  pt  ex      us  cuBLAS
+ 2048  2048  one  128   64  64 128   6   4   8   1   0   1   0     6.0     6.8
+ 2048  2048  one  256   64  64 128   6   4   8   1   0   1   0     6.2     6.3
+ 2048  2048  one  512   64 128 128   4   4   8   1   0   1   0     8.5     8.7
+ 2048  2048  one 1024   64 256  64   5   4   8   1   0   1   0    13.1    12.9
+ 2048  2048  one 2048  128 256  64   3   8  16   1   1   1   0    23.1    23.1
+ 2048  2048  one 8192  128 256  64   4   8   8   1   1   2   0   104.7   106.1
+ 2048  8192  one  128   64  64 128   6   4   8   1   0   1   0    16.8    16.4
+ 2048  8192  one  256   64  64 128   6   4   8   1   0   1   0    17.6    21.2
+ 2048  8192  one  512   64 128  64   8   4   8   1   0   1   0    27.5    30.3
+ 2048  8192  one 1024  128 128  64   6   8   8   1   0   1   0    47.4    46.1
+ 2048  8192  one 2048  128 256  64   3   8   8   1   1   1   0    87.6    87.0
+ 2048  8192  one 8192  128 256  64   3   8   8   1   0   1   0   389.9   402.1
+ 3072  2048  one  128   64  64 128   6   4   8   1   0   1   0     6.7     7.0
+ 3072  2048  one  256   64 128 128   4   4   8   1   0   1   0     8.4     7.5
+ 3072  2048  one  512   64 128  64   6   4   8   1   0   1  64    12.0    10.5
+ 3072  2048  one 1024  128 128  64   4   8   8   1   0   1  64    19.9    18.5
+ 3072  2048  one 2048  128 128  64   5   8   8   1   1   1   0    43.7    41.1
+ 3072  2048  one 8192  128 256  64   3   8   8   1   1   1   0   154.7   154.4
+ 4096  4096  one  128   64  64 128   6   4   8   1   0   1   0    11.6    13.3
+ 4096  4096  one  256   64 128  64   8   4   8   1   0   1   0    15.0    16.5
+ 4096  4096  one  512  128 128  64   6   8   8   1   0   1   0    26.2    26.0
+ 4096  4096  one 1024  128 256  64   4   8   8   1   1   1   0    49.6    49.7
+ 4096  4096  one 2048  128 256  64   4   8   8   1   1   1   0   102.6   103.2
+ 4096  4096  one 8192  128 256  64   4   8   8   1   1   1   0   398.2   396.6
+ 4096 12288  one  128   64  64 128   6   4   8   1   0   1   0    30.9    33.0
+ 4096 12288  one  256   64 128  64   8   4   8   1   0   1   0    42.0    42.0
+ 4096 12288  one  512  128 128  64   6   8   8   1   0   1   0    70.0    68.2
+ 4096 12288  one 1024  128 256  64   4   8   8   1   1   1   0   134.8   134.8
+ 4096 12288  one 2048  128 256  64   4   8   8   1   1   1   0   270.6   270.4
+ 4096 12288  one 8192  128 256  64   3   8   8   1   0   1   0  1051.3  1097.3
+ 4096 14336  one  128   64  64 128   6   4   8   1   0   1   0    34.7    36.9
+ 4096 14336  one  256   64 128  64   8   4   8   1   0   1   0    47.5    47.7
+ 4096 14336  one  512  128 128  64   6   8   8   1   0   1   0    85.2    85.1
+ 4096 14336  one 1024  128 256  64   4   8   8   1   1   1   0   147.3   147.6
+ 4096 14336  one 2048  128 256  64   4   8   8   1   1   1   0   320.5   320.3
+ 4096 14336  one 8192  128 256  64   3   8  16   1   1   1   0  1338.8  1343.0
+ 6144  4096  one  128   64 128  64   8   4   8   1   0   1   0    17.1    16.4
+ 6144  4096  one  256   64 128  64   6   4   8   1   0   1  64    22.9    21.0
+ 6144  4096  one  512  128 128  64   4   8   8   1   0   1  64    38.4    35.8
+ 6144  4096  one 1024  128 128  64   6   8   8   1   0   1   0    73.8    69.6
+ 6144  4096  one 2048  128 256  64   4   8   8   1   1   1   0   135.2   136.2
+ 6144  4096  one 8192  128 256  64   4   8   8   1   1   1   0   597.8   593.6
+ 8192  2048 pair  128   64  64  64   4   4   8   2   0   1   0    20.5    20.9
+ 8192  2048 pair  256  128 128  64   4   8   8   1   1   2   0    26.1    26.0
+ 8192  2048 pair  512  128 128  64   4   8   8   1   1   2   0    50.3    49.1
+ 8192  2048 pair 1024  128 128  64   4   8   8   1   1   2   0   108.6   107.6
+ 8192  2048 pair 2048  128 128  64   4   8   8   1   1   2   0   190.2   185.2
+ 8192  2048 pair 8192  128 128  64   4   8   8   1   1   2   0   830.9   821.0
+12288  4096 pair  128   64  64 128   4   4   8   1   0   1   0    65.1    54.7
+12288  4096 pair  256  128  64  64   5   8   8   1   1   1   0    86.4    75.1
+12288  4096 pair  512  128 128  64   4   8   8   1   1   2   0   136.3   136.5
+12288  4096 pair 1024  128 128  64   3   8   8   1   1   2   0   265.8   265.6
+12288  4096 pair 2048  128 128  64   4   8   8   1   1   2   0   563.6   553.1
+12288  4096 pair 8192  128 128  64   3   8   8   1   1   1   0  2701.5  2678.5
+14336  4096 pair  128  128  64  64   4   4   8   2   0   1   0    71.5    66.8
+14336  4096 pair  256  128 128  64   4   8   8   1   1   2   0    93.8    96.5
+14336  4096 pair  512   64 128  64   5   4   8   1   0   1   0   175.9   158.1
+14336  4096 pair 1024  128 128  64   3   8   8   1   1   2   0   305.5   304.9
+14336  4096 pair 2048  128 128  64   4   8   8   1   1   2   0   699.4   680.0
+14336  4096 pair 8192  128 128  64   3   8   8   1   1   2   0  2837.0  2818.5
 """,
 )
 
@@ -168,7 +168,9 @@ def choose(problem: GemmProblem, target: Target) -> tuple[Config, str]:
         m, n, k = (max(16, triton.next_power_of_2(size)) for size in (problem.m, problem.n, problem.k))
         return Config(min(m, 128), min(n, 256), min(k, 256), 1, 4), "interpreter: few programs, large tiles"
     if target.arch == 90 and (hit := lookup(CONFIGS, BUCKETS, problem)) is not None:
-        return hit.config, hit.why(EVIDENCE)
+        config = _fitted(problem, hit.config, target)
+        how = "" if config == hit.config else f"; the epilogue is wider than the measured one: {config.parts} parts"
+        return config, hit.why(EVIDENCE) + how
     config = min(_candidates(problem, target), key=lambda c: estimate_us(problem, c, target))
     return config, f"estimated {estimate_us(problem, config, target):.1f} us, no measurement for this N and K"
 
@@ -189,7 +191,7 @@ FIXED_US = 3.0
 def estimate_us(problem: GemmProblem, config: Config, target: Target) -> float:
     """Estimate the time: waves of whole tiles at their rate, the bytes at the memory's, or the power limit, if more."""
     hit = lookup(CONFIGS, BUCKETS, problem) if target.arch == 90 and not target.interpreted else None
-    if hit is not None and hit.config == config:
+    if hit is not None and config == _fitted(problem, hit.config, target):
         return hit.us * max(1.0, problem.m / BUCKETS[-1])
     tiles = ceil(problem.m / config.block_m) * ceil(problem.n / config.width)
     resident = target.sm_count * config.programs_per_sm
@@ -209,9 +211,25 @@ def estimate_us(problem: GemmProblem, config: Config, target: Target) -> float:
 def smem_bytes(problem: GemmProblem, config: Config) -> int:
     """Shared memory of the pipeline and, where the next tile's loads fly meanwhile, of the epilogue's transposition."""
     rows = config.block_m + problem.accumulators * config.width
-    # As compiled for a 128x256 tile: halves of 16 KB per warp group where the result is half as wide, else the tile.
-    epilogue = 0 if not config.flatten else 32768 if problem.dtype.itemsize == 2 else 131072
-    return config.stages * rows * config.block_k * problem.dtype.itemsize + epilogue + 1024
+    pipeline = config.stages * rows * config.block_k * problem.dtype.itemsize + 1024
+    if not config.flatten:
+        return pipeline
+    # As compiled for a 128x256 tile: 32 KB for 2-byte results, of the whole tile or of either half; 4-byte ones whole.
+    area = config.block_m * config.block_n // config.parts
+    return pipeline + (32768 if (problem.epilogue_itemsize or problem.dtype.itemsize) == 2 else area * 4)
+
+
+def _fitted(problem: GemmProblem, config: Config, target: Target) -> Config:
+    """The config as the problem's epilogue needs it: in parts that keep registers, with as many stages as then fit.
+
+    Compiled for sm_90 with a residual added and fp32 stored, a 128x256 tile keeps 24, 488 and 32 bytes a thread in
+    local memory in 1, 2 and 4 parts; only the last leaves room for four stages when flattened.
+    """
+    if (problem.epilogue_itemsize or problem.dtype.itemsize) > 2 and config.block_m * config.block_n >= 128 * 256:
+        config = replace(config, parts=4)
+    while smem_bytes(problem, config) > target.smem_bytes and config.stages > 2:
+        config = replace(config, stages=config.stages - 1)
+    return config
 
 
 def _candidates(problem: GemmProblem, target: Target) -> Iterable[Config]:
@@ -222,13 +240,14 @@ def _candidates(problem: GemmProblem, target: Target) -> Iterable[Config]:
         return
     tiles = (
         (Config(64, 32, 128, 6, 4), Config(64, 64, 64, 8, 4), Config(128, 64, 64, 6, 8),
-         Config(128, 128, 64, 4, 8, flatten=True, subtile=True))
+         Config(128, 128, 64, 4, 8, flatten=True, parts=2))
         if problem.paired
         else (Config(64, 64, 128, 6, 4), Config(64, 128, 64, 8, 4), Config(128, 128, 64, 6, 8),
-              Config(128, 128, 64, 5, 8, extra_n=64), Config(128, 256, 64, 4, 8, flatten=True))
+              Config(128, 128, 64, 5, 8, extra_n=64), Config(128, 256, 64, 4, 8, flatten=True, parts=2))
     )  # fmt: skip
     for config in tiles:
         config = replace(config, block_k=config.block_k * 2 // problem.dtype.itemsize)
+        config = _fitted(problem, config, target)
         if smem_bytes(problem, config) <= target.smem_bytes:
             yield config
 
@@ -250,7 +269,7 @@ def gemm_persistent_kernel(
     STAGES: tl.constexpr,
     GROUP_M: tl.constexpr,
     FLATTEN: tl.constexpr,
-    SUBTILE: tl.constexpr,
+    PARTS: tl.constexpr,
     PAIRED: tl.constexpr,
     KN: tl.constexpr,
     PDL: tl.constexpr,
@@ -262,7 +281,6 @@ def gemm_persistent_kernel(
     tiles_m = tl.cdiv(m_size, BLOCK_M)
     WIDTH: tl.constexpr = BLOCK_N + EXTRA_N
     TILES_N: tl.constexpr = (N + WIDTH - 1) // WIDTH
-    HALF: tl.constexpr = BLOCK_N // 2
     for tile in tl.range(tl.program_id(0), tiles_m * TILES_N, tl.num_programs(0), flatten=FLATTEN):
         m0, n0 = tile_origin(tile, tiles_m, TILES_N, GROUP_M, BLOCK_M, WIDTH)
         acc, acc2 = accumulate(
@@ -273,22 +291,9 @@ def gemm_persistent_kernel(
             tl.extra.cuda.gdc_launch_dependents()
         # Bodies multiply m by a row length: M * N may exceed 2^31 here.
         m = m0.to(tl.int64) + tl.arange(0, BLOCK_M)[:, None]
+        run_epilogue(acc, acc2, m, n0, m_size, N, t, PARTS, EPILOGUE)
         if EXTRA_N > 0:
-            n = n0 + tl.arange(0, BLOCK_N)[None, :]
-            EPILOGUE(acc, acc, m, n, (m < m_size) & (n < N), t)
-            n2 = n0 + BLOCK_N + tl.arange(0, EXTRA_N)[None, :]
-            EPILOGUE(acc2, acc2, m, n2, (m < m_size) & (n2 < N), t)
-        elif SUBTILE:
-            left, right = halves(acc)
-            left2, right2 = left, right
-            if PAIRED:
-                left2, right2 = halves(acc2)
-            n = n0 + tl.arange(0, HALF)[None, :]
-            EPILOGUE(left, left2, m, n, (m < m_size) & (n < N), t)
-            EPILOGUE(right, right2, m, n + HALF, (m < m_size) & (n + HALF < N), t)
-        else:
-            n = n0 + tl.arange(0, BLOCK_N)[None, :]
-            EPILOGUE(acc, acc2, m, n, (m < m_size) & (n < N), t)
+            run_epilogue(acc2, acc2, m, n0 + BLOCK_N, m_size, N, t, PARTS, EPILOGUE)
 
 
 def _constexprs(problem: GemmProblem, config: Config, epilogue: Any, pdl: bool) -> dict[str, Any]:
@@ -303,7 +308,7 @@ def _constexprs(problem: GemmProblem, config: Config, epilogue: Any, pdl: bool) 
         "STAGES": config.stages,
         "GROUP_M": config.group_m,
         "FLATTEN": config.flatten,
-        "SUBTILE": config.subtile,
+        "PARTS": config.parts,
         "PAIRED": problem.paired,
         "KN": problem.layout == "kn",
         "PDL": pdl,
@@ -353,7 +358,7 @@ def prepare(epilogue: Any, config: Config, problem: GemmProblem, *, pdl: bool = 
     """Fix everything that does not change between calls.
 
     Args:
-        epilogue: `@triton.jit` body `(acc, acc2, m, n, mask, t)`; accumulators are [BLOCK_M, BLOCK_N], or halves of it.
+        epilogue: `@triton.jit` body `(acc, acc2, m, n, mask, t)`; accumulators are [BLOCK_M, BLOCK_N / parts].
         config: from `choose`.
         problem: sizes and strides; `m` is only a hint.
         pdl: wait for the predecessor in the kernel and let the successor start before the first epilogue.

@@ -88,10 +88,18 @@ def ask_into_l2(w, row0, k0, ROWS: tl.constexpr, ROW_STRIDE: tl.constexpr, BLOCK
 
 
 @triton.jit
-def halves(acc):
-    """Split [M, N] into its left and right columns."""
+def run_epilogue(acc, acc2, m, n0, m_size, N: tl.constexpr, t, PARTS: tl.constexpr, EPILOGUE: tl.constexpr):
+    """The epilogue over columns n0 … of both accumulators, in `PARTS` runs of columns: each needs registers and shared
+    memory only for itself."""
     HALF: tl.constexpr = acc.shape[1] // 2
-    return acc.reshape(acc.shape[0], 2, HALF).permute(0, 2, 1).split()
+    if PARTS == 1:
+        n = n0 + tl.arange(0, acc.shape[1])[None, :]
+        EPILOGUE(acc, acc2, m, n, (m < m_size) & (n < N), t)
+    else:
+        left, right = acc.reshape(acc.shape[0], 2, HALF).permute(0, 2, 1).split()
+        left2, right2 = acc2.reshape(acc.shape[0], 2, HALF).permute(0, 2, 1).split()
+        run_epilogue(left, left2, m, n0, m_size, N, t, PARTS // 2, EPILOGUE)
+        run_epilogue(right, right2, m, n0 + HALF, m_size, N, t, PARTS // 2, EPILOGUE)
 
 
 def w_descriptor(w: torch.Tensor, problem: GemmProblem, block_n: int, block_k: int) -> TensorDescriptor:

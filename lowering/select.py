@@ -206,7 +206,7 @@ def _kernel(segments: tuple[Group, ...], fused: Fused, options: Options, misalig
         return Kernel(group.name, "", None, why, segments)
     pdl = options.pdl and options.target.pdl
     if group.contract is not None:
-        product = gemm_problem(group, group.contract, options, misaligned)
+        product = gemm_problem(group, group.contract, options, misaligned, _widest_tile(group, fused.values))
         family, config, why = pick(product, options.target)
         return Kernel(group.name, family, config, why, segments, product, pdl and family != "gemm_simple")
     family = _family(segments)
@@ -251,8 +251,16 @@ def is_looped(kernel: Kernel) -> bool:
     return kernel.group.kind == "row" and kernel.group.cols > LOOP_FROM
 
 
-def gemm_problem(group: Group, product: Contract, options: Options, misaligned: Collection[str] = ()) -> GemmProblem:
-    """A GEMM group as its families see it."""
+def _widest_tile(group: Group, values: Values) -> int:
+    """Bytes per element of the widest matrix that an epilogue reads or stores."""
+    names = [s.value for s in group.stores] + [load.value for load in group.loads]
+    return max((values.layouts[n].dtype.itemsize for n in names if values.layouts[n].numel > group.cols), default=0)
+
+
+def gemm_problem(
+    group: Group, product: Contract, options: Options, misaligned: Collection[str] = (), widest: int = 0
+) -> GemmProblem:
+    """A GEMM group as its families see it; `widest`: bytes per element of what its epilogue moves."""
     x, w = product.a, product.b
     (sk, sn), (sm, sx) = w.layout.stride, x.layout.stride
     layout = "nk" if sk == 1 or product.k == 1 or sn != 1 else "kn"
@@ -269,6 +277,7 @@ def gemm_problem(group: Group, product: Contract, options: Options, misaligned: 
         w_strides=(0, sn, sk),
         aligned=aligned,
         allow_tf32=options.allow_tf32,
+        epilogue_itemsize=widest,
     )
 
 

@@ -115,9 +115,9 @@ def persistent_space(problem: GemmProblem) -> Iterable[gemm_persistent.Config]:
         yield config(128, 64, 64, 4, 4, programs_per_sm=2)
     if problem.m <= 128:
         return
-    for flatten, subtile in ((False, False), (True, False), (True, True)):
-        yield config(128, 256 // half, 64, 3, 8, flatten=flatten, subtile=subtile)
-        yield config(128, 256 // half, 64, 4, 8, flatten=flatten, subtile=subtile)
+    for flatten, parts in ((False, 1), (True, 1), (True, 2)):
+        yield config(128, 256 // half, 64, 3, 8, flatten=flatten, parts=parts)
+        yield config(128, 256 // half, 64, 4, 8, flatten=flatten, parts=parts)
     yield config(128, 256 // half, 64, 3, 8, group_m=16)
     yield config(128, 256 // half, 64, 3, 8, group_m=16, flatten=True)
     yield config(256, 128 // half, 64, 4, 8)
