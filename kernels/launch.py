@@ -79,6 +79,8 @@ class Kernel:
             "num_stages": num_stages,
             "launch_pdl": pdl,
             "launch_cooperative_grid": cooperative,
+            # libdevice would flush denormal numbers to zero, which torch's own kernels do not.
+            "enable_reflect_ftz": False,
         }
         names = list(inspect.signature(fn.fn).parameters)
         self._names = [name for name in names if name not in self.constexprs]

@@ -73,7 +73,19 @@ def table() -> Mapping[Any, Callable[..., Any]]:
     kept = {overload for packet in KEPT for overload in _overloads(packet)}
     rules = {op: rule for op, rule in core_aten_decompositions().items() if op not in kept}
     rules.update(get_decompositions(list(TAKEN_APART)))
+    rules[aten.linalg_vector_norm.default] = _vector_norm(rules[aten.linalg_vector_norm.default])
     return rules
+
+
+def _vector_norm(rule: Callable[..., Any]) -> Callable[..., Any]:
+    """torch's rule with dimensions counted from the front: that of torch 2.11 keeps one of size 1 counted from the
+    back."""
+
+    def norm(x: Any, ord: Any = 2, dim: Any = None, *rest: Any, **kwargs: Any) -> Any:
+        dims = dim if dim is None else [d % max(x.dim(), 1) for d in ([dim] if isinstance(dim, int) else dim)]
+        return rule(x, ord, dims, *rest, **kwargs)
+
+    return norm
 
 
 def _overloads(packet: Any) -> list[Any]:

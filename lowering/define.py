@@ -20,7 +20,7 @@ from .affine import Affine, delinearize, linear, variables
 from .errors import InternalError, Unsupported
 from .expr import Const, Expr, const, keep, load
 from .ir import Node, Ref, Scalar, Spec, Trace, iter_leaves, iter_refs, op_name
-from .values import Contract, Definition, Empty, Extern, Item, Layout, Map, Reduce, Values, View
+from .values import Contract, Definition, Empty, Extern, Item, Layout, Map, Reduce, Values, View, home
 
 Rule = Callable[["Definer", Node], None]
 RULES: dict[Any, Rule] = {}
@@ -79,6 +79,8 @@ class Definer:
         # Values that tracing gave gaps between their elements, with that geometry; in ours they have none.
         self.spread: dict[str, Layout] = {}
         # Where results start in the storage that tracing gave them (a copy of a view may keep its offset): ours, at 0.
+        specs = [*(i.spec for i in trace.inputs), *(n.spec for n in trace.nodes)]
+        self.device = home(s.device for s in specs if isinstance(s, Spec))
         self.offsets = {n.name: int(n.spec.offset) for n in trace.nodes if isinstance(n.spec, Spec)}
         for entry in trace.inputs:
             if entry.spec is not None:
@@ -109,6 +111,8 @@ class Definer:
         specs = [self.layouts.get(r.name) for r in iter_refs((node.args, dict(node.kwargs)))]
         made = node.spec if isinstance(node.spec, tuple) else (node.spec,)
         for spec in [*specs, *made]:
+            if spec is not None and spec.device != self.device:
+                return f"it touches a tensor on {spec.device}; kernels run on {self.device}"
             if spec is not None and spec.dtype not in COMPUTABLE:
                 return f"{str(spec.dtype).removeprefix('torch.')} is not computed by kernels"
         return None

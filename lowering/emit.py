@@ -160,14 +160,12 @@ class _Writer:
     # The call.
 
     def call(self) -> str:
-        arguments = self.values.inputs
+        arguments, layouts = self.values.inputs, self.values.layouts
         names = ", ".join(self.names[i.name] for i in arguments)
         lines = [f"def call({names}):"]
-        device = next((self.names[i.name] for i in arguments if i.kind in ("tensor", "constant")), None)
-        if device is not None:
-            lines.append(f"    device = {device}.device")
-        else:
-            lines.append('    device = torch.device("cpu")')
+        here = [i.name for i in arguments if i.name in layouts and layouts[i.name].device == self.values.device]
+        where = f"{self.names[here[0]]}.device" if here else _device(self.values.device)
+        lines.append(f"    device = {where}")
         for step in self.schedule.steps:
             lines += ["    " + line for line in self.step(step)]
         for target, value in self.values.mutations:
@@ -218,7 +216,8 @@ class _Writer:
 
     def literal(self, value: Any) -> Any:
         if isinstance(value, torch.device):
-            return _Text("device")
+            home = self.values.device
+            return _Text("device" if str(value) in (str(home), home.type) else _device(value))
         if value is None or isinstance(value, (bool, int, float, str)):
             return value
         if isinstance(value, (torch.dtype, torch.layout, torch.memory_format)):
@@ -235,7 +234,8 @@ class _Writer:
 
     def buffer(self, layout: Layout) -> str:
         size = f"torch.empty_strided({_tuple(layout.shape)}, {_tuple(layout.stride)}"
-        return f"{size}, dtype={layout.dtype}, device=device)"
+        where = "device" if layout.device == self.values.device else _device(layout.device)
+        return f"{size}, dtype={layout.dtype}, device={where})"
 
     def tensor(self, name: str) -> str:
         """A value in memory as an expression, views included."""
@@ -284,6 +284,10 @@ def _python(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{k!r}: {_python(v)}" for k, v in value.items()) + "}"
     return repr(value)
+
+
+def _device(device: torch.device) -> str:
+    return f'torch.device("{device}")'
 
 
 def _tuple(numbers: Sequence[int]) -> str:

@@ -1,11 +1,11 @@
 """Stage 6: values are contracted into kernels, by what it saves.
 
 Enters: `Dependencies`. Leaves: `Fused`: groups in an order in which they can run, and for every pair that was
-considered and not fused the reason. The walk is greedy: of all edges between groups the one whose fusion saves most
-microseconds (bytes that no longer pass through memory at the target's bandwidth, and one launch) is contracted, until
-none saves anything. A contraction is refused when it would close a cycle, when `compose` finds no common domain, or
-when it would cost more than it saves. No operator is known by name here. Last, independent kernels of the same shape
-become segments of one launch.
+considered and not fused the reason. The walk is greedy: of all pairs of groups, joined by an edge or reading the same
+memory, the one whose fusion saves most microseconds (bytes that no longer pass through memory at the target's
+bandwidth, and one launch) is contracted, until none saves anything. A contraction is refused when it would close a
+cycle, when `compose` finds no common domain, or when it would cost more than it saves. No operator is known by name
+here. Last, independent kernels of the same shape become segments of one launch.
 """
 
 from __future__ import annotations
@@ -16,14 +16,18 @@ from dataclasses import dataclass
 
 import networkx as nx
 
+from .cost import traffic
 from .depend import Dependencies
 from .errors import InternalError
-from .group import Group, Refused, compose, traffic
+from .group import Group, Refused, compose
 from .options import Options
 from .values import Contract, Empty, Extern, Item, Values
 
 # What one more kernel costs inside a CUDA graph beyond its bytes, in µs: the tail of one and the ramp of the next.
 LAUNCH_US = 2.0
+# Readers of one value that are no neighbours in the graph are fused for the bytes they share, if those are so many:
+# half a microsecond at an H200's bandwidth. Below it, readers that could share a launch become its segments.
+SHARED_BYTES = 2_000_000
 
 
 @dataclass(frozen=True)
@@ -66,13 +70,17 @@ class _State:
         self.heap: list[tuple[float, int, int, int, int]] = []
         definitions = deps.values.definitions
         kept = [n for n in definitions if n not in deps.inlined or n in deps.pinned]
-        reads = {n: deps.reads(n) for n in kept}
+        self.reads = reads = {n: deps.reads(n) for n in kept}
         self.readers: dict[str, set[str]] = {n: set() for n in kept}
         for name, sources in reads.items():
             for source in sources & self.readers.keys():
                 self.readers[source].add(name)
         kept = self._alive(kept)
-        owner = {name: number for number, name in enumerate(kept)}
+        self.owner = owner = {name: number for number, name in enumerate(kept)}
+        self.sharing: dict[str, set[str]] = {}
+        for name in kept:
+            for source in reads[name]:
+                self.sharing.setdefault(source, set()).add(name)
         for number, name in enumerate(kept):
             self.members[number], self.span[number], self.version[number] = frozenset([name]), (number, number), 0
             self.graph.add_node(number)
@@ -122,14 +130,37 @@ class _State:
         else:
             heapq.heappush(self.heap, (-saved, a, b, self.version[a], self.version[b]))
 
+    def siblings(self, number: int) -> list[int]:
+        """Groups that read much of what this one reads, and are no neighbours of it; GEMMs keep to their own tiles."""
+        layouts = self.deps.values.layouts
+        large = {v for n in self.members[number] for v in self.reads[n] if layouts[v].nbytes >= SHARED_BYTES}
+        near = {number, *self.graph.predecessors(number), *self.graph.successors(number)}
+        return [
+            other
+            for other in sorted({self.owner[r] for v in large for r in self.sharing[v]} - near)
+            if self.product(other) is None and not self.silent(other)
+        ]
+
+    def consider_siblings(self, number: int) -> None:
+        """Puts contractions with readers of the same memory up for choice."""
+        if self.silent(number) or self.product(number) is not None:
+            return
+        for other in self.siblings(number):
+            a, b = sorted((number, other))
+            saved = self.saving(a, b)
+            if not isinstance(saved, str) and saved >= self.us(SHARED_BYTES) + LAUNCH_US:
+                heapq.heappush(self.heap, (-saved, a, b, self.version[a], self.version[b]))
+
     def best(self) -> tuple[int, int] | None:
         """The contraction that saves most among those that close no cycle."""
         while self.heap:
             _, a, b, version_a, version_b = heapq.heappop(self.heap)
             if (self.version.get(a), self.version.get(b)) != (version_a, version_b):
                 continue
-            if not self.cycle(a, b):
+            if not self.cycle(a, b) and not self.cycle(b, a):
                 return a, b
+            if not self.graph.has_edge(a, b):
+                continue
             # A path between the two can only vanish into one of them, and that brings the edge up again.
             self.refusals[a, b] = "another kernel between the two reads the first and feeds the second"
         return None
@@ -161,8 +192,10 @@ class _State:
         nx.contracted_nodes(self.graph, a, b, self_loops=False, copy=False)
         for pair in [p for p in self.refusals if a in p or b in p]:
             del self.refusals[pair]
+        self.owner.update(dict.fromkeys(self.members[a], a))
         for u, v in [*self.graph.in_edges(a), *self.graph.out_edges(a)]:
             self.consider(u, v)
+        self.consider_siblings(a)
 
     def saving(self, a: int, b: int) -> float | str:
         """Microseconds saved by contracting an edge, or why it cannot be."""
@@ -172,8 +205,12 @@ class _State:
         values = self.deps.values
         parts = [self.compose(self.members[n]) for n in (a, b)]
         spared = sum(traffic(g, values) for g in parts if isinstance(g, Group)) - traffic(both, values)
-        saved = spared / self.options.target.bandwidth_bytes_s * 1e6 + LAUNCH_US
+        saved = self.us(spared) + LAUNCH_US
         return saved if saved > 0 else f"it saves nothing: {-spared} bytes more would be moved"
+
+    def us(self, count: int) -> float:
+        """Microseconds that so many bytes take."""
+        return count / self.options.target.bandwidth_bytes_s * 1e6
 
     def product(self, number: int) -> str | None:
         """The matrix product among a group's members."""
@@ -191,6 +228,8 @@ def fuse(deps: Dependencies, options: Options) -> Fused:
     if options.fuse:
         for a, b in list(state.graph.edges):
             state.consider(a, b)
+        for number in list(state.graph):
+            state.consider_siblings(number)
         while (best := state.best()) is not None:
             state.merge(*best)
     order = list(nx.lexicographical_topological_sort(state.graph, key=lambda n: n))

@@ -11,12 +11,9 @@ match the domain: the result of a reduction (it belongs to this row) and a GEMM'
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-
-import torch
 
 from .affine import Affine, Var, contiguous_strides, delinearize, linear, substitution
 from .define import at_flat
@@ -310,53 +307,3 @@ def _numbered(expr: Expr, pair: int | None) -> Expr:
             Acc(leaf.dtype, value=leaf.value, which=int(leaf.which == pair)) if isinstance(leaf, Acc) else None
         ),
     )
-
-
-def traffic(group: Group, values: Values) -> int:
-    """Bytes the group's kernel moves: each distinct element read once, each store written once."""
-    read: dict[str, int] = {}
-    for node in group.loads:
-        read[node.value] = read.get(node.value, 0) + _footprint(node.offset)
-    total = sum(
-        min(count, _numel(values.layouts[name])) * values.layouts[name].dtype.itemsize for name, count in read.items()
-    )
-    total += sum(values.layouts[s.value].nbytes for s in group.stores)
-    if group.contract is not None:
-        product = group.contract
-        columns = group.cols * (2 if group.pair is not None else 1)
-        total += (product.m * product.k + product.k * columns) * product.layout.dtype.itemsize
-    if group.foreign is not None:
-        total += sum(
-            values.layouts[values.base(r)].nbytes for r in group.foreign.reads if values.base(r) in values.layouts
-        )
-        total += sum(layout.nbytes for layout in group.foreign.layouts if layout is not None)
-    return total
-
-
-def flops(group: Group) -> int:
-    """Floating-point operations: two per multiply-add of a GEMM, one per function and element otherwise."""
-    if group.contract is not None:
-        columns = group.cols * (2 if group.pair is not None else 1)
-        return 2 * group.contract.m * columns * group.contract.k
-    count = sum(
-        1 for n in walk(*(r.expr for r in group.reductions), *(s.expr for s in group.stores)) if isinstance(n, Apply)
-    )
-    return (count + len(group.reductions)) * group.rows * group.cols
-
-
-def _footprint(offset: Affine) -> int:
-    from .affine import Indirect
-
-    seen: dict[int, int] = {}
-    stack = [offset]
-    while stack:
-        for atom in stack.pop().atoms():
-            if isinstance(atom, Var):
-                seen[atom.dim] = atom.size
-            elif isinstance(atom, Indirect):
-                stack.extend(n.offset for n in walk(atom.value) if hasattr(n, "offset"))
-    return math.prod(seen.values())
-
-
-def _numel(layout: Layout) -> int:
-    return max(layout.numel, 1) if layout.dtype != torch.bool else layout.numel

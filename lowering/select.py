@@ -24,9 +24,10 @@ from ..kernels.gemm import GemmProblem, pick
 from ..kernels.rows import LOOP_FROM
 from ..kernels.segments import Problem, pdl_pays
 from .affine import Div, Indirect, Mod
+from .cost import traffic
 from .expr import Load, loads
 from .fuse import Fused
-from .group import Group, Refused, compose, traffic
+from .group import Group, Refused, compose
 from .options import Options
 from .values import Contract, Item, Values, View
 

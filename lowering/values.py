@@ -7,8 +7,9 @@ All sizes are integers here. Views have no definition of their own: reading one 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
@@ -52,6 +53,12 @@ class Layout:
                 return False
             step *= size
         return True
+
+
+def home(devices: Iterable[torch.device]) -> torch.device:
+    """Where a piece's kernels run: the first CUDA device among those of its tensors, else the first of all."""
+    found = list(devices)
+    return next((d for d in found if d.type == "cuda"), found[0] if found else torch.device("cpu"))
 
 
 @dataclass(frozen=True)
@@ -165,6 +172,11 @@ class Values:
     mutations: tuple[tuple[str, str], ...]
     structure: Any = None
     layouts: Mapping[str, Layout] = field(default_factory=dict)
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where the kernels run."""
+        return home(layout.device for layout in self.layouts.values())
 
     def base(self, name: str) -> str:
         """The value in whose memory `name` lies."""

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from terrazzo.kernels.target import Target
+from terrazzo.lowering.cost import flops, traffic
 from terrazzo.lowering.depend import direct_reads
 from terrazzo.lowering.emit import Plan
 from terrazzo.lowering.fuse import Fused, Refusal
-from terrazzo.lowering.group import Group, flops, traffic
+from terrazzo.lowering.group import Group
 from terrazzo.lowering.intake import Examples
 from terrazzo.lowering.ir import Trace
 from terrazzo.lowering.options import Options

@@ -17,8 +17,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from terrazzo.kernels.target import Target
+from terrazzo.lowering.cost import flops, traffic
 from terrazzo.lowering.errors import InternalError
-from terrazzo.lowering.group import flops, traffic
 from terrazzo.runtime.compiled import Loaded
 from terrazzo.tools.models.fakes import TensorSpec, symbols_of
 from terrazzo.tools.models.fill import draw

@@ -47,6 +47,13 @@ def drawn(shape: tuple[int, ...], dtype: torch.dtype, layout: str, seed: int, ex
     return filled(*shape)
 
 
+def placed(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on a device, gaps and shared elements of its memory included."""
+    storage = tensor.untyped_storage().to(device=device)
+    empty = torch.empty(0, dtype=tensor.dtype, device=device)
+    return empty.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())  # type: ignore[call-overload]
+
+
 @dataclass(frozen=True)
 class Program:
     """Inputs (shape, dtype, layout), lines that assign to `v0`, `v1`, … or write in place, and what is returned."""
@@ -74,13 +81,15 @@ class Program:
         drawings = ", ".join(f"drawn({s}, {d}, {la!r}, {seed * 100 + i})" for i, (s, d, la) in enumerate(self.inputs))
         return "\n".join(
             [
-                'import os\n\nos.environ.setdefault("TRITON_INTERPRET", "1")',
-                "import torch\nfrom torch import fx\nfrom torch.nn import functional as F\n",
+                "import os\n\nimport torch\nfrom torch import fx\nfrom torch.nn import functional as F\n",
+                'device = torch.device("cuda" if torch.cuda.is_available() else "cpu")',
+                'if device.type == "cpu":\n    os.environ.setdefault("TRITON_INTERPRET", "1")',
                 "from terrazzo.runtime.compiled import CompiledPiece\n",
                 "single, half, bfloat = torch.float32, torch.float16, torch.bfloat16\n\n",
                 textwrap.dedent(inspect.getsource(drawn)) + "\n",
                 self.code + "\n\n",
-                f"def inputs():\n    return [{drawings}]\n\n",
+                textwrap.dedent(inspect.getsource(placed)) + "\n",
+                f"def inputs():\n    return [placed(t, device) for t in [{drawings}]]\n\n",
                 "ours, theirs = inputs(), inputs()",
                 "got, wanted = CompiledPiece(fx.symbolic_trace(fn), ours)(*ours), fn(*theirs)",
                 "for a, b in zip([*got, *ours], [*wanted, *theirs]):",

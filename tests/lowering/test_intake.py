@@ -281,7 +281,7 @@ def test_pieces_of_equal_text_keep_their_own_weights() -> None:
         graph = fx.Graph()
         x = graph.placeholder("x")
         graph.output(graph.call_function(operator.mul, (x, graph.get_attr("scale"))))
-        return CompiledPiece(fx.GraphModule(root, graph), [odd(4, 3)])
+        return CompiledPiece(fx.GraphModule(root, graph), [odd(4, 3).to(DEVICE)])
 
     for seed in (1, 2):
         same_as_graph(holding(seed), odd(4, 3))

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from terrazzo.runtime.compiled import CompiledPiece
 
-from .equal import copied, odd, same, traced
+from .equal import DEVICE, copied, odd, same, traced
 
 HALF = torch.bfloat16
 
@@ -123,7 +123,8 @@ def test_indices() -> None:
     same(lambda w, i: F.embedding(i, w), x, torch.tensor([[0, 4], [3, 3], [1, 2]]))
     same(lambda w, i: F.embedding(i, w, padding_idx=0) * 2, x.to(HALF), torch.tensor([4, 0, 0], dtype=torch.int32))
     same(lambda w, i: F.embedding(i, w), x, torch.empty(0, 3, dtype=torch.int64))
-    same(lambda i: F.one_hot(i, 5) * 2, torch.tensor([0, 4, 2]), itself=True)
+    # Where tensors are on the CPU, eager reads the indices to check them.
+    same(lambda i: F.one_hot(i, 5) * 2, torch.tensor([0, 4, 2]), itself=DEVICE.type == "cpu")
     same(lambda x, i: x[i] + x.exp()[i].sum(-1, keepdim=True), x, i)
 
 

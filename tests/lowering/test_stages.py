@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import sympy
 import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from terrazzo.kernels.target import Target
 from terrazzo.lowering import verify
@@ -204,3 +206,13 @@ def test_a_broken_result_is_caught(stage: str, damage: Callable[[Any], Any], fac
 def test_every_stage_but_the_last_is_verified() -> None:
     assert set(verify.CHECKS) == set(STAGES) - {"emit"}
     assert {stage for stage, _, _ in BROKEN} == set(verify.CHECKS)
+
+
+def test_what_lies_on_another_device_runs_as_itself() -> None:
+    with FakeTensorMode():
+        args = [torch.empty(4, 8, device="cuda"), torch.empty((), device="cpu")]
+    graph = fx.symbolic_trace(lambda x, scale: ((x + 1) * scale, scale.neg()))
+    made = plan(trace(graph, Examples.of(graph, args)), {}, Options(Target.named("h200")), title="two devices")
+    reasons = {k.name: k.why for k in made.schedule.launches() if not k.family}
+    assert len(reasons) == 2 and all("kernels run on cuda:0" in why for why in reasons.values()), reasons
+    assert "device = x.device" in made.source

@@ -1,0 +1,104 @@
+"""What a kernel costs at least: the bytes it moves and the operations it does.
+
+The fuser weighs groups by these numbers, the dump prints them, the benchmark sets times beside them. An element that
+several reads of one kernel touch counts once: it comes from memory once and from a cache afterwards.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from .affine import Affine, Indirect, Var
+from .expr import Apply, walk
+from .group import Group
+from .values import Layout, Values
+
+
+def traffic(group: Group, values: Values) -> int:
+    """Bytes the group's kernel moves: each distinct element read once, each store written once."""
+    read: dict[str, list[Affine]] = {}
+    for node in group.loads:
+        read.setdefault(node.value, []).append(node.offset)
+    total = sum(
+        min(distinct(offsets), _numel(values.layouts[name])) * values.layouts[name].dtype.itemsize
+        for name, offsets in read.items()
+    )
+    total += sum(values.layouts[s.value].nbytes for s in group.stores)
+    if group.contract is not None:
+        product = group.contract
+        columns = group.cols * (2 if group.pair is not None else 1)
+        total += (product.m * product.k + product.k * columns) * product.layout.dtype.itemsize
+    if group.foreign is not None:
+        total += sum(
+            values.layouts[values.base(r)].nbytes for r in group.foreign.reads if values.base(r) in values.layouts
+        )
+        total += sum(layout.nbytes for layout in group.foreign.layouts if layout is not None)
+    return total
+
+
+def flops(group: Group) -> int:
+    """Floating-point operations: two per multiply-add of a GEMM, one per function and element otherwise."""
+    if group.contract is not None:
+        columns = group.cols * (2 if group.pair is not None else 1)
+        return 2 * group.contract.m * columns * group.contract.k
+    count = sum(
+        1 for n in walk(*(r.expr for r in group.reductions), *(s.expr for s in group.stores)) if isinstance(n, Apply)
+    )
+    return (count + len(group.reductions)) * group.rows * group.cols
+
+
+def distinct(offsets: Sequence[Affine]) -> int:
+    """Elements of one value that reads at these offsets touch, each counted once: halves of a row that a rotation reads
+    for both of its results, a window and the same window shifted."""
+    alone, runs = 0, dict[tuple[tuple[int, int], ...], list[tuple[int, int]]]()
+    for offset in offsets:
+        if any(isinstance(atom, Indirect) for atom in offset.atoms()):
+            alone += footprint(offset)
+            continue
+        start, length, outer = _run(offset)
+        runs.setdefault(outer, []).append((start, start + length))
+    shared = sum(math.prod(size for _, size in outer) * _union(spans) for outer, spans in runs.items())
+    return min(alone + shared, sum(map(footprint, offsets)))
+
+
+def _run(offset: Affine) -> tuple[int, int, tuple[tuple[int, int], ...]]:
+    """An offset as runs of neighbours: start and length of the first run, (step, count) of the dimensions that repeat
+    it."""
+    length, outer = 1, []
+    for atom, step in sorted(offset.terms, key=lambda term: abs(term[1])):
+        low, high = atom.range
+        if abs(step) <= length:
+            length += abs(step) * (high - low)
+        else:
+            outer.append((abs(step), high - low + 1))
+    return offset.range[0], length, tuple(outer)
+
+
+def _union(spans: Iterable[tuple[int, int]]) -> int:
+    """Length of what intervals cover together."""
+    covered, reached = 0, None
+    for start, end in sorted(spans):
+        begin = start if reached is None else max(start, reached)
+        covered += max(0, end - begin)
+        reached = end if reached is None else max(end, reached)
+    return covered
+
+
+def footprint(offset: Affine) -> int:
+    """Elements that one read at this offset touches: as many as its variables take values."""
+    seen: dict[int, int] = {}
+    stack = [offset]
+    while stack:
+        for atom in stack.pop().atoms():
+            if isinstance(atom, Var):
+                seen[atom.dim] = atom.size
+            elif isinstance(atom, Indirect):
+                stack.extend(n.offset for n in walk(atom.value) if hasattr(n, "offset"))
+    return math.prod(seen.values())
+
+
+def _numel(layout: Layout) -> int:
+    return max(layout.numel, 1) if layout.dtype != torch.bool else layout.numel
