@@ -122,7 +122,7 @@ def compile_for(
         )
     types, constants, attributes = _resolve(fn.arg_names, signature, constexprs, divisible)
     source = ASTSource(fn=fn, signature=types, constexprs=constants, attrs=attributes)
-    options = {"num_warps": num_warps, "num_stages": num_stages}
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_reflect_ftz": False}
     start = time.perf_counter()
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     seconds = time.perf_counter() - start
