@@ -40,8 +40,8 @@ def accumulate(
     KN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Sum x[m0:, k] * W[k, n0:] over k in [k0, k1); returns both accumulators: a pair's, or the one with the one beside it
-    (columns n0 + BLOCK_N …, EXTRA_N of them), or the same one twice.
+    """Sum x[m0:, k] * W[k, n0:] over k in [k0, k1); returns both accumulators: a pair's, or the one with the one beside
+    it (columns n0 + BLOCK_N …, EXTRA_N of them), or the same one twice.
 
     A pair from an [N, K] matrix comes as one tile [2, BLOCK_N, BLOCK_K] of a three-dimensional view, so that one
     instruction of twice the width multiplies both halves and x's tile is read from shared memory once, not twice.
