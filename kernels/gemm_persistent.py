@@ -21,7 +21,6 @@ import torch
 import triton
 import triton.language as tl
 
-from . import workspace
 from .gemm import (
     GemmProblem,
     descriptor,
@@ -35,7 +34,7 @@ from .gemm import (
     tma_obstacle,
     type_name,
 )
-from .gemm_tiles import accumulate, combine, run_epilogue, tile_origin, w_descriptor, w_descriptor_type
+from .gemm_tiles import accumulate, run_epilogue, tile_origin, w_descriptor, w_descriptor_type
 from .jobs import CompileJob
 from .launch import Kernel
 from .target import Target
@@ -59,7 +58,6 @@ class Config:
         flatten: one pipeline over tiles and depth.
         parts: runs of columns that the epilogue takes one after the other; 1, 2 or 4.
         extra_n: columns of a second accumulator beside the first, so that a tile may be 128 + 64 wide; unpaired only.
-        split: programs that share each tile of the last wave, where tiles do not fill it; without extra_n only.
     """
 
     block_m: int
@@ -72,7 +70,6 @@ class Config:
     flatten: bool = False
     parts: int = 1
     extra_n: int = 0
-    split: int = 1
 
     @property
     def width(self) -> int:
@@ -81,7 +78,6 @@ class Config:
 
     def __str__(self) -> str:
         how = f"{' flatten' if self.flatten else ''}{f' in {self.parts} parts' if self.parts > 1 else ''}"
-        how += f" last wave split {self.split}" if self.split > 1 else ""
         tile = f"{self.block_m}x{self.width}x{self.block_k}"
         return f"{tile} stages {self.stages} warps {self.warps} group {self.group_m} x{self.programs_per_sm}{how}"
 
@@ -92,67 +88,67 @@ EVIDENCE = "NVIDIA H200, torch 2.11, triton 3.6, bf16, 2026-11-24"
 CONFIGS = measured(
     Config,
     """
-    N     K accs    m   bm  bn  bk  st  wp  gm  ps  fl  pt  ex  sp      us  cuBLAS
- 2048  2048  one  128   64  64 128   6   4   8   1   0   1   0   1     6.0     6.8
- 2048  2048  one  256   64  64 128   6   4   8   1   0   1   0   1     6.2     6.3
- 2048  2048  one  512   64 128 128   4   4   8   1   0   1   0   1     8.5     8.7
- 2048  2048  one 1024   64 256  64   5   4   8   1   0   1   0   1    13.1    12.9
- 2048  2048  one 2048  128 256  64   3   8  16   1   1   1   0   1    23.1    23.1
- 2048  2048  one 8192  128 256  64   4   8   8   1   1   2   0   1   104.7   106.1
- 2048  8192  one  128   64  64 128   6   4   8   1   0   1   0   1    16.8    16.4
- 2048  8192  one  256   64  64 128   6   4   8   1   0   1   0   1    17.6    21.2
- 2048  8192  one  512   64 128  64   8   4   8   1   0   1   0   1    27.5    30.3
- 2048  8192  one 1024  128 128  64   6   8   8   1   0   1   0   1    47.4    46.1
- 2048  8192  one 2048  128 256  64   3   8   8   1   1   1   0   1    87.6    87.0
- 2048  8192  one 8192  128 256  64   3   8   8   1   0   1   0   1   389.9   402.1
- 3072  2048  one  128   64  64 128   6   4   8   1   0   1   0   1     6.7     7.0
- 3072  2048  one  256   64 128 128   4   4   8   1   0   1   0   1     8.4     7.5
- 3072  2048  one  512   64 128  64   6   4   8   1   0   1  64   1    12.0    10.5
- 3072  2048  one 1024  128 128  64   4   8   8   1   0   1  64   1    19.9    18.5
- 3072  2048  one 2048  128 128  64   5   8   8   1   1   1   0   1    43.7    41.1
- 3072  2048  one 8192  128 256  64   3   8   8   1   1   1   0   1   154.7   154.4
- 4096  4096  one  128   64  64 128   6   4   8   1   0   1   0   1    11.6    13.3
- 4096  4096  one  256   64 128  64   8   4   8   1   0   1   0   1    15.0    16.5
- 4096  4096  one  512  128 128  64   6   8   8   1   0   1   0   1    26.2    26.0
- 4096  4096  one 1024  128 256  64   4   8   8   1   1   1   0   1    49.6    49.7
- 4096  4096  one 2048  128 256  64   4   8   8   1   1   1   0   1   102.6   103.2
- 4096  4096  one 8192  128 256  64   4   8   8   1   1   1   0   1   398.2   396.6
- 4096 12288  one  128   64  64 128   6   4   8   1   0   1   0   1    30.9    33.0
- 4096 12288  one  256   64 128  64   8   4   8   1   0   1   0   1    42.0    42.0
- 4096 12288  one  512  128 128  64   6   8   8   1   0   1   0   1    70.0    68.2
- 4096 12288  one 1024  128 256  64   4   8   8   1   1   1   0   1   134.8   134.8
- 4096 12288  one 2048  128 256  64   4   8   8   1   1   1   0   1   270.6   270.4
- 4096 12288  one 8192  128 256  64   3   8   8   1   0   1   0   1  1051.3  1097.3
- 4096 14336  one  128   64  64 128   6   4   8   1   0   1   0   1    34.7    36.9
- 4096 14336  one  256   64 128  64   8   4   8   1   0   1   0   1    47.5    47.7
- 4096 14336  one  512  128 128  64   6   8   8   1   0   1   0   1    85.2    85.1
- 4096 14336  one 1024  128 256  64   4   8   8   1   1   1   0   1   147.3   147.6
- 4096 14336  one 2048  128 256  64   4   8   8   1   1   1   0   1   320.5   320.3
- 4096 14336  one 8192  128 256  64   3   8  16   1   1   1   0   1  1338.8  1343.0
- 6144  4096  one  128   64 128  64   8   4   8   1   0   1   0   1    17.1    16.4
- 6144  4096  one  256   64 128  64   6   4   8   1   0   1  64   1    22.9    21.0
- 6144  4096  one  512  128 128  64   4   8   8   1   0   1  64   1    38.4    35.8
- 6144  4096  one 1024  128 128  64   6   8   8   1   0   1   0   1    73.8    69.6
- 6144  4096  one 2048  128 256  64   4   8   8   1   1   1   0   1   135.2   136.2
- 6144  4096  one 8192  128 256  64   4   8   8   1   1   1   0   1   597.8   593.6
- 8192  2048 pair  128   64  64  64   4   4   8   2   0   1   0   1    20.5    20.9
- 8192  2048 pair  256  128 128  64   4   8   8   1   1   2   0   1    26.1    26.0
- 8192  2048 pair  512  128 128  64   4   8   8   1   1   2   0   1    50.3    49.1
- 8192  2048 pair 1024  128 128  64   4   8   8   1   1   2   0   1   108.6   107.6
- 8192  2048 pair 2048  128 128  64   4   8   8   1   1   2   0   1   190.2   185.2
- 8192  2048 pair 8192  128 128  64   4   8   8   1   1   2   0   1   830.9   821.0
-12288  4096 pair  128   64  64 128   4   4   8   1   0   1   0   1    65.1    54.7
-12288  4096 pair  256  128  64  64   5   8   8   1   1   1   0   1    86.4    75.1
-12288  4096 pair  512  128 128  64   4   8   8   1   1   2   0   1   136.3   136.5
-12288  4096 pair 1024  128 128  64   3   8   8   1   1   2   0   1   265.8   265.6
-12288  4096 pair 2048  128 128  64   4   8   8   1   1   2   0   1   563.6   553.1
-12288  4096 pair 8192  128 128  64   3   8   8   1   1   1   0   1  2701.5  2678.5
-14336  4096 pair  128  128  64  64   4   4   8   2   0   1   0   1    71.5    66.8
-14336  4096 pair  256  128 128  64   4   8   8   1   1   2   0   1    93.8    96.5
-14336  4096 pair  512   64 128  64   5   4   8   1   0   1   0   1   175.9   158.1
-14336  4096 pair 1024  128 128  64   3   8   8   1   1   2   0   1   305.5   304.9
-14336  4096 pair 2048  128 128  64   4   8   8   1   1   2   0   1   699.4   680.0
-14336  4096 pair 8192  128 128  64   3   8   8   1   1   2   0   1  2837.0  2818.5
+    N     K accs    m   bm  bn  bk  st  wp  gm  ps  fl  pt  ex      us  cuBLAS
+ 2048  2048  one  128   64  64 128   6   4   8   1   0   1   0     6.0     6.8
+ 2048  2048  one  256   64  64 128   6   4   8   1   0   1   0     6.2     6.3
+ 2048  2048  one  512   64 128 128   4   4   8   1   0   1   0     8.5     8.7
+ 2048  2048  one 1024   64 256  64   5   4   8   1   0   1   0    13.1    12.9
+ 2048  2048  one 2048  128 256  64   3   8  16   1   1   1   0    23.1    23.1
+ 2048  2048  one 8192  128 256  64   4   8   8   1   1   2   0   104.7   106.1
+ 2048  8192  one  128   64  64 128   6   4   8   1   0   1   0    16.8    16.4
+ 2048  8192  one  256   64  64 128   6   4   8   1   0   1   0    17.6    21.2
+ 2048  8192  one  512   64 128  64   8   4   8   1   0   1   0    27.5    30.3
+ 2048  8192  one 1024  128 128  64   6   8   8   1   0   1   0    47.4    46.1
+ 2048  8192  one 2048  128 256  64   3   8   8   1   1   1   0    87.6    87.0
+ 2048  8192  one 8192  128 256  64   3   8   8   1   0   1   0   389.9   402.1
+ 3072  2048  one  128   64  64 128   6   4   8   1   0   1   0     6.7     7.0
+ 3072  2048  one  256   64 128 128   4   4   8   1   0   1   0     8.4     7.5
+ 3072  2048  one  512   64 128  64   6   4   8   1   0   1  64    12.0    10.5
+ 3072  2048  one 1024  128 128  64   4   8   8   1   0   1  64    19.9    18.5
+ 3072  2048  one 2048  128 128  64   5   8   8   1   1   1   0    43.7    41.1
+ 3072  2048  one 8192  128 256  64   3   8   8   1   1   1   0   154.7   154.4
+ 4096  4096  one  128   64  64 128   6   4   8   1   0   1   0    11.6    13.3
+ 4096  4096  one  256   64 128  64   8   4   8   1   0   1   0    15.0    16.5
+ 4096  4096  one  512  128 128  64   6   8   8   1   0   1   0    26.2    26.0
+ 4096  4096  one 1024  128 256  64   4   8   8   1   1   1   0    49.6    49.7
+ 4096  4096  one 2048  128 256  64   4   8   8   1   1   1   0   102.6   103.2
+ 4096  4096  one 8192  128 256  64   4   8   8   1   1   1   0   398.2   396.6
+ 4096 12288  one  128   64  64 128   6   4   8   1   0   1   0    30.9    33.0
+ 4096 12288  one  256   64 128  64   8   4   8   1   0   1   0    42.0    42.0
+ 4096 12288  one  512  128 128  64   6   8   8   1   0   1   0    70.0    68.2
+ 4096 12288  one 1024  128 256  64   4   8   8   1   1   1   0   134.8   134.8
+ 4096 12288  one 2048  128 256  64   4   8   8   1   1   1   0   270.6   270.4
+ 4096 12288  one 8192  128 256  64   3   8   8   1   0   1   0  1051.3  1097.3
+ 4096 14336  one  128   64  64 128   6   4   8   1   0   1   0    34.7    36.9
+ 4096 14336  one  256   64 128  64   8   4   8   1   0   1   0    47.5    47.7
+ 4096 14336  one  512  128 128  64   6   8   8   1   0   1   0    85.2    85.1
+ 4096 14336  one 1024  128 256  64   4   8   8   1   1   1   0   147.3   147.6
+ 4096 14336  one 2048  128 256  64   4   8   8   1   1   1   0   320.5   320.3
+ 4096 14336  one 8192  128 256  64   3   8  16   1   1   1   0  1338.8  1343.0
+ 6144  4096  one  128   64 128  64   8   4   8   1   0   1   0    17.1    16.4
+ 6144  4096  one  256   64 128  64   6   4   8   1   0   1  64    22.9    21.0
+ 6144  4096  one  512  128 128  64   4   8   8   1   0   1  64    38.4    35.8
+ 6144  4096  one 1024  128 128  64   6   8   8   1   0   1   0    73.8    69.6
+ 6144  4096  one 2048  128 256  64   4   8   8   1   1   1   0   135.2   136.2
+ 6144  4096  one 8192  128 256  64   4   8   8   1   1   1   0   597.8   593.6
+ 8192  2048 pair  128   64  64  64   4   4   8   2   0   1   0    20.5    20.9
+ 8192  2048 pair  256  128 128  64   4   8   8   1   1   2   0    26.1    26.0
+ 8192  2048 pair  512  128 128  64   4   8   8   1   1   2   0    50.3    49.1
+ 8192  2048 pair 1024  128 128  64   4   8   8   1   1   2   0   108.6   107.6
+ 8192  2048 pair 2048  128 128  64   4   8   8   1   1   2   0   190.2   185.2
+ 8192  2048 pair 8192  128 128  64   4   8   8   1   1   2   0   830.9   821.0
+12288  4096 pair  128   64  64 128   4   4   8   1   0   1   0    65.1    54.7
+12288  4096 pair  256  128  64  64   5   8   8   1   1   1   0    86.4    75.1
+12288  4096 pair  512  128 128  64   4   8   8   1   1   2   0   136.3   136.5
+12288  4096 pair 1024  128 128  64   3   8   8   1   1   2   0   265.8   265.6
+12288  4096 pair 2048  128 128  64   4   8   8   1   1   2   0   563.6   553.1
+12288  4096 pair 8192  128 128  64   3   8   8   1   1   1   0  2701.5  2678.5
+14336  4096 pair  128  128  64  64   4   4   8   2   0   1   0    71.5    66.8
+14336  4096 pair  256  128 128  64   4   8   8   1   1   2   0    93.8    96.5
+14336  4096 pair  512   64 128  64   5   4   8   1   0   1   0   175.9   158.1
+14336  4096 pair 1024  128 128  64   3   8   8   1   1   2   0   305.5   304.9
+14336  4096 pair 2048  128 128  64   4   8   8   1   1   2   0   699.4   680.0
+14336  4096 pair 8192  128 128  64   3   8   8   1   1   2   0  2837.0  2818.5
 """,
 )
 
@@ -261,8 +257,6 @@ def gemm_persistent_kernel(
     x_desc,
     w_desc,
     beside_desc,
-    partials,
-    counters,
     m_size,
     t,
     N: tl.constexpr,
@@ -276,7 +270,6 @@ def gemm_persistent_kernel(
     GROUP_M: tl.constexpr,
     FLATTEN: tl.constexpr,
     PARTS: tl.constexpr,
-    SPLIT: tl.constexpr,
     PAIRED: tl.constexpr,
     KN: tl.constexpr,
     PDL: tl.constexpr,
@@ -288,13 +281,10 @@ def gemm_persistent_kernel(
     tiles_m = tl.cdiv(m_size, BLOCK_M)
     WIDTH: tl.constexpr = BLOCK_N + EXTRA_N
     TILES_N: tl.constexpr = (N + WIDTH - 1) // WIDTH
-    tiles, programs = tiles_m * TILES_N, tl.num_programs(0)
-    # Tiles that fill no wave are parted, where that is asked for.
-    rest = tiles % programs if SPLIT > 1 else 0
-    for tile in tl.range(tl.program_id(0), tiles - rest, programs, flatten=FLATTEN):
+    for tile in tl.range(tl.program_id(0), tiles_m * TILES_N, tl.num_programs(0), flatten=FLATTEN):
         m0, n0 = tile_origin(tile, tiles_m, TILES_N, GROUP_M, BLOCK_M, WIDTH)
         acc, acc2 = accumulate(
-            x_desc, w_desc, beside_desc, m0, n0, 0, K,
+            x_desc, w_desc, beside_desc, m0, n0, K,
             PAIR_OFFSET, BLOCK_M, BLOCK_N, EXTRA_N, BLOCK_K, STAGES, PAIRED, KN, PRECISION,
         )  # fmt: skip
         if PDL:
@@ -304,23 +294,6 @@ def gemm_persistent_kernel(
         run_epilogue(acc, acc2, m, n0, m_size, N, t, PARTS, EPILOGUE)
         if EXTRA_N > 0:
             run_epilogue(acc2, acc2, m, n0 + BLOCK_N, m_size, N, t, PARTS, EPILOGUE)
-    if SPLIT > 1:
-        DEPTH: tl.constexpr = ((K + BLOCK_K - 1) // BLOCK_K + SPLIT - 1) // SPLIT * BLOCK_K
-        for unit in tl.range(tl.program_id(0), rest * SPLIT, programs):
-            m0, n0 = tile_origin(tiles - rest + unit // SPLIT, tiles_m, TILES_N, GROUP_M, BLOCK_M, WIDTH)
-            k0 = unit % SPLIT * DEPTH
-            acc, acc2 = accumulate(
-                x_desc, w_desc, beside_desc, m0, n0, k0, tl.minimum(k0 + DEPTH, K),
-                PAIR_OFFSET, BLOCK_M, BLOCK_N, EXTRA_N, BLOCK_K, STAGES, PAIRED, KN, PRECISION,
-            )  # fmt: skip
-            if PDL:
-                tl.extra.cuda.gdc_launch_dependents()
-            m = m0.to(tl.int64) + tl.arange(0, BLOCK_M)[:, None]
-            acc, acc2, complete = combine(
-                acc, acc2, partials, counters, unit // SPLIT, unit % SPLIT, SPLIT, 1 + PAIRED
-            )  # fmt: skip
-            if complete:
-                run_epilogue(acc, acc2, m, n0, m_size, N, t, PARTS, EPILOGUE)
 
 
 def _constexprs(problem: GemmProblem, config: Config, epilogue: Any, pdl: bool) -> dict[str, Any]:
@@ -336,7 +309,6 @@ def _constexprs(problem: GemmProblem, config: Config, epilogue: Any, pdl: bool) 
         "GROUP_M": config.group_m,
         "FLATTEN": config.flatten,
         "PARTS": config.parts,
-        "SPLIT": config.split,
         "PAIRED": problem.paired,
         "KN": problem.layout == "kn",
         "PDL": pdl,
@@ -348,8 +320,8 @@ def _constexprs(problem: GemmProblem, config: Config, epilogue: Any, pdl: bool) 
 class PersistentGemm:
     """A prepared launch; call it with x [M, K], W in the problem's layout and the epilogue's tensors."""
 
-    def __init__(self, epilogue: Any, config: Config, problem: GemmProblem, pdl: bool, slot: int) -> None:
-        self.config, self.problem, self.slot = config, problem, slot
+    def __init__(self, epilogue: Any, config: Config, problem: GemmProblem, pdl: bool) -> None:
+        self.config, self.problem = config, problem
         self.kernel = Kernel(
             gemm_persistent_kernel,
             _constexprs(problem, config, epilogue, pdl),
@@ -369,12 +341,7 @@ class PersistentGemm:
         beside = w_desc
         if config.extra_n:
             beside = w_descriptor(w, self.problem, config.extra_n, config.block_k)
-        # With too few tiles for one wave, all of them are shared.
-        programs = resident if config.split > 1 else min(tiles, resident)
-        shared = tiles % programs if config.split > 1 else 0
-        area = config.block_m * config.width * self.problem.accumulators
-        scratch = workspace.get(x.device, shared * config.split * area, shared, self.slot)
-        return (programs, 1, 1), (x_desc, w_desc, beside, scratch.partials, scratch.counters, m, t)
+        return (min(tiles, resident), 1, 1), (x_desc, w_desc, beside, m, t)
 
     def __call__(self, x: torch.Tensor, w: torch.Tensor, t: tuple) -> None:
         if x.shape[0] == 0:
@@ -387,7 +354,7 @@ def _sm_count(device: torch.device) -> int:
     return Target.current(device).sm_count
 
 
-def prepare(epilogue: Any, config: Config, problem: GemmProblem, *, pdl: bool = False, slot: int = 0) -> PersistentGemm:
+def prepare(epilogue: Any, config: Config, problem: GemmProblem, *, pdl: bool = False) -> PersistentGemm:
     """Fix everything that does not change between calls.
 
     Args:
@@ -395,9 +362,8 @@ def prepare(epilogue: Any, config: Config, problem: GemmProblem, *, pdl: bool = 
         config: from `choose`.
         problem: sizes and strides; `m` is only a hint.
         pdl: wait for the predecessor in the kernel and let the successor start before the first epilogue.
-        slot: workspace slot; differs between kernels that may run at the same time.
     """
-    return PersistentGemm(epilogue, config, problem, pdl, slot)
+    return PersistentGemm(epilogue, config, problem, pdl)
 
 
 def compile_jobs(arch: int) -> Iterable[CompileJob]:
@@ -416,13 +382,11 @@ def _job(problem: GemmProblem, config: Config) -> CompileJob:
             "x_desc": f"tensordesc<{dtype}[{config.block_m},{config.block_k}]>",
             "w_desc": w_descriptor_type(problem, config.block_n, config.block_k, dtype),
             "beside_desc": w_descriptor_type(problem, config.extra_n or config.block_n, config.block_k, dtype),
-            "partials": "*fp32",
-            "counters": "*i32",
             "m_size": "i32",
             "t": (f"*{dtype}",),
         },
         constexprs=_constexprs(problem, config, silu_mul_sample if problem.paired else store_sample, pdl=True),
         num_warps=config.warps,
         num_stages=config.stages,
-        divisible=("partials", "counters", "t"),
+        divisible=("t",),
     )

@@ -28,8 +28,7 @@ def accumulate(
     beside_desc,
     m0,
     n0,
-    k0,
-    k1,
+    K: tl.constexpr,
     PAIR_OFFSET: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -40,15 +39,15 @@ def accumulate(
     KN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Sum x[m0:, k] * W[k, n0:] over k in [k0, k1); returns both accumulators: a pair's, or the one with the one beside
-    it (columns n0 + BLOCK_N …, EXTRA_N of them), or the same one twice.
+    """Sum x[m0:, k] * W[k, n0:] over all k; returns both accumulators: a pair's, or the one with the one beside it
+    (columns n0 + BLOCK_N …, EXTRA_N of them), or the same one twice.
 
     A pair from an [N, K] matrix comes as one tile [2, BLOCK_N, BLOCK_K] of a three-dimensional view, so that one
     instruction of twice the width multiplies both halves and x's tile is read from shared memory once, not twice.
     """
     if PAIRED and not KN:
         both = tl.zeros([BLOCK_M, 2 * BLOCK_N], tl.float32)
-        for k in tl.range(k0, k1, BLOCK_K, num_stages=STAGES):
+        for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
             x = x_desc.load([m0, k])  # [BLOCK_M, BLOCK_K]
             w = w_desc.load([0, n0, k]).reshape(2 * BLOCK_N, BLOCK_K)
             both = tl.dot(x, w.T, both, input_precision=PRECISION)  # [BLOCK_M, 2 * BLOCK_N]
@@ -56,7 +55,7 @@ def accumulate(
     else:
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         acc2 = tl.zeros([BLOCK_M, EXTRA_N], tl.float32) if EXTRA_N > 0 else acc
-        for k in tl.range(k0, k1, BLOCK_K, num_stages=STAGES):
+        for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
             x = x_desc.load([m0, k])  # [BLOCK_M, BLOCK_K]
             acc = tl.dot(x, load_tile(w_desc, n0, k, KN).T, acc, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
             if PAIRED:
@@ -67,36 +66,6 @@ def accumulate(
         if not PAIRED and EXTRA_N == 0:
             acc2 = acc
         return acc, acc2
-
-
-@triton.jit
-def combine(acc, acc2, partials, counters, unit, split, SPLIT: tl.constexpr, ACCS: tl.constexpr):
-    """Add up the parts of one or two accumulators in the order of the splits: the sums, and whether they are complete,
-    which they are for the last part to arrive."""
-    ROWS: tl.constexpr = acc.shape[0]
-    COLS: tl.constexpr = acc.shape[1]
-    TILE: tl.constexpr = ROWS * COLS
-    base = partials + tl.cast(unit, tl.int64) * (SPLIT * ACCS * TILE)
-    at = tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
-    tl.store(base + split * (ACCS * TILE) + at, acc)
-    if ACCS == 2:
-        tl.store(base + split * (ACCS * TILE) + TILE + at, acc2)
-    # Every thread's partial is written before one of them releases it by counting in.
-    tl.debug_barrier()
-    complete = tl.atomic_add(counters + unit, 1, sem="acq_rel", scope="gpu") == SPLIT - 1
-    if complete:
-        # .cg: other SMs wrote these, so L1 must not answer.
-        acc = tl.load(base + at, cache_modifier=".cg")
-        for i in tl.static_range(1, SPLIT):
-            acc += tl.load(base + i * (ACCS * TILE) + at, cache_modifier=".cg")
-        if ACCS == 2:
-            acc2 = tl.load(base + TILE + at, cache_modifier=".cg")
-            for i in tl.static_range(1, SPLIT):
-                acc2 += tl.load(base + i * (ACCS * TILE) + TILE + at, cache_modifier=".cg")
-        tl.store(counters + unit, 0)
-    if ACCS == 1:
-        acc2 = acc
-    return acc, acc2, complete
 
 
 @triton.jit

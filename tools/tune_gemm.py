@@ -104,22 +104,7 @@ def skinny_space(problem: GemmProblem, target: Target) -> Iterable[gemm_skinny.C
                 yield from (replace(base, stages=stages) for stages in sorted(depths) if stages >= 2)
 
 
-def persistent_space(problem: GemmProblem, target: Target) -> Iterable[gemm_persistent.Config]:
-    """The plain configs, and those whose last wave is shared by several programs a tile where that shortens it."""
-    for config in plain_space(problem):
-        yield config
-        if config.extra_n:
-            continue
-        tiles = -(-problem.n // config.block_n) * -(-problem.m // config.block_m)
-        programs = target.sm_count * config.programs_per_sm
-        rest = tiles % programs
-        shortened = {split: -(-rest * split // programs) / split for split in (2, 3, 4)}
-        best = min(shortened, key=lambda split: shortened[split])
-        if rest and shortened[best] <= 0.8:
-            yield replace(config, split=best)
-
-
-def plain_space(problem: GemmProblem) -> Iterable[gemm_persistent.Config]:
+def persistent_space(problem: GemmProblem) -> Iterable[gemm_persistent.Config]:
     """Tiles that the tensor cores like, with the pipelines that fit in 227 KB; a pair's tile is twice as wide."""
     config, half = gemm_persistent.Config, 2 if problem.paired else 1
     if problem.m <= 512:
@@ -160,7 +145,7 @@ def candidates(families: Sequence[str], shapes: Sequence[tuple], sizes: Sequence
             if "gemm_skinny" in families and gemm_skinny.supports(problem) is None:
                 found += [Candidate("gemm_skinny", problem, config) for config in skinny_space(problem, target)]
             if "gemm_persistent" in families and gemm_persistent.supports(problem) is None:
-                found += [Candidate("gemm_persistent", problem, config) for config in persistent_space(problem, target)]
+                found += [Candidate("gemm_persistent", problem, config) for config in persistent_space(problem)]
     return found
 
 

@@ -24,8 +24,6 @@ WIDE = gemm_skinny.Config(64, 64, 64, 2, 4, 2, prefetch=1, early=True)
 PERSISTENT = gemm_persistent.Config(64, 64, 64, 3, 4, group_m=2)
 FLAT = gemm_persistent.Config(64, 128, 64, 2, 4, flatten=True, parts=2)
 QUARTERS = gemm_persistent.Config(64, 128, 64, 2, 4, flatten=True, parts=4)
-# Three programs: of most sizes below, some tiles are left for a last wave.
-PARTED = gemm_persistent.Config(64, 64, 64, 3, 4, group_m=2, programs_per_sm=3, split=2)
 BESIDE = gemm_persistent.Config(64, 64, 64, 3, 4, extra_n=32)
 SIMPLE = gemm_simple.Config(32, 64, 32, 2, 4)
 
@@ -36,7 +34,6 @@ FAMILIES = [
     pytest.param(gemm_persistent, PERSISTENT, id="persistent"),
     pytest.param(gemm_persistent, FLAT, id="persistent-flat"),
     pytest.param(gemm_persistent, QUARTERS, id="persistent-quarters"),
-    pytest.param(gemm_persistent, PARTED, id="persistent-parted"),
     pytest.param(gemm_simple, SIMPLE, id="simple"),
 ]
 # One token, primes, one beside a power of two, several tiles each way; K stays a multiple of 8 for TMA.
