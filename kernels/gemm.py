@@ -26,7 +26,7 @@ from .target import Target
 # TMA takes bases and outer strides in units of 16 bytes.
 TMA_ALIGNMENT_BYTES = 16
 
-FAMILIES = ("gemm_skinny", "gemm_persistent", "gemm_simple")
+FAMILIES = ("gemm_skinny", "gemm_persistent", "gemm_simple", "gemm_vendor")
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class GemmProblem:
         aligned: both base pointers are multiples of 16 bytes.
         allow_tf32: fp32 operands may be rounded to TF32.
         epilogue_itemsize: bytes of the widest element that the epilogue reads or stores per column; 0: as the operands.
+        plain: the epilogue stores the product as it is, dense and in the operands' dtype.
     """
 
     m: int
@@ -62,6 +63,7 @@ class GemmProblem:
     aligned: bool = True
     allow_tf32: bool = False
     epilogue_itemsize: int = 0
+    plain: bool = False
 
     @property
     def w_columns(self) -> int:
@@ -146,13 +148,17 @@ def measured(config: Any, rows: str) -> Table:
     return table
 
 
+def row_of(table: Table, problem: GemmProblem) -> Mapping[int, Measured]:
+    """Return what was measured for exactly this N, K and pairing, by m."""
+    if problem.dtype not in (torch.float16, torch.bfloat16) or problem.layout != "nk" or problem.batch != 1:
+        return {}
+    return table.get((problem.n, problem.k, problem.paired), {})
+
+
 def lookup(table: Table, buckets: tuple[int, ...], problem: GemmProblem) -> Measured | None:
     """Return the entry measured for exactly this N, K and pairing in the bucket that holds m, if there is one."""
-    if problem.dtype not in (torch.float16, torch.bfloat16) or problem.layout != "nk" or problem.batch != 1:
-        return None
-    row = table.get((problem.n, problem.k, problem.paired), {})
     bucket = next((bound for bound in buckets if problem.m <= bound), buckets[-1])
-    return row.get(bucket)
+    return row_of(table, problem).get(bucket)
 
 
 def tma_obstacle(problem: GemmProblem) -> str | None:
@@ -205,7 +211,7 @@ def pick(problem: GemmProblem, target: Target) -> tuple[str, Any, str]:
         Unsupported: no family takes the dtype.
     """
     best: tuple[float, str, Any, str] | None = None
-    refused = []
+    refused, slower = [], []
     for name in FAMILIES:
         family = importlib.import_module(f".{name}", __package__)
         # Tensor descriptors are TMA only from Hopper on.
@@ -216,11 +222,13 @@ def pick(problem: GemmProblem, target: Target) -> tuple[str, Any, str]:
             continue
         config, why = family.choose(problem, target)
         us = family.estimate_us(problem, config, target)
+        slower.append((us, name))
         if best is None or us < best[0]:
             best = (us, name, config, why)
     if best is None:
         raise Unsupported("GEMM", "; ".join(refused), stage="kernels.gemm", remedy="The op runs as itself.")
-    return best[1], best[2], "; ".join([best[3], *refused])
+    rest = [f"{name} would take {us:.1f} us" for us, name in slower if name != best[1]]
+    return best[1], best[2], "; ".join([best[3], *rest, *refused])
 
 
 @triton.jit

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from .affine import Affine, delinearize, linear, variables
-from .errors import InternalError, Unsupported
+from .errors import Unsupported
 from .expr import Const, Expr, const, keep, load
 from .ir import Node, Ref, Scalar, Spec, Trace, iter_leaves, iter_refs, op_name
 from .values import Contract, Definition, Empty, Extern, Item, Layout, Map, Reduce, Values, View, home
@@ -57,7 +57,7 @@ def define(trace: Trace) -> Values:
     """The definitions of a concrete trace.
 
     Raises:
-        InternalError: an op's result has a geometry that cannot be that op's.
+        Unsupported: torch itself gives a result of the piece two shapes.
     """
     from . import rules_matmul, rules_pointwise, rules_reduce, rules_shape  # noqa: F401  (they register themselves)
 
@@ -244,7 +244,10 @@ class Definer:
         base = self.views[output.ref].base if output.ref in self.views else output.ref
         foreign = any(i.name == base for i in self.trace.inputs)
         if layout.shape != wanted.shape:
-            raise InternalError(output.ref, f"shape {layout.shape} became {wanted.shape}", stage="define")
+            # Both are torch's word: its fake kernel and its decomposition disagree, and only the op itself is right.
+            raise Unsupported(
+                output.ref, f"torch traces it with shape {wanted.shape} and with {layout.shape}", stage="define"
+            )
         strides_match = all(a == b for a, b, s in zip(layout.stride, wanted.stride, wanted.shape, strict=True) if s > 1)
         if strides_match and not foreign:
             return output

@@ -32,6 +32,8 @@ from .options import Options
 from .values import Contract, Item, Values, View
 
 MAX_SEGMENTS = 4
+# GEMM families that can wait in the kernel for the one before.
+WAITING = ("gemm_skinny", "gemm_persistent")
 # Independent groups further apart than this in running order stay apart: joining them keeps buffers alive for long.
 NEAR = 6
 
@@ -209,7 +211,7 @@ def _kernel(segments: tuple[Group, ...], fused: Fused, options: Options, misalig
     if group.contract is not None:
         product = gemm_problem(group, group.contract, options, misaligned, _widest_tile(group, fused.values))
         family, config, why = pick(product, options.target)
-        return Kernel(group.name, family, config, why, segments, product, pdl and family != "gemm_simple")
+        return Kernel(group.name, family, config, why, segments, product, pdl and family in WAITING)
     family = _family(segments)
     elements = max(sum(g.rows for g in segments) * group.cols, 1)
     moved = sum(traffic(g, fused.values) for g in segments)
@@ -279,7 +281,14 @@ def gemm_problem(
         aligned=aligned,
         allow_tf32=options.allow_tf32,
         epilogue_itemsize=widest,
+        plain=_plain(group, product),
     )
+
+
+def _plain(group: Group, product: Contract) -> bool:
+    """Whether all that is stored is the product itself, row by row."""
+    dense = product.layout.stride == (product.n, 1) and group.cols == product.n
+    return dense and [s.value for s in group.stores] == [product.name]
 
 
 def operand(view: View, layout: str) -> View:

@@ -119,10 +119,8 @@ def test_nothing_of_inductors_compiler_is_imported():
     # Some of these files do not exist in every version of torch; compile_fx and codegen.triton do.
     banned = {f"torch._inductor.{name}" for name in COMPILER}
     brought = {name for name in run(IMPORTS, *DOORS) if any(name == b or name.startswith(f"{b}.") for b in banned)}
-    # torch 2.11 loads all of Inductor when a backend is looked up by name, whichever it is; where terrazzo is called
-    # directly, nothing of it is loaded on any version.
-    assert brought <= set(run(IMPORTS, "eager", "make_fx"))
-    assert not brought & set(run(IMPORTS, "CompiledPiece", "PiecewiseBackend"))
+    # Where a GPU is, torch 2.11 loads all of Inductor itself, whatever is compiled for: then only calls say anything.
+    assert not brought - set(run(IMPORTS, "eager", "make_fx"))
 
 
 def test_inductor_is_called_by_its_own_name_alone():

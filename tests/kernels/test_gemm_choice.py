@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from terrazzo.kernels import gemm_persistent, gemm_simple, gemm_skinny, workspace
-from terrazzo.kernels.gemm import GemmProblem, lookup, measured, pick, tma_obstacle
+from terrazzo.kernels import gemm_persistent, gemm_simple, gemm_skinny, gemm_vendor, workspace
+from terrazzo.kernels.gemm import GemmProblem, lookup, measured, pick, reference, tma_obstacle
 from terrazzo.kernels.target import Target
 from terrazzo.lowering.errors import Unsupported
 
@@ -130,3 +130,57 @@ def test_workspace_does_not_grow_inside_a_capture(device: torch.device) -> None:
         assert workspace.get(device, 10, 4, slot) is held
         with pytest.raises(Exception, match="while a CUDA graph is being captured"):
             workspace.get(device, held.partials.numel() + 1, 4, slot)
+
+
+def plain(m: int, n: int, k: int) -> GemmProblem:
+    return GemmProblem(m, n, k, torch.bfloat16, plain=True)
+
+
+def test_the_vendor_is_asked_for_bare_products_only() -> None:
+    assert pick(plain(333, 4096, 14336), H200)[0] == "gemm_vendor"
+    assert pick(replace(plain(333, 4096, 14336), plain=False), H200)[0] == "gemm_persistent"
+    assert pick(plain(16, 4096, 14336), H200)[0] == "gemm_skinny"
+    assert pick(replace(plain(333, 4096, 14336), dtype=torch.float32), H200)[0] == "gemm_persistent"
+    assert pick(plain(333, 64, 64), Target.interpreter())[0] != "gemm_vendor"
+
+
+def test_what_was_not_taken_is_named_with_its_time() -> None:
+    why = pick(plain(333, 4096, 14336), H200)[2]
+    assert "gemm_persistent would take" in why and "not gemm_skinny: 333 tokens" in why
+
+
+def test_the_vendors_time_lies_between_its_measurements() -> None:
+    row = gemm_persistent.CONFIGS[4096, 14336, False]
+    assert gemm_persistent.vendor_us(plain(512, 4096, 14336)) == row[512].vendor_us
+    between = gemm_persistent.vendor_us(plain(384, 4096, 14336))
+    assert between == pytest.approx((row[256].vendor_us + row[512].vendor_us) / 2)
+    assert gemm_persistent.vendor_us(plain(16384, 4096, 14336)) == pytest.approx(2 * row[8192].vendor_us)
+    assert gemm_persistent.vendor_us(plain(512, 4097, 14336)) is None
+
+
+def test_a_size_between_two_measured_ones_is_weighed_by_its_waves() -> None:
+    # 333 tokens in rows of 128 are three tiles, of which 4096 columns make 96: one wave, as 512 tokens are.
+    problem = replace(plain(333, 4096, 14336), plain=False)
+    config, why = gemm_persistent.choose(problem, H200)
+    row = gemm_persistent.CONFIGS[4096, 14336, False]
+    assert config == row[512].config and "by the waves" in why
+    assert gemm_persistent.estimate_us(problem, config, H200) == pytest.approx(row[512].us)
+
+
+def test_small_tiles_wait_for_their_predecessor() -> None:
+    small, large = gemm_persistent.Config(64, 128, 64, 8, 4), gemm_persistent.Config(128, 256, 64, 4, 8)
+    assert not gemm_persistent.starts_early(DENSE, small)
+    assert gemm_persistent.starts_early(DENSE, large)
+    for config, early in ((small, False), (large, True)):
+        made = gemm_persistent.prepare(gemm_persistent.store_sample, config, DENSE, pdl=True)
+        assert made.kernel.options["launch_pdl"] is early
+        assert made.kernel.constexprs["PDL"]
+
+
+@pytest.mark.parametrize("layout", ["nk", "kn"])
+def test_the_vendors_product_is_written_where_it_is_wanted(layout: str, device: torch.device) -> None:
+    problem = GemmProblem(7, 24, 16, torch.bfloat16, layout, plain=True)
+    x, w = (torch.randn(*shape).to(device, torch.bfloat16) for shape in ((7, 32), problem.w_shape))
+    y = torch.full((7, 24), float("nan"), dtype=torch.bfloat16, device=device)
+    gemm_vendor.prepare(None, gemm_vendor.Config(), problem)(x[:, ::2], w, (y,))
+    torch.testing.assert_close(y, reference(problem, x[:, ::2], w))

@@ -20,6 +20,7 @@ from terrazzo.lowering.intake import Examples
 from terrazzo.lowering.options import Options
 from terrazzo.lowering.pipeline import Journal, plan, trace
 from terrazzo.lowering.select import reads_and_writes
+from terrazzo.lowering.values import Contract
 from terrazzo.runtime.compiled import CompiledPiece
 from terrazzo.tools.dump_plan import Dump, Held, describe, make
 from terrazzo.tools.models import Piece, names, pieces
@@ -130,6 +131,25 @@ def test_a_middle_piece_of_llama_is_seven_kernels_and_nothing_else() -> None:
     # One tile holds a gate column and the up column 14336 further on; q's and k's heads are segments of one launch.
     assert (gate_up.group.pair, gate_up.group.cols) == (14336, 14336)
     assert [(g.rows, g.cols) for g in rope.segments] == [(SIZE * 32, 128), (SIZE * 8, 128)]
+
+
+def test_many_tokens_leave_the_residual_to_the_norm() -> None:
+    journal = Journal()
+    make(published("llama-3.1-8b")[1], 2048, H200, "a title", journal)
+    o_proj, norm, gate_up, down, last_norm, qkv, rope = journal.result("select").kernels[:7]
+    for product in (o_proj, down, qkv):
+        assert product.problem.plain and [s.value for s in product.group.stores] == [product.group.contract.name]
+    assert gate_up.group.pair and not gate_up.problem.plain
+    for each in (norm, last_norm):
+        # The sum that goes on as residual, and the rows that the next product reads: nothing else.
+        assert len(each.group.stores) == 2 and {load.dtype for load in each.group.loads} == {torch.bfloat16}
+    assert [(g.rows, g.cols) for g in rope.segments] == [(2048 * 32, 128), (2048 * 8, 128)]
+
+
+def test_a_product_reads_its_operand_from_memory_though_readers_could_compute_it() -> None:
+    deps = fused_from(lambda x, w: ((x * 2) @ w, x * 2 + 1), (4096, 64), (64, 64)).dependencies
+    [product] = [made for made in deps.values.definitions.values() if isinstance(made, Contract)]
+    assert product.a.base in deps.inlined and product.a.base in deps.reads(product.name)
 
 
 @pytest.mark.parametrize("name", EXPECTED)

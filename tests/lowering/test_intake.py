@@ -108,7 +108,7 @@ def test_torch_size_as_an_argument_and_one_bare_result() -> None:
 
 def aten(fn: Callable[..., Any], *args: Any) -> CompiledPiece:
     """The function as ATen FX with symbolic sizes."""
-    return CompiledPiece(make_fx(fn, tracing_mode="symbolic")(*args))
+    return CompiledPiece(make_fx(fn, tracing_mode="symbolic")(*copied(args)))
 
 
 def test_aten_at_every_size() -> None:

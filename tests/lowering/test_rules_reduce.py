@@ -32,7 +32,8 @@ KINDS: dict[str, Callable[..., Any]] = {
     "nansum": torch.nansum,
     "var_mean": torch.var_mean,
     "std_mean": torch.std_mean,
-    "norm": lambda x, d: torch.linalg.vector_norm(x, dim=d),
+    # Counted from the front: torch 2.11 has another shape for its fake result than for the real one otherwise.
+    "norm": lambda x, d: torch.linalg.vector_norm(x, dim=d % max(x.dim(), 1)),
     "count": torch.count_nonzero,
     "norm1": lambda x, d: torch.linalg.vector_norm(x, 1, dim=d),
     "norminf": lambda x, d: torch.linalg.vector_norm(x, math.inf, dim=d),
