@@ -77,7 +77,9 @@ class VendorGemm:
         self.config, self.problem = config, problem
 
     def __call__(self, x: torch.Tensor, w: torch.Tensor, t: tuple) -> None:
-        torch.mm(x, w.t() if self.problem.layout == "nk" else w, out=t[0])
+        # Like the kernels, which autograd never sees; `out=` refuses parameters otherwise.
+        with torch.no_grad():
+            torch.mm(x, w.t() if self.problem.layout == "nk" else w, out=t[0])
 
 
 def prepare(epilogue: Any, config: Config, problem: GemmProblem, *, pdl: bool = False) -> VendorGemm:

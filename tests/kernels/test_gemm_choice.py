@@ -182,5 +182,5 @@ def test_the_vendors_product_is_written_where_it_is_wanted(layout: str, device: 
     problem = GemmProblem(7, 24, 16, torch.bfloat16, layout, plain=True)
     x, w = (torch.randn(*shape).to(device, torch.bfloat16) for shape in ((7, 32), problem.w_shape))
     y = torch.full((7, 24), float("nan"), dtype=torch.bfloat16, device=device)
-    gemm_vendor.prepare(None, gemm_vendor.Config(), problem)(x[:, ::2], w, (y,))
+    gemm_vendor.prepare(None, gemm_vendor.Config(), problem)(x[:, ::2], torch.nn.Parameter(w), (y,))
     torch.testing.assert_close(y, reference(problem, x[:, ::2], w))
