@@ -116,7 +116,7 @@ class Kernel:
         device, key, passed = _describe(args)
         compiled = self._compiled.get(key)
         if compiled is None:
-            compiled = self.precompile(*args)
+            compiled = self._loaded(key, args)
         bound = (*passed, *self._tail) if not self._slots else self._bind(passed)
         stream = driver.active.get_current_stream(device)
         runtime = triton.knobs.runtime
@@ -130,18 +130,20 @@ class Kernel:
     def precompile(self, *args: Any) -> Any:
         """Compile and load for arguments like these without launching; returns Triton's `CompiledKernel`.
 
-        The interpreter has nothing to compile: None is returned.
+        Tensors may be without memory (the meta device): they stand for aligned ones. The interpreter has nothing to
+        compile: None is returned.
         """
         if self.interpreted:
             return None
-        _, key, _ = _describe(args)
-        compiled = self._compiled.get(key)
-        if compiled is None:
-            compiled = self._compile(args)
-            compiled = compiled.result() if hasattr(compiled, "result") else compiled
-            # Loads the module: cuModuleLoad must not happen for the first time inside a capture.
-            compiled._init_handles()
-            self._compiled[key] = compiled
+        key = _describe(args, hollow=True)[1]
+        return self._compiled.get(key) or self._loaded(key, args)
+
+    def _loaded(self, key: tuple, args: tuple) -> Any:
+        compiled = self._compile(args)
+        compiled = compiled.result() if hasattr(compiled, "result") else compiled
+        # Loads the module: cuModuleLoad must not happen for the first time inside a capture.
+        compiled._init_handles()
+        self._compiled[key] = compiled
         return compiled
 
     def _compile(self, args: tuple) -> Any:
@@ -173,15 +175,19 @@ class Kernel:
 
 
 @contextmanager
-def compiling_together() -> Iterator[None]:
+def compiling_together() -> Iterator[list[tuple[Kernel, tuple]]]:
     """Inside, launches are noted instead of made; at the end their kernels are compiled side by side, in threads.
 
     A kernel that does not compile raises nothing here: its first launch does. For one thread of a process at a time.
+    Tensors may be without memory, as for `Kernel.precompile`.
+
+    Yields:
+        the list that will hold kernel and arguments of each launch.
     """
     global _noted
     _noted = []
     try:
-        yield
+        yield _noted
         noted = _noted
     finally:
         _noted = None
@@ -190,12 +196,12 @@ def compiling_together() -> Iterator[None]:
         return
     with ThreadPoolExecutor(workers) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
         for kernel, args in noted:
-            if _describe(args)[1] not in kernel._compiled:
+            if _describe(args, hollow=True)[1] not in kernel._compiled:
                 kernel._compile(args)
 
 
-def _describe(args: tuple) -> tuple[int, tuple, list]:
-    """One pass over the arguments.
+def _describe(args: tuple, hollow: bool = False) -> tuple[int, tuple, list]:
+    """One pass over the arguments; `hollow` ones may have no memory.
 
     Returns:
         the current device; the key: everything that can change the binary or where it is loaded; the arguments as the
@@ -206,18 +212,18 @@ def _describe(args: tuple) -> tuple[int, tuple, list]:
     except (AssertionError, RuntimeError) as error:
         raise _needs_gpu(str(error).splitlines()[0]) from error
     key: list = [device]
-    passed = _walk(args, key, False)
+    passed = _walk(args, key, False, hollow)
     return device, tuple(key), passed
 
 
-def _walk(args: tuple, key: list, nested: bool) -> list:
+def _walk(args: tuple, key: list, nested: bool, hollow: bool) -> list:
     """Appends what of `args` can change the binary to the key; returns them as the launcher takes them."""
     passed = []
     for arg in args:
         # Exact types first: `isinstance(…, torch.Tensor)` goes through a metaclass and costs twice as much.
         kind = type(arg)
         if kind is _Tensor or (kind not in _PLAIN and isinstance(arg, _Tensor)):
-            if not arg.is_cuda:
+            if not (arg.is_cuda or (hollow and arg.is_meta)):
                 raise _needs_gpu(f"an argument of shape {tuple(arg.shape)} is on {arg.device}")
             address = arg.data_ptr()
             key.append(arg.dtype)
@@ -232,7 +238,7 @@ def _walk(args: tuple, key: list, nested: bool) -> list:
                 key.append((arg == 1, arg & 15 == 0))
         elif kind is tuple:
             key.append(len(arg))
-            arg = tuple(_walk(arg, key, True))
+            arg = tuple(_walk(arg, key, True, hollow))
         elif kind is TensorDescriptor:
             key.append((arg.base.dtype, tuple(arg.block_shape)))
         else:

@@ -86,3 +86,10 @@ def _grow(device: torch.device, partials: int, counters: int, slot: int) -> Work
         _replaced.append(held)
     _current[(device, slot)] = fresh
     return fresh
+
+
+def reserve(device: torch.device, like: torch.device, slot: int = 0) -> None:
+    """Make the scratch of a device as large as another's: what kernels on tensors without memory asked for, say."""
+    held = _current.get((like, slot))
+    if held is not None:
+        get(device, held.partials.numel(), held.counters.numel(), slot)

@@ -5,14 +5,16 @@ view introduces fold away exactly when the numbers allow it: reading `[m, h, d]`
 `4096·m + 128·h + d` and asking for the row of the `[16, 4096]` base gives `m`, without a division at run time.
 
 Only what index arithmetic of strided tensors needs is here; shapes with symbols are sympy's business (`specialize.py`).
+In a plan for a range of sizes some of the integers are `Size`s, which answer for all of them or refuse.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
+
+from .size import Size, common_divisor
 
 if TYPE_CHECKING:
     from .expr import Expr
@@ -109,8 +111,8 @@ class Affine:
         """The affine form of an integer or of one atom (an atom that can only be 0 vanishes)."""
         if isinstance(value, Affine):
             return value
-        if isinstance(value, int):
-            return Affine((), value)
+        if isinstance(value, (int, Size)):
+            return Affine((), value)  # type: ignore[arg-type]
         if isinstance(value, Bounded):
             return bounded(value.base, value.size)
         if value.range == (0, 0) or value.range == (0, -1):
@@ -156,7 +158,7 @@ class Affine:
         lo, hi = rest.range
         if lo // divisor == hi // divisor:
             return quotient + lo // divisor
-        common = math.gcd(divisor, *(c for _, c in rest.terms))
+        common = common_divisor(divisor, *(c for _, c in rest.terms))
         if common > 1:
             rest, divisor = (
                 Affine(tuple((a, c // common) for a, c in rest.terms), rest.const // common),
@@ -181,7 +183,7 @@ class Affine:
         lo, hi = rest.range
         if lo // divisor == hi // divisor:
             return rest - (lo // divisor) * divisor
-        common = math.gcd(divisor, rest.const, *(c for _, c in rest.terms))
+        common = common_divisor(divisor, rest.const, *(c for _, c in rest.terms))
         if common > 1:
             inner = Affine(tuple((a, c // common) for a, c in rest.terms), rest.const // common)
             return inner.mod(divisor // common) * common
@@ -217,7 +219,7 @@ def _coarse(rest: Affine, divisor: int) -> tuple[int, Affine, Affine] | None:
     """
     for bound in sorted({abs(c) for _, c in rest.terms}):
         big = [(a, c) for a, c in rest.terms if abs(c) >= bound]
-        step = math.gcd(divisor, *(c for _, c in big))
+        step = common_divisor(divisor, *(c for _, c in big))
         if step == 1:
             continue
         small = Affine(tuple((a, c) for a, c in rest.terms if abs(c) < bound), rest.const % step)

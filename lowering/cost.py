@@ -1,7 +1,8 @@
 """What a kernel costs at least: the bytes it moves and the operations it does.
 
 The fuser weighs groups by these numbers, the dump prints them, the benchmark sets times beside them. An element that
-several reads of one kernel touch counts once: it comes from memory once and from a cache afterwards.
+several reads of one kernel touch counts once: it comes from memory once and from a cache afterwards. In a plan for a
+range of sizes all of it counts at the typical one.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from .affine import Affine, Indirect, Var
 from .expr import Apply, walk
 from .group import Group
+from .size import typical
 from .values import Layout, Values
 
 
@@ -23,19 +25,18 @@ def traffic(group: Group, values: Values) -> int:
     for node in group.loads:
         read.setdefault(node.value, []).append(node.offset)
     total = sum(
-        min(distinct(offsets), _numel(values.layouts[name])) * values.layouts[name].dtype.itemsize
+        min(distinct(offsets), typical(_numel(values.layouts[name]))) * values.layouts[name].dtype.itemsize
         for name, offsets in read.items()
     )
-    total += sum(values.layouts[s.value].nbytes for s in group.stores)
+    total += sum(typical(values.layouts[s.value].nbytes) for s in group.stores)
     if group.contract is not None:
         product = group.contract
         columns = group.cols * (2 if group.pair is not None else 1)
-        total += (product.m * product.k + product.k * columns) * product.layout.dtype.itemsize
+        total += typical(product.m * product.k + product.k * columns) * product.layout.dtype.itemsize
     if group.foreign is not None:
-        total += sum(
-            values.layouts[values.base(r)].nbytes for r in group.foreign.reads if values.base(r) in values.layouts
-        )
-        total += sum(layout.nbytes for layout in group.foreign.layouts if layout is not None)
+        read_whole = [values.layouts[b] for b in map(values.base, group.foreign.reads) if b in values.layouts]
+        total += sum(typical(layout.nbytes) for layout in read_whole)
+        total += sum(typical(layout.nbytes) for layout in group.foreign.layouts if layout is not None)
     return total
 
 
@@ -43,11 +44,11 @@ def flops(group: Group) -> int:
     """Floating-point operations: two per multiply-add of a GEMM, one per function and element otherwise."""
     if group.contract is not None:
         columns = group.cols * (2 if group.pair is not None else 1)
-        return 2 * group.contract.m * columns * group.contract.k
+        return 2 * typical(group.contract.m) * typical(columns) * typical(group.contract.k)
     count = sum(
         1 for n in walk(*(r.expr for r in group.reductions), *(s.expr for s in group.stores)) if isinstance(n, Apply)
     )
-    return (count + len(group.reductions)) * group.rows * group.cols
+    return (count + len(group.reductions)) * typical(group.rows) * typical(group.cols)
 
 
 def distinct(offsets: Sequence[Affine]) -> int:
@@ -68,13 +69,13 @@ def _run(offset: Affine) -> tuple[int, int, tuple[tuple[int, int], ...]]:
     """An offset as runs of neighbours: start and length of the first run, (step, count) of the dimensions that repeat
     it."""
     length, outer = 1, []
-    for atom, step in sorted(offset.terms, key=lambda term: abs(term[1])):
-        low, high = atom.range
+    for atom, step in sorted(offset.terms, key=lambda term: abs(typical(term[1]))):
+        step, low, high = typical(step), *map(typical, atom.range)
         if abs(step) <= length:
             length += abs(step) * (high - low)
         else:
             outer.append((abs(step), high - low + 1))
-    return offset.range[0], length, tuple(outer)
+    return typical(offset.range[0]), length, tuple(outer)
 
 
 def _union(spans: Iterable[tuple[int, int]]) -> int:
@@ -97,7 +98,7 @@ def footprint(offset: Affine) -> int:
                 seen[atom.dim] = atom.size
             elif isinstance(atom, Indirect):
                 stack.extend(n.offset for n in walk(atom.value) if hasattr(n, "offset"))
-    return math.prod(seen.values())
+    return math.prod(map(typical, seen.values()))
 
 
 def _numel(layout: Layout) -> int:

@@ -20,6 +20,7 @@ from .affine import Affine, delinearize, linear, variables
 from .errors import Unsupported
 from .expr import Const, Expr, const, keep, load
 from .ir import Node, Ref, Scalar, Spec, Trace, iter_leaves, iter_refs, op_name
+from .size import Size, Undecided, integer
 from .values import Contract, Definition, Empty, Extern, Item, Layout, Map, Reduce, Values, View, home
 
 Rule = Callable[["Definer", Node], None]
@@ -81,7 +82,7 @@ class Definer:
         # Where results start in the storage that tracing gave them (a copy of a view may keep its offset): ours, at 0.
         specs = [*(i.spec for i in trace.inputs), *(n.spec for n in trace.nodes)]
         self.device = home(s.device for s in specs if isinstance(s, Spec))
-        self.offsets = {n.name: int(n.spec.offset) for n in trace.nodes if isinstance(n.spec, Spec)}
+        self.offsets = {n.name: integer(n.spec.offset) for n in trace.nodes if isinstance(n.spec, Spec)}
         for entry in trace.inputs:
             if entry.spec is not None:
                 self.layouts[entry.name] = Layout.of(entry.spec)
@@ -139,7 +140,7 @@ class Definer:
         if layout.dtype != self.layouts[base].dtype:
             self.extern(node, f"it reads {self.layouts[base].dtype} memory as {layout.dtype}")
             return
-        offset = int(spec.offset) - self.offsets.get(base, 0)
+        offset = integer(spec.offset) - self.offsets.get(base, 0)
         if base in self.spread:
             traced = self.spread[base]
             at = delinearize(linear(variables(layout.shape), layout.stride, offset), traced.shape, traced.stride)
@@ -197,6 +198,8 @@ class Definer:
             return const(value, torch.int64)
         if isinstance(value, float):
             return const(value, torch.float32)
+        if isinstance(value, Size):
+            raise Undecided(f"{value} would be a number in a kernel's body")
         raise Unsupported(str(value), f"{value!r} is no number", stage="define")
 
     def map(self, node: Node, expr: Expr, *, name: str = "", layout: Layout | None = None) -> None:

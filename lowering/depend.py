@@ -16,6 +16,7 @@ from .affine import Affine
 from .cost import distinct, footprint
 from .expr import Apply, Load, loads, walk
 from .group import EXPENSIVE
+from .size import typical
 from .values import Contract, Definition, Extern, Item, Map, Reduce, Values
 
 # A value that reads at most this much more than it would occupy is computed by each reader.
@@ -91,7 +92,7 @@ def depend(values: Values) -> Dependencies:
     for made in values.definitions.values():
         graph.add_node(made.name)
         for name in direct_reads(made, values):
-            size = values.layouts[name].nbytes if name in values.layouts else 0
+            size = typical(values.layouts[name].nbytes) if name in values.layouts else 0
             graph.add_edge(name, made.name, bytes=size)
             if isinstance(made, (Contract, Extern)):
                 pinned.add(name)
@@ -118,11 +119,11 @@ def _cheap(made: Map, values: Values, inlined: set[str]) -> bool:
                 return False
             read.setdefault(node.value, []).append(node.offset)
     cost = sum(
-        min(distinct(offsets), values.layouts[v].numel) * _source_itemsize(v, values, inlined)
+        min(distinct(offsets), typical(values.layouts[v].numel)) * _source_itemsize(v, values, inlined)
         for v, offsets in read.items()
     )
     moves = all(n.fn in MOVES or not n.args[0].dtype.is_floating_point for n in operations)
-    return cost <= CHEAP_BYTES * made.layout.nbytes + (MOVE_BYTES if moves else 0)
+    return cost <= CHEAP_BYTES * typical(made.layout.nbytes) + (MOVE_BYTES if moves else 0)
 
 
 def _source_itemsize(name: str, values: Values, inlined: set[str]) -> float:
@@ -132,6 +133,6 @@ def _source_itemsize(name: str, values: Values, inlined: set[str]) -> float:
         return values.layouts[name].dtype.itemsize
     cost = 0.0
     for node in loads(made.expr):
-        size = min(footprint(node.offset), values.layouts[node.value].numel)
-        cost += size / made.layout.numel * _source_itemsize(node.value, values, inlined)
+        size = min(footprint(node.offset), typical(values.layouts[node.value].numel))
+        cost += size / typical(made.layout.numel) * _source_itemsize(node.value, values, inlined)
     return cost

@@ -8,6 +8,7 @@ schedules give byte-equal text. What cannot be written as text (script objects, 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,12 +17,14 @@ import sympy
 import torch
 from torch.utils._sympy.printers import PythonPrinter
 
+from .choices import Choice, at_size
 from .emit_expr import HELPERS, Body, short_names
 from .emit_loop import looped_body
 from .group import Group
 from .ir import Output, Ref, Scalar, map_tree
 from .schedule import Schedule, Step
 from .select import Kernel, is_looped, operand
+from .size import NAME, Size, Undecided, integer
 from .values import Contract, Empty, Extern, Item, Layout, Map, Reduce, Values, View
 
 
@@ -91,9 +94,11 @@ class _Writer:
         if "libdevice." in rest:
             lines.append("from triton.language.extra import libdevice")
         lines.append("")
-        families = sorted({k.family for k in ours})
+        families = sorted({f for k in ours for f in (k.family, *(choice.family for _, choice in k.by_size))})
         if families:
             lines.append(f"from terrazzo.kernels import {', '.join(families)}")
+        if any(k.by_size for k in ours):
+            lines.append("from terrazzo.kernels.by_size import BySize")
         helpers = sorted(set(HELPERS.findall(rest)))
         if helpers:
             lines.append(f"from terrazzo.kernels.functions import {', '.join(helpers)}")
@@ -107,7 +112,8 @@ class _Writer:
         tensors = self.tensors(kernel)
         dtypes = {n: self.values.layouts[n].dtype for n in tensors}
         if is_looped(kernel):
-            return looped_body(f"{self.names[kernel.name]}_body", kernel.group, tensors, dtypes, self.names)
+            body = looped_body(f"{self.names[kernel.name]}_body", kernel.group, tensors, dtypes, self.names)
+            return self.sizeless(kernel, body)
         parameters = "acc, acc2, m, n, mask, t" if epilogue else "SEGMENT: tl.constexpr, row, col, mask, t"
         lines = ["@triton.jit", f"def {self.names[kernel.name]}_body({parameters}):"]
         for number, group in enumerate(kernel.segments):
@@ -116,13 +122,20 @@ class _Writer:
             inner += [f"{self.names[n]}_ptr = t[{i}]" for i, n in enumerate(tensors) if n in used]
             if epilogue and self.wide(group):
                 inner.append("m = m.to(tl.int64)")
-            inner += Body(group, dtypes, self.names, epilogue).write()
+            inner += self.sizeless(kernel, "\n".join(Body(group, dtypes, self.names, epilogue).write())).split("\n")
             indent = "    "
             if len(kernel.segments) > 1:
                 lines.append(f"    if SEGMENT == {number}:")
                 indent = "        "
             lines += [indent + line for line in inner]
         return "\n".join(lines)
+
+    def sizeless(self, kernel: Kernel, body: str) -> str:
+        """The body, which is compiled once for all sizes of a range: the size must not stand in it."""
+        found = re.search(rf".*\b{NAME}\b.*", body)
+        if found is not None:
+            raise Undecided(f"the size stands in the body of %{kernel.name}: `{found[0].strip()}`")
+        return body
 
     def sources(self, group: Group) -> list[str]:
         """`node: name (file.py:120)` for each value computed here."""
@@ -145,17 +158,27 @@ class _Writer:
 
     def prepared(self, kernel: Kernel) -> str:
         """The launch, prepared at import."""
-        name, family = self.names[kernel.name], kernel.family
-        settings = ", ".join(f"{k}={v!r}" for k, v in vars(kernel.config).items())
-        config = f"{family}.Config({settings})"
-        parts = [f"{name}_body", config]
+        name = self.names[kernel.name]
+        own = Choice(kernel.family, kernel.config, kernel.pdl, kernel.why)
+        if not kernel.by_size:
+            return f"launch_{name} = {self.preparation(kernel, own, at_size(kernel.problem))}"
+        first = {choice.key: (bound, choice) for bound, choice in reversed(kernel.by_size)}
+        numbers = {key: number for number, key in enumerate(first)}
+        table = {bound: numbers[choice.key] for bound, choice in kernel.by_size}
+        launches = [self.preparation(kernel, choice, at_size(kernel.problem, b)) for b, choice in first.values()]
+        inner = "".join(f"    {line},\n" for line in (repr(table), *(x.replace("\n", "\n    ") for x in launches)))
+        return f"launch_{name} = BySize(\n{inner})"
+
+    def preparation(self, kernel: Kernel, choice: Choice, problem: Any) -> str:
+        """A family's `prepare` for one choice."""
+        settings = ", ".join(f"{k}={v!r}" for k, v in vars(choice.config).items())
+        parts = [f"{self.names[kernel.name]}_body", f"{choice.family}.Config({settings})"]
         if kernel.group.contract is not None:
-            problem = ", ".join(f"{k}={v!r}" for k, v in vars(kernel.problem).items())
-            parts.append(f"GemmProblem({problem})")
-        if kernel.pdl:
+            parts.append(f"GemmProblem({', '.join(f'{k}={v!r}' for k, v in vars(problem).items())})")
+        if choice.pdl:
             parts.append("pdl=True")
         inner = ",\n    ".join(parts)
-        return f"launch_{name} = {family}.prepare(\n    {inner},\n)"
+        return f"{choice.family}.prepare(\n    {inner},\n)"
 
     # The call.
 
@@ -166,12 +189,23 @@ class _Writer:
         here = [i.name for i in arguments if i.name in layouts and layouts[i.name].device == self.values.device]
         where = f"{self.names[here[0]]}.device" if here else _device(self.values.device)
         lines.append(f"    device = {where}")
+        lines += [f"    {NAME} = {place}" for place in self.size_places()[:1]]
         for step in self.schedule.steps:
             lines += ["    " + line for line in self.step(step)]
         for target, value in self.values.mutations:
             lines.append(f"    {self.names[target]}.copy_({self.tensor(value)})")
         lines.append(f"    return ({''.join(self.output(o) + ', ' for o in self.values.outputs).rstrip()})")
         return "\n".join(lines)
+
+    def size_places(self) -> list[str]:
+        """Where a call finds the number of tokens, in a plan for a range of them."""
+        found = []
+        for given in self.values.inputs:
+            for dim, number in enumerate(given.spec.shape if given.spec is not None else (given.value,)):
+                if isinstance(number, Size) and (number.factor, number.const) == (1, 0):
+                    name = self.names[given.name]
+                    found.append((given.spec is not None, name if given.spec is None else f"{name}.shape[{dim}]"))
+        return [place for _, place in sorted(found, key=lambda f: f[0])]
 
     def step(self, step: Step) -> list[str]:
         kernel = step.kernel
@@ -192,14 +226,14 @@ class _Writer:
         return lines
 
     def launch(self, kernel: Kernel) -> str:
-        name = self.names[kernel.name]
+        name, size = self.names[kernel.name], f"{NAME}, " if kernel.by_size else ""
         tensors = "".join(f"{self.names[n]}, " for n in self.tensors(kernel)).rstrip()
         if kernel.group.contract is not None:
             product = kernel.group.contract
             x, w = self.geometry(product.a), self.geometry(operand(product.b, kernel.problem.layout))
-            return f"launch_{name}({x}, {w}, ({tensors}))"
+            return f"launch_{name}({size}{x}, {w}, ({tensors}))"
         rows = "".join(f"{g.rows}, " for g in kernel.segments).rstrip()
-        return f"launch_{name}(({tensors}), ({rows}), {kernel.group.cols})"
+        return f"launch_{name}({size}({tensors}), ({rows}), {kernel.group.cols})"
 
     def foreign(self, made: Extern) -> list[str]:
         def leaf(value: Any) -> Any:
@@ -220,6 +254,8 @@ class _Writer:
             return _Text("device" if str(value) in (str(home), home.type) else _device(value))
         if value is None or isinstance(value, (bool, int, float, str)):
             return value
+        if isinstance(value, Size):
+            return _Text(str(value))
         if isinstance(value, (torch.dtype, torch.layout, torch.memory_format)):
             return _Text(str(value))
         if isinstance(value, Scalar):
@@ -263,7 +299,7 @@ class _Writer:
             assert output.spec is not None
             view = self.values.views.get(output.ref)
             base, offset = (view.base, view.offset) if view is not None else (output.ref, 0)
-            offset = int(output.spec.offset) if output.kind == "alias" else offset
+            offset = integer(output.spec.offset) if output.kind == "alias" else offset
             return self.geometry(View(base, Layout.of(output.spec), offset), exact=True)
         return _python(self.literal(output.value))
 

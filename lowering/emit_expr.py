@@ -19,6 +19,7 @@ from .affine import Affine, Atom, Bounded, Div, Indirect, Mod, Var
 from .errors import InternalError
 from .expr import Acc, Apply, Const, Expr, Index, Load, Masked, RowScalar, children, walk
 from .group import Group
+from .size import NAME
 
 TYPES = {
     torch.float32: "tl.float32", torch.float16: "tl.float16", torch.bfloat16: "tl.bfloat16", torch.float64:
@@ -67,6 +68,7 @@ HELPERS = re.compile(rf"\b({'|'.join(HELPER_NAMES)})\(")
 # Names that mean something else inside a body.
 RESERVED = {
     *HELPER_NAMES,
+    NAME,
     "t",
     "row",
     "col",

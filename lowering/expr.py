@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from .affine import Affine, Atom, Indirect
+from .size import Size, Undecided
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +66,8 @@ class Const(Expr):
     value: int | float | bool = 0
 
     def parts(self) -> tuple[object, ...]:
+        if isinstance(self.value, Size):
+            raise Undecided(f"{self.value} would be a number in a kernel's body")
         return (repr(self.value),)
 
 

@@ -21,6 +21,7 @@ from .depend import Dependencies
 from .errors import InternalError
 from .group import Group, Refused, compose
 from .options import Options
+from .size import typical
 from .values import Contract, Empty, Extern, Item, Values
 
 # What one more kernel costs inside a CUDA graph beyond its bytes, in µs: the tail of one and the ramp of the next.
@@ -133,7 +134,7 @@ class _State:
     def siblings(self, number: int) -> list[int]:
         """Groups that read much of what this one reads, and are no neighbours of it; GEMMs keep to their own tiles."""
         layouts = self.deps.values.layouts
-        large = {v for n in self.members[number] for v in self.reads[n] if layouts[v].nbytes >= SHARED_BYTES}
+        large = {v for n in self.members[number] for v in self.reads[n] if typical(layouts[v].nbytes) >= SHARED_BYTES}
         near = {number, *self.graph.predecessors(number), *self.graph.successors(number)}
         return [
             other

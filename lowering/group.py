@@ -18,6 +18,7 @@ from functools import cached_property
 from .affine import Affine, Var, contiguous_strides, delinearize, linear, substitution
 from .define import at_flat
 from .expr import Acc, Apply, Expr, Load, RowScalar, const, loads, rewrite, walk
+from .size import alike, typical
 from .values import Contract, Extern, Item, Layout, Map, Reduce, Values
 
 ROW, COL = 0, 1
@@ -181,9 +182,9 @@ class _Composer:
         stores = []
         for name in self.needed:
             numel = self.layout(name).numel
-            if name in self.reductions or numel == self.rows:
+            if name in self.reductions or alike(numel, self.rows):
                 stores.append(self._store(name, row, per_row=True))
-            elif numel == self.rows * self.cols:
+            elif alike(numel, self.rows * self.cols):
                 stores.append(self._store(name, self.natural, per_row=False))
             else:
                 raise Refused(f"%{name} has {numel} elements, the rows hold {self.rows} × {self.cols}")
@@ -261,7 +262,7 @@ class _Composer:
         return rewrite(expr, substitution(place), leaf)
 
     def _reduction(self, reduction: Reduce, row: Affine) -> None:
-        if (reduction.rows, reduction.cols) != (self.rows, self.cols):
+        if not (alike(reduction.rows, self.rows) and alike(reduction.cols, self.cols)):
             raise Refused(
                 f"%{reduction.name} reduces {reduction.rows} × {reduction.cols}, "
                 f"the rows hold {self.rows} × {self.cols}"
@@ -292,11 +293,11 @@ class _Composer:
     def _check_repeated(self, made: Map, place: tuple[Affine, ...]) -> None:
         """Expensive work on a small value is not repeated for every element of a large domain."""
         variables = {a.dim for i in place for a in i.atoms() if isinstance(a, Var)}
-        if variables != {ROW, COL} or self.rows * self.cols <= 4 * max(made.layout.numel, 1):
+        domain, own = typical(self.rows) * typical(self.cols), max(typical(made.layout.numel), 1)
+        if variables != {ROW, COL} or domain <= 4 * own:
             return
         if any(isinstance(n, Apply) and n.fn in EXPENSIVE for n in walk(made.expr)):
-            times = self.rows * self.cols // max(made.layout.numel, 1)
-            raise Refused(f"%{made.name} would be computed {times} times")
+            raise Refused(f"%{made.name} would be computed {domain // own} times")
 
 
 def _numbered(expr: Expr, pair: int | None) -> Expr:

@@ -13,6 +13,8 @@ from typing import Any, TypeAlias
 import sympy
 import torch
 
+from .size import integer
+
 Dim: TypeAlias = int | sympy.Expr
 
 
@@ -61,13 +63,13 @@ class Spec:
 
     def sizes(self) -> tuple[int, ...]:
         """The shape as integers; only after `specialize`."""
-        return tuple(int(s) for s in self.shape)
+        return tuple(integer(s) for s in self.shape)
 
     def strides(self) -> tuple[int, ...]:
-        return tuple(int(s) for s in self.stride)
+        return tuple(integer(s) for s in self.stride)
 
     def nbytes(self) -> int:
-        return int(self.numel) * self.dtype.itemsize
+        return integer(self.numel) * self.dtype.itemsize
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")

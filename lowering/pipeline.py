@@ -10,7 +10,8 @@
     schedule      order and the life of buffers                                    schedule.py
     emit          one readable Python module                                       emit.py, emit_expr.py
 
-The first two run once per piece, the others once per size. After each, `verify` checks what the stage promises.
+The first two run once per piece, the others once per size, or per range of sizes (ranged.py). After each, `verify`
+checks what the stage promises.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from .ir import Trace
 from .options import Options
 from .schedule import schedule
 from .select import select
+from .size import Whole
 from .specialize import specialize
 
 
@@ -69,7 +71,7 @@ def trace(
 
 def plan(
     traced: Trace,
-    binding: Mapping[sympy.Symbol, int],
+    binding: Mapping[sympy.Symbol, Whole],
     options: Options,
     *,
     title: str = "a piece",
@@ -80,7 +82,7 @@ def plan(
 
     Args:
         traced: from `trace`.
-        binding: an integer for each of its symbols.
+        binding: an integer for each of its symbols, or a `Size` for a plan that serves a range (see ranged.py).
         options: target and switches.
         title: first line of the emitted module.
         misaligned: inputs whose memory does not start at a multiple of 16 bytes.

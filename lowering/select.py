@@ -5,12 +5,13 @@ or several independent ones as segments. The family follows from what the group 
 rows with a reduction, plain elements), the config from the family's measured table or its formula. It stands after
 fusion, as it needs to
 know everything a kernel does, and chooses by the concrete size: one and the same trace gets other tiles at 1 and at
-8192 tokens. It refuses nothing: the last family in line takes any problem.
+8192 tokens. It refuses nothing: the last family in line takes any problem. In a plan for a range of sizes (`Size`) a
+kernel has a table of configs by size; what it has to know when it is compiled must be a plain integer, or the plan does
+not serve the range (`Undecided`).
 """
 
 from __future__ import annotations
 
-import importlib
 import itertools
 from collections.abc import Collection
 from dataclasses import dataclass, replace
@@ -19,21 +20,20 @@ from typing import Any
 import networkx as nx
 import torch
 
-from ..kernels import rows
-from ..kernels.gemm import GemmProblem, pick
+from ..kernels.gemm import GemmProblem
 from ..kernels.rows import LOOP_FROM
-from ..kernels.segments import Problem, pdl_pays
+from ..kernels.segments import Problem
 from .affine import Div, Indirect, Mod
+from .choices import Table, by_size, choose
 from .cost import traffic
 from .expr import Load, loads
 from .fuse import Fused
 from .group import Group, Refused, compose
 from .options import Options
+from .size import Size, Undecided, alike, typical
 from .values import Contract, Item, Values, View
 
 MAX_SEGMENTS = 4
-# GEMM families that can wait in the kernel for the one before.
-WAITING = ("gemm_skinny", "gemm_persistent")
 # Independent groups further apart than this in running order stay apart: joining them keeps buffers alive for long.
 NEAR = 6
 
@@ -47,8 +47,10 @@ class Kernel:
         family: a module of `terrazzo.kernels`; '' for what launches nothing of ours (extern, item, empty).
         config, why: the family's config and the reason for it.
         segments: the groups that share the launch.
-        problem: what the family was asked.
+        problem: what the family was asked; sizes of a range stand in it as they are.
         pdl: launched with programmatic dependent launch.
+        by_size: in a plan for a range, the choices by the largest size each serves, where there are several; family,
+            config, why and pdl are then those of the largest size.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Kernel:
     segments: tuple[Group, ...]
     problem: Any = None
     pdl: bool = False
+    by_size: Table = ()
 
     @property
     def group(self) -> Group:
@@ -199,7 +202,7 @@ def _reachable(graph: nx.DiGraph) -> dict[int, int]:
 
 def _alike(x: Group, y: Group) -> bool:
     """Whether two groups can be segments of one launch."""
-    return x.kind == y.kind and x.cols == y.cols and (x.kind == "pointwise" or x.cols <= LOOP_FROM)
+    return x.kind == y.kind and alike(x.cols, y.cols) and (x.kind == "pointwise" or x.cols <= LOOP_FROM)
 
 
 def _kernel(segments: tuple[Group, ...], fused: Fused, options: Options, misaligned: Collection[str]) -> Kernel:
@@ -207,22 +210,24 @@ def _kernel(segments: tuple[Group, ...], fused: Fused, options: Options, misalig
     if group.kind in ("extern", "item", "empty"):
         why = group.foreign.why if group.foreign is not None else ""
         return Kernel(group.name, "", None, why, segments)
-    pdl = options.pdl and options.target.pdl
     if group.contract is not None:
-        product = gemm_problem(group, group.contract, options, misaligned, _widest_tile(group, fused.values))
-        family, config, why = pick(product, options.target)
-        return Kernel(group.name, family, config, why, segments, product, pdl and family in WAITING)
+        problem: Any = gemm_problem(group, group.contract, options, misaligned, _widest_tile(group, fused.values))
+        return _chosen(segments, "", problem, options)
+    if group.kind == "row" and isinstance(group.cols, Size):
+        raise Undecided(f"%{group.name} reduces rows of {group.cols} columns, and its tile has to hold one")
     family = _family(segments)
-    elements = max(sum(g.rows for g in segments) * group.cols, 1)
+    elements = max(sum(typical(g.rows) for g in segments) * typical(group.cols), 1)
     moved = sum(traffic(g, fused.values) for g in segments)
     widest = _widest(segments, fused.values)
     problem = Problem(tuple(g.rows for g in segments), group.cols, widest, max(moved // elements, 1))
-    if group.kind == "row" and group.cols > LOOP_FROM:
-        config, why = rows.choose(problem, options.target, looped=True)
-    else:
-        config, why = importlib.import_module(f"..kernels.{family}", __package__).choose(problem, options.target)
-    pdl = pdl and pdl_pays(problem, config, options.target)
-    return Kernel(group.name, family, config, why, segments, problem, pdl)
+    return _chosen(segments, family, problem, options, looped=group.kind == "row" and group.cols > LOOP_FROM)
+
+
+def _chosen(segments: tuple[Group, ...], family: str, problem: Any, options: Options, looped: bool = False) -> Kernel:
+    table = by_size(family, problem, options, looped)
+    own = table[-1][1] if table else choose(family, problem, options, looped)
+    name = segments[0].name
+    return Kernel(name, own.family, own.config, own.why, segments, problem, own.pdl, table if len(table) > 1 else ())
 
 
 def _family(segments: tuple[Group, ...]) -> str:
@@ -236,16 +241,16 @@ def _family(segments: tuple[Group, ...]) -> str:
             return "rows"
         sums = all(r.kind == "sum" for g in segments for r in g.reductions)
         return "norm" if sums and group.cols >= 1024 else "rows"
-    if group.rows > 1 and 32 <= group.cols <= 512 and len(segments) > 1:
+    if len(segments) > 1 and group.rows > 1 and not isinstance(group.cols, Size) and 32 <= group.cols <= 512:
         return "rope"
-    if gathers and group.rows >= 1 and group.cols >= 256 and len(segments) == 1:
+    if gathers and len(segments) == 1 and typical(group.rows) >= 1 and typical(group.cols) >= 256:
         return "gather"
     return "pointwise"
 
 
 def _widest(segments: tuple[Group, ...], values: Values) -> torch.dtype:
     names = [s.value for g in segments for s in g.stores] + [load.value for g in segments for load in g.loads]
-    dtypes = [values.layouts[n].dtype for n in names if values.layouts[n].numel > 1] or [torch.float32]
+    dtypes = [values.layouts[n].dtype for n in names if typical(values.layouts[n].numel) > 1] or [torch.float32]
     return max(dtypes, key=lambda d: d.itemsize)
 
 
@@ -257,7 +262,8 @@ def is_looped(kernel: Kernel) -> bool:
 def _widest_tile(group: Group, values: Values) -> int:
     """Bytes per element of the widest matrix that an epilogue reads or stores."""
     names = [s.value for s in group.stores] + [load.value for load in group.loads]
-    return max((values.layouts[n].dtype.itemsize for n in names if values.layouts[n].numel > group.cols), default=0)
+    layouts = [values.layouts[n] for n in names]
+    return max((v.dtype.itemsize for v in layouts if typical(v.numel) > typical(group.cols)), default=0)
 
 
 def gemm_problem(
@@ -266,6 +272,9 @@ def gemm_problem(
     """A GEMM group as its families see it; `widest`: bytes per element of what its epilogue moves."""
     x, w = product.a, product.b
     (sk, sn), (sm, sx) = w.layout.stride, x.layout.stride
+    for number in (group.cols, product.k, group.pair, sk, sn, sm, sx, x.offset, w.offset):
+        if isinstance(number, Size):
+            raise Undecided(f"%{product.name} has {number} for an extent, stride or offset that decides its kernel")
     layout = "nk" if sk == 1 or product.k == 1 or sn != 1 else "kn"
     aligned = all(v.base not in misaligned and v.offset * v.layout.dtype.itemsize % 16 == 0 for v in (x, w))
     return GemmProblem(

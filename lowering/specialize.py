@@ -1,39 +1,45 @@
-"""Stage 3: the symbols of a trace are bound to integers.
+"""Stage 3: the symbols of a trace are bound to integers, or to a `Size` that stands for a range of them.
 
 Enters: a canonical trace with sympy expressions, and a size for each symbol. Leaves: the same trace with integers in
 every shape, stride and argument. The guards that the trace took for granted are evaluated first: `failed_guard` names
 the first that does not hold for these sizes, and the caller then traces the piece again for them. One trace serves
 every size whose guards hold. Expressions over numbers only known at run time (a 0-d input read as a scalar) stay.
+With a `Size` every guard must hold over its whole span, and every number must be linear in it (`Undecided` otherwise).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import sympy
 
 from .ir import Scalar, Spec, Trace, map_tree
+from .size import Size, Undecided, Whole, evaluated
 
 
-def failed_guard(trace: Trace, binding: Mapping[sympy.Symbol, int]) -> str | None:
-    """The first guard that does not hold for these sizes, as text; None when all hold."""
-    values = {s: sympy.Integer(v) for s, v in binding.items()}
-    for guard in trace.guards:
-        if guard.xreplace(values) != sympy.true:
-            return str(guard)
-    return None
+def failed_guard(trace: Trace, binding: Mapping[sympy.Symbol, Whole]) -> str | None:
+    """The first guard that does not hold for these sizes, as text; None when all hold.
+
+    Raises:
+        Undecided: it holds at a part of a range.
+    """
+    bound = _bound(binding)
+    return next((str(guard) for guard in trace.guards if bound(guard) not in (True, sympy.true)), None)
 
 
-def specialize(trace: Trace, binding: Mapping[sympy.Symbol, int]) -> Trace:
+def specialize(trace: Trace, binding: Mapping[sympy.Symbol, Whole]) -> Trace:
     """The trace for these sizes.
 
     Args:
         trace: symbolic or already concrete.
         binding: a size for every symbol of the trace.
+
+    Raises:
+        Undecided: a number is not linear in a range of sizes.
     """
-    values = {s: sympy.Integer(v) for s, v in binding.items()}
+    bound = _bound(binding)
     known: dict[sympy.Basic, Any] = {}
 
     def leaf(value: Any) -> Any:
@@ -45,14 +51,11 @@ def specialize(trace: Trace, binding: Mapping[sympy.Symbol, int]) -> Trace:
                 offset=leaf(value.offset),
             )
         if isinstance(value, Scalar):
-            return replace(value, expr=value.expr.xreplace(values))
+            return replace(value, expr=sympy.sympify(bound(value.expr)))
         if not isinstance(value, sympy.Basic):
             return value
         if value not in known:
-            bound = value.xreplace(values)
-            known[value] = int(bound) if bound.is_Integer else float(bound) if bound.is_Float else bound
-            if bound in (sympy.true, sympy.false):
-                known[value] = bool(bound)
+            known[value] = bound(value)
         return known[value]
 
     return replace(
@@ -66,3 +69,21 @@ def specialize(trace: Trace, binding: Mapping[sympy.Symbol, int]) -> Trace:
         symbols={},
         guards=(),
     )
+
+
+def _bound(binding: Mapping[sympy.Symbol, Whole]) -> Callable[[sympy.Basic], Any]:
+    """An expression with the sizes put in: a number or truth value of Python's where nothing else is left."""
+    values = {s: sympy.Integer(v) for s, v in binding.items() if not isinstance(v, Size)}
+    sizes = {s: v for s, v in binding.items() if isinstance(v, Size)}
+
+    def bound(expr: sympy.Basic) -> Any:
+        expr = expr.xreplace(values)
+        if expr.free_symbols & sizes.keys():
+            if expr.free_symbols - sizes.keys():
+                raise Undecided(f"{expr} joins the size with a number known at run time only")
+            return evaluated(expr, sizes)
+        if expr in (sympy.true, sympy.false):
+            return bool(expr)
+        return int(expr) if expr.is_Integer else float(expr) if expr.is_Float else expr
+
+    return bound

@@ -4,6 +4,8 @@
     run = piece.at(args)                  # the plan for the sizes in args, made at their first use
     out = run(*args)
 
+    piece.ranged(1, 16384)              # or: plans for all these sizes, made and compiled now; `at` only looks them up
+
 Pieces that are equal but for their names share trace and plans within the process. What cannot be lowered at all
 runs as the graph it was, with one warning; what cannot be lowered in part runs those ops as themselves, counted in
 `summary()`. So does a single call in which an input that the piece writes overlaps another.
@@ -12,7 +14,8 @@ runs as the graph it was, with one warning; what cannot be lowered in part runs 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,19 +28,26 @@ from torch.utils import _pytree as pytree
 from ..kernels.launch import compiling_together
 from ..kernels.target import Target
 from ..lowering.emit import Plan
-from ..lowering.errors import Unsupported
+from ..lowering.errors import Unsupported, UserError
 from ..lowering.intake import Examples, held
 from ..lowering.ir import Trace
 from ..lowering.options import Options
 from ..lowering.pipeline import plan as make_plan
 from ..lowering.pipeline import trace as make_trace
+from ..lowering.ranged import Regime, regimes
+from ..lowering.size import Undecided, Whole
 from ..lowering.specialize import failed_guard
 from .fingerprint import fingerprint
 from .load import load
+from .warm import warm
 
 log = logging.getLogger("terrazzo")
 
 Runner = Callable[..., Any]
+
+
+# What a kernel that does not compile raises.
+UNCOMPILED = (triton.CompilationError, triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError)
 
 
 @dataclass(frozen=True)
@@ -57,32 +67,67 @@ class _Lowered:
     options: Options
     symbolic: Trace | None = None
     plans: dict[tuple[Any, ...], Loaded] = field(default_factory=dict)
+    ranges: dict[tuple[Any, ...], tuple[tuple[Regime, Loaded | None], ...]] = field(default_factory=dict)
 
-    def trace(self, binding: dict[sympy.Symbol, int]) -> tuple[Trace, dict[sympy.Symbol, int]]:
+    def trace(self, binding: dict[sympy.Symbol, Whole]) -> tuple[Trace, dict[sympy.Symbol, Whole]]:
         """A trace that holds for these sizes, and the binding of its own symbols."""
         if self.symbolic is None:
             self.symbolic = make_trace(self.graph, self.examples)
         own = _rebind(self.symbolic, self.examples, binding)
-        if failed_guard(self.symbolic, own) is None:
+        failed = failed_guard(self.symbolic, own)
+        if failed is None:
             return self.symbolic, own
-        return make_trace(self.graph, self.examples, binding), {}
+        if not all(isinstance(size, int) for size in binding.values()):
+            raise Undecided(f"the trace holds for {failed} only")
+        return make_trace(self.graph, self.examples, binding), {}  # type: ignore[arg-type]
 
     def loaded(self, sizes: tuple[int, ...], misaligned: frozenset[str]) -> Loaded:
         """The plan for these sizes and alignments."""
         key = sizes, misaligned
         if key not in self.plans:
-            binding = dict(zip(self.examples.symbols(), sizes, strict=True))
-            traced, own = self.trace(binding)
-            title = f"Piece of {len(self.graph.graph.nodes)} nodes, sizes {', '.join(map(str, sizes)) or 'fixed'}."
-            made = make_plan(traced, own, self.options, title=title, misaligned=misaligned)
+            made = self.planned(sizes, ", ".join(map(str, sizes)) or "fixed", misaligned)
             self.plans[key] = Loaded(made, load(made))
         return self.plans[key]
 
+    def planned(self, sizes: Sequence[Whole], said: str, misaligned: Collection[str]) -> Plan:
+        """The plan for these sizes, one of which may stand for a range."""
+        traced, own = self.trace(dict(zip(self.examples.symbols(), sizes, strict=True)))
+        title = f"Piece of {len(self.graph.graph.nodes)} nodes, sizes {said}."
+        return make_plan(traced, own, self.options, title=title, misaligned=misaligned)
 
-def _rebind(trace: Trace, examples: Examples, binding: dict[sympy.Symbol, int]) -> dict[sympy.Symbol, int]:
+    def regimes(self, lo: int, hi: int, misaligned: frozenset[str]) -> tuple[tuple[Regime, Loaded | None], ...]:
+        """The plans that serve a range, for these alignments."""
+        key = lo, hi, misaligned
+        if key not in self.ranges:
+
+            def make(size: Whole) -> Plan:
+                if isinstance(size, int):
+                    return self.loaded((size,), misaligned).plan
+                return self.planned((size,), f"{size.span.lo} to {size.span.hi}", misaligned)
+
+            found = regimes(make, lo, hi)
+            self.ranges[key] = tuple((r, Loaded(r.plan, load(r.plan)) if r.plan else None) for r in found)
+        return self.ranges[key]
+
+
+def planned_range(graph: fx.GraphModule, examples: Examples, lo: int, hi: int, options: Options) -> tuple[Regime, ...]:
+    """The regimes of a piece over a range of sizes, planned and not compiled, for aligned inputs."""
+    return tuple(regime for regime, _ in _Lowered(graph, examples, options).regimes(lo, hi, frozenset()))
+
+
+def _rebind(trace: Trace, examples: Examples, binding: dict[sympy.Symbol, Whole]) -> dict[sympy.Symbol, Whole]:
     """Sizes by the trace's own symbols, which stand at the same places of the arguments."""
     places = {place: binding[s] for s, place in examples.symbols().items()}
     return {s: places[place] for s, place in trace.symbols.items()}
+
+
+@dataclass(frozen=True)
+class _Regimes:
+    """A range, ready to run: the largest size of each regime, what runs there (None: nothing yet), and what it is."""
+
+    bounds: list[int]
+    runs: list[Runner | None]
+    regimes: tuple[Regime, ...]
 
 
 _SHARED: dict[tuple[str, Options], _Lowered] = {}
@@ -105,9 +150,11 @@ class CompiledPiece:
         self._options = options
         self._places = list(self.examples.symbols().values())
         self._tensors = [i for i, v in enumerate(self.examples.values) if isinstance(v, torch.Tensor)]
-        self._names = [n.name for n in graph.graph.nodes if n.op == "placeholder"]
+        self._names: list[str] = []
         self._lowered: _Lowered | None = None
         self._runs: dict[tuple[Any, ...], Runner] = {}
+        self._range: tuple[int, int] | None = None
+        self._regimes: dict[tuple[int, ...], _Regimes] = {}
         self._fell_back = False
 
     def at(self, args: Sequence[Any]) -> Runner:
@@ -125,8 +172,62 @@ class CompiledPiece:
         key = sizes, misaligned
         run = self._runs.get(key)
         if run is None:
+            run = self._in_range(sizes, misaligned)
+        if run is None:
             run = self._runs[key] = self._compile(sizes, misaligned, args)
         return run
+
+    def ranged(self, lo: int, hi: int) -> tuple[Regime, ...]:
+        """Plans for every number of tokens from `lo` to `hi`, made and compiled now, for aligned inputs.
+
+        From then on `at` and calls with such a size plan and compile nothing, but where the size already had a plan of
+        its own. Inputs that are not aligned bring the same for theirs at their first call. A later range replaces an
+        earlier one.
+
+        Args:
+            lo, hi: both included.
+
+        Returns:
+            the regimes; those without a plan say why, and their sizes are planned one by one when they come.
+
+        Raises:
+            UserError: the range is empty.
+        """
+        if not 0 <= lo <= hi:
+            raise UserError("a range of sizes", f"{lo} to {hi}", stage="runtime", remedy="Give 0 <= lo <= hi.")
+        self._regimes.clear()
+        if len(self._places) != 1:
+            self._range = None
+            why = f"the piece has {len(self._places)} sizes, a range is of one"
+            return (Regime(lo, hi, None, why),)
+        self._range = lo, hi
+        return self._served(()).regimes
+
+    def _in_range(self, sizes: tuple[int, ...], misaligned: tuple[int, ...]) -> Runner | None:
+        """The plan of the range for this size, if it has one."""
+        if self._range is None or not self._range[0] <= sizes[0] <= self._range[1]:
+            return None
+        served = self._regimes.get(misaligned) or self._served(misaligned)
+        return served.runs[bisect_left(served.bounds, sizes[0])]
+
+    def _served(self, misaligned: tuple[int, ...]) -> _Regimes:
+        """The range for these alignments: planned, compiled, ready."""
+        assert self._range is not None
+        try:
+            lowered = self._shared(self.examples.values)
+            own, names = self._alignment(lowered, misaligned)
+            found = lowered.regimes(*self._range, names)
+            served = [(made.plan, made.call, r.lo, r.hi) for r, made in found if made is not None]
+            if not lowered.options.target.interpreted:
+                devices = [v.device for v in self.examples.values if isinstance(v, torch.Tensor)]
+                device = next((d for d in devices if d.type == "cuda"), torch.device("cuda"))
+                warm(served, device, names)
+            runs = [None if loaded is None else self._bound(loaded, own) for _, loaded in found]
+            made = _Regimes([r.hi for r, _ in found], runs, tuple(r for r, _ in found))
+        except (Unsupported, *UNCOMPILED) as cause:
+            made = _Regimes([self._range[1]], [self._fall_back(cause)], (Regime(*self._range, None, str(cause)),))
+        self._regimes[misaligned] = made
+        return made
 
     def __call__(self, *args: Any) -> Any:
         return self.at(args)(*args)
@@ -140,6 +241,8 @@ class CompiledPiece:
             launches = loaded.plan.schedule.launches()
             ours = sum(bool(k.family) for k in launches)
             parts.append(f"{sizes or 'fixed'}: {ours} kernels, {len(launches) - ours} ops as themselves")
+        for served in self._regimes.values():
+            parts += [_said(regime) for regime in served.regimes]
         return "; ".join(parts) or "not called yet"
 
     @property
@@ -147,17 +250,41 @@ class CompiledPiece:
         """Plans so far, by sizes and misaligned inputs."""
         return self._lowered.plans if self._lowered else {}
 
+    def serving(self, *sizes: int) -> Plan | None:
+        """The plan that serves these sizes, once there is one: their own, or that of their range."""
+        for (planned, _), loaded in self.plans.items():
+            if planned == sizes:
+                return loaded.plan
+        for served in self._regimes.values() if len(sizes) == 1 else ():
+            for regime in served.regimes:
+                if regime.lo <= sizes[0] <= regime.hi:
+                    return regime.plan
+        return None
+
     def _compile(self, sizes: tuple[int, ...], misaligned: tuple[int, ...], args: Sequence[Any]) -> Runner:
         try:
             lowered = self._shared(args)
-            # By order: an equal piece may hold its tensors under other names.
-            own = dict(zip(held(lowered.graph), held(self.graph).values(), strict=True))
-            unaligned = {name for name, tensor in own.items() if tensor.data_ptr() & 15}
-            loaded = lowered.loaded(sizes, frozenset(unaligned | {self._names[i] for i in misaligned}))
+            own, unaligned = self._alignment(lowered, misaligned)
+            loaded = lowered.loaded(sizes, unaligned)
         except Unsupported as cause:
             return self._fall_back(cause)
+        return self._bound(loaded, own, args)
+
+    def _alignment(
+        self, lowered: _Lowered, misaligned: Sequence[int]
+    ) -> tuple[dict[str, torch.Tensor], frozenset[str]]:
+        """The tensors that the piece holds, by the name they have in the plans, and what of all is not aligned."""
+        # By order: an equal piece may hold its tensors under other names.
+        own = dict(zip(held(lowered.graph), held(self.graph).values(), strict=True))
+        unaligned = {name for name, tensor in own.items() if tensor.data_ptr() & 15}
+        return own, frozenset(unaligned | {self._names[i] for i in misaligned})
+
+    def _bound(self, loaded: Loaded, own: dict[str, torch.Tensor], args: Sequence[Any] | None = None) -> Runner:
+        """The plan with the piece's own tensors, warmed on `args` where they are given, and safe from overlap."""
         constants = tuple(own.get(name, tensor) for name, tensor in loaded.plan.constants.items())
-        run = self._warmed(_runner(loaded, constants), loaded, args)
+        run = _runner(loaded, constants)
+        if args is not None:
+            run = self._warmed(run, loaded, args)
         written = {name for name, _ in loaded.plan.schedule.values.mutations}
         return self._apart(run, [i for i in self._tensors if self._names[i] in written]) if written else run
 
@@ -181,6 +308,8 @@ class CompiledPiece:
             digest = fingerprint(self.graph, self.examples)
             lowered = _Lowered(self.graph, self.examples, options)
             self._lowered = lowered if digest is None else _SHARED.setdefault((digest, options), lowered)
+            # In the plans an equal piece's arguments have the names of the first.
+            self._names = [n.name for n in self._lowered.graph.graph.nodes if n.op == "placeholder"]
         return self._lowered
 
     def _warmed(self, run: Runner, loaded: Loaded, args: Sequence[Any]) -> Runner:
@@ -201,11 +330,7 @@ class CompiledPiece:
                 with compiling_together():
                     run(*trial)
             run(*trial)
-        except (
-            triton.CompilationError,
-            triton.runtime.errors.OutOfResources,
-            triton.runtime.errors.PTXASError,
-        ) as cause:
+        except UNCOMPILED as cause:
             return self._fall_back(cause)
         return run
 
@@ -249,3 +374,12 @@ def _runner(loaded: Loaded, constants: tuple[torch.Tensor, ...]) -> Runner:
     if structure.is_leaf():
         return lambda *args: call(*args, *constants)[0]
     return lambda *args: pytree.tree_unflatten(list(call(*args, *constants)), structure)
+
+
+def _said(regime: Regime) -> str:
+    """A regime in a few words."""
+    if regime.plan is None:
+        return f"{regime}: planned one by one, as {regime.why}"
+    launches = regime.plan.schedule.launches()
+    ours = sum(bool(k.family) for k in launches)
+    return f"{regime}: {ours} kernels, {len(launches) - ours} ops as themselves"

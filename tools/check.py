@@ -3,6 +3,7 @@
     python -m terrazzo.tools.check                                       all models, on a GPU at their published sizes
     python -m terrazzo.tools.check --models llama-3.1-8b --sizes 1,16,2048 --json
     python -m terrazzo.tools.check --tiny                                the tiny twins; what runs without a GPU
+    python -m terrazzo.tools.check --range 1:8192                        plans for ranges of sizes, at their bounds
 
 Of each model the first, one middle and the last piece are checked: the others are the same piece. What is checked
 stands in piece_check.py. Without a GPU the kernels are interpreted. Exit status 1 when anything does not hold.
@@ -25,6 +26,7 @@ from itertools import groupby
 import torch
 from rich.table import Table
 
+from terrazzo.runtime.compiled import CompiledPiece
 from terrazzo.tools.device import HERE, screen
 from terrazzo.tools.models import Piece, config, names, pieces
 from terrazzo.tools.piece_check import Result, check_sizes
@@ -39,7 +41,12 @@ LAYERS = 2
 
 
 def check_all(
-    models: Sequence[str], sizes: Sequence[int], dtype: str = "bf16", tiny: bool = False, procs: int = 1
+    models: Sequence[str],
+    sizes: Sequence[int],
+    dtype: str = "bf16",
+    tiny: bool = False,
+    procs: int = 1,
+    span: tuple[int, int] | None = None,
 ) -> Iterator[Result]:
     """Every kind of piece of every model at every size.
 
@@ -49,9 +56,10 @@ def check_all(
         dtype: a key of `DTYPES`.
         tiny: the models' tiny twins.
         procs: processes that share the work; compiling keeps a core busy each.
+        span: a range of sizes to plan for at once; the sizes in it are served by those plans.
     """
     # The longest first, so that no process works on alone at the end.
-    tasks = [(model, at, tuple(sizes), dtype, tiny) for at in (1, 0, 2) for model in models]
+    tasks = [(model, at, tuple(sizes), dtype, tiny, span) for at in (1, 0, 2) for model in models]
     if procs == 1:
         for task in tasks:
             yield from check_kind(*task)
@@ -62,9 +70,20 @@ def check_all(
             yield from done.result()
 
 
-def check_kind(model: str, at: int, sizes: tuple[int, ...], dtype: str, tiny: bool) -> list[Result]:
-    """One of a model's three pieces at these sizes."""
-    return check_sizes(_pieces(model, dtype, tiny)[at], sizes, HERE)
+def check_kind(
+    model: str, at: int, sizes: tuple[int, ...], dtype: str, tiny: bool, span: tuple[int, int] | None = None
+) -> list[Result]:
+    """One of a model's three pieces at these sizes; none given: at and beside the bounds of its range's plans."""
+    piece = _pieces(model, dtype, tiny)[at]
+    return check_sizes(piece, sizes or bounds(piece, span), HERE, span)
+
+
+def bounds(piece: Piece, span: tuple[int, int] | None) -> list[int]:
+    """The smallest, second and largest size of every regime of a range, and one inside."""
+    found: set[int] = set()
+    for regime in CompiledPiece(piece.graph).ranged(*span) if span is not None else ():
+        found |= {regime.lo, min(regime.lo + 1, regime.hi), (regime.lo + regime.hi) // 2, regime.hi}
+    return sorted(found)
 
 
 @cache
@@ -100,11 +119,17 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default="all", help="names, comma-separated, or 'all'")
     parser.add_argument("--sizes", help="numbers of tokens, comma-separated")
+    parser.add_argument("--range", metavar="LO:HI", help="plan for these sizes at once; default: at their bounds")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--tiny", action="store_true", help="the models' tiny twins")
     parser.add_argument("--procs", type=int, help="processes; default: 8 on a GPU, as far as there are cores")
     parser.add_argument("--json", nargs="?", const="-", help="results as JSON, on the screen or to a file")
     return parser.parse_args()
+
+
+def _span(text: str) -> tuple[int, int]:
+    lo, _, hi = text.partition(":")
+    return int(lo), int(hi)
 
 
 def main() -> int:
@@ -114,10 +139,11 @@ def main() -> int:
         config(name)
     on_gpu = HERE.type == "cuda"
     usual = SIZES if on_gpu else INTERPRETED_SIZES
-    sizes = tuple(map(int, options.sizes.split(","))) if options.sizes else usual
+    span = _span(options.range) if options.range else None
+    sizes = tuple(map(int, options.sizes.split(","))) if options.sizes else () if span else usual
     procs = options.procs or (min(8, os.cpu_count() or 1) if on_gpu else 1)
     started, results = time.perf_counter(), []
-    for result in check_all(models, sizes, options.dtype, options.tiny or not on_gpu, procs):
+    for result in check_all(models, sizes, options.dtype, options.tiny or not on_gpu, procs, span):
         results.append(result)
         state = f"error {result.ratio:.2f}" if result.ok else "; ".join(result.failures)
         print(f"{result.model} {result.piece} at {result.size}: {state}", file=sys.stderr, flush=True)

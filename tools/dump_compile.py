@@ -7,7 +7,7 @@ a `CompileJob`. Compiling and interpreting cannot share a process: under the int
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +22,8 @@ from terrazzo.kernels.launch import INTERPRETED, Grid, Kernel
 from terrazzo.kernels.target import Target
 from terrazzo.lowering.emit import Plan
 from terrazzo.lowering.errors import Unsupported, UserError
-from terrazzo.lowering.ir import Input
 from terrazzo.runtime.load import load
+from terrazzo.runtime.warm import hollow
 from terrazzo.tools.sass import SHARED_LIMIT_BYTES, Report, compile_job
 
 
@@ -50,8 +50,8 @@ class Stats:
     code: str = ""
 
 
-def launches(plan: Plan, target: Target) -> list[Launch]:
-    """The launches that a call of this plan makes, in order.
+def launches(plan: Plan, target: Target, size: int = 0) -> list[Launch]:
+    """The launches that a call of this plan makes, in order; `size`: where the plan is for a range.
 
     Raises:
         UserError: the process interprets.
@@ -87,7 +87,7 @@ def launches(plan: Plan, target: Target) -> list[Launch]:
         module[variable] = named(module[variable], kernel.name, kernel.family)
     with _recording(note, target), torch.no_grad():
         try:
-            call(*(_argument(i, plan.constants) for i in plan.schedule.values.inputs))
+            call(*hollow(plan, size))
         except (NotImplementedError, RuntimeError) as cause:
             fact = f"after {current[-1][0] if current else 'the start'} an op cannot run without values: {cause}"
             raise Unsupported("a plan without memory", fact, stage="tools.dump_compile") from cause
@@ -128,15 +128,6 @@ def _recording(note: Any, target: Target) -> Iterator[None]:
     current = staticmethod(lambda device=None: target)
     with mock.patch.object(Kernel, "__call__", note), mock.patch.object(Target, "current", current):
         yield
-
-
-def _argument(given: Input, constants: Mapping[str, torch.Tensor]) -> Any:
-    """An input of the plan without its memory."""
-    if given.kind == "constant":
-        return constants[given.name].to("meta")
-    if given.spec is None:
-        return given.value
-    return torch.empty_strided(given.spec.sizes(), given.spec.strides(), dtype=given.spec.dtype, device="meta")
 
 
 def _job(kernel: Kernel, args: tuple[Any, ...], family: str, name: str) -> CompileJob:

@@ -4,6 +4,7 @@
     python -m terrazzo.tools.dump_kernels --load piece.json --size 1,2048 --target b200
     … --source | --stage fuse | --ops        the module; one stage's result; what runs as itself and why
     … --stats | --ptx | --sass               what the kernels compile to for the target's architecture (or --arch 90)
+    … --range 1:16384                        instead of sizes: regimes, and the configs that launches look up by size
     … --json                                 all of it
     python -m terrazzo.tools.dump_kernels --all-models --size 1,2048 --arch 90     compile every kernel of every model
 
@@ -31,7 +32,7 @@ from terrazzo.lowering.emit import Plan
 from terrazzo.lowering.errors import TerrazzoError, UserError
 from terrazzo.lowering.options import Options
 from terrazzo.lowering.pipeline import Journal
-from terrazzo.tools import dump_text
+from terrazzo.tools import dump_range, dump_text
 from terrazzo.tools.dump_compile import Stats, compile_launch, launches
 from terrazzo.tools.dump_plan import STAGES, Dump, describe, label, make
 from terrazzo.tools.models import Piece, load_piece, names, pieces
@@ -74,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--all-models", action="store_true", help="compile every kernel of every model")
     parser.add_argument("--piece", default="1", help="index, or first, middle, last (default: 1)")
     parser.add_argument("--size", default="16", type=_sizes, help="tokens, comma-separated (default: 16)")
+    parser.add_argument("--range", metavar="LO:HI", type=_range, help="plans that serve every size of a range")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of a model's weights")
     parser.add_argument("--target", help=f"device planned for: {', '.join(NAMED)} (default: h200)")
     parser.add_argument("--arch", type=int, choices=BY_ARCH, help="architecture instead of a device")
@@ -96,11 +98,20 @@ def _sizes(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
+def _range(text: str) -> tuple[int, int]:
+    lo, _, hi = text.partition(":")
+    if not (lo.isdecimal() and hi.isdecimal() and int(lo) <= int(hi)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no range like 1:16384")
+    return int(lo), int(hi)
+
+
 def _one_piece(args: argparse.Namespace) -> int:
     if args.stage:
         _known("stage", args.stage, STAGES)
     options = _options(args)
     piece, origin = _piece(args)
+    if args.range:
+        return _ranged(piece, args, options)
     dumped, wrong = [], False
     for size in args.size:
         title = f"{label(piece)}, size {size}. Regenerate: {_command(origin, size, options)}"
@@ -113,6 +124,16 @@ def _one_piece(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(dumped, indent=1))
     return int(wrong)
+
+
+def _ranged(piece: Piece, args: argparse.Namespace, options: Options) -> int:
+    """A range of sizes instead of single ones."""
+    dump = dump_range.describe(piece, args.range[0], args.range[1], options, compiled=args.stats)
+    if args.json:
+        print(json.dumps([dump.to_json()], indent=1))
+    else:
+        dump_text.console().print(dump_range.screen(dump))
+    return int(any(s.wrong for s in dump.compiled))
 
 
 def _options(args: argparse.Namespace) -> Options:

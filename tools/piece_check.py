@@ -55,12 +55,29 @@ class Result:
         return not self.failures
 
 
-def check_sizes(piece: Piece, sizes: Sequence[int], device: torch.device) -> list[Result]:
-    """Compiles a piece and checks it at each of these numbers of tokens."""
+def check_sizes(
+    piece: Piece, sizes: Sequence[int], device: torch.device, span: tuple[int, int] | None = None
+) -> list[Result]:
+    """Compiles a piece and checks it at each of these numbers of tokens.
+
+    Args:
+        piece: what to check.
+        sizes: numbers of tokens.
+        device: where its inputs are made.
+        span: plans for this range of sizes serve those in it, and planning at a call is a failure.
+    """
     results = []
+    ranged = CompiledPiece(piece.graph)
+    regimes = ranged.ranged(*span) if span is not None else ()
     for size in sizes:
+        inside = any(r.lo <= size <= r.hi for r in regimes)
+        planned = len(ranged.plans)
         # Equal pieces share trace and plans; that one size cannot be compiled must not colour the next.
-        results.append(check_piece(piece, CompiledPiece(piece.graph), size, device))
+        compiled = ranged if inside else CompiledPiece(piece.graph)
+        results.append(check_piece(piece, compiled, size, device))
+        if inside and len(ranged.plans) > planned:
+            why = "; ".join(r.why for r in regimes if r.why)
+            results[-1].failures.append(f"the range did not serve it: planned at its call ({why})")
         if device.type == "cuda":
             # Several processes may share the device.
             torch.cuda.empty_cache()
@@ -156,11 +173,11 @@ class _Check:
         return self.piece.make_inputs(self.size, self.device, seed=1)
 
     def _count(self) -> None:
-        found = [loaded for (sizes, _), loaded in self.compiled.plans.items() if sizes == (self.size,)]
-        if not found or "graph it was" in self.compiled.summary():
+        plan = self.compiled.serving(self.size)
+        if plan is None or "graph it was" in self.compiled.summary():
             self._fail("; ".join(["not compiled: it runs as the graph it was", *self.said]))
             return
-        launches = found[0].plan.schedule.launches()
+        launches = plan.schedule.launches()
         self.result.kernels = sum(bool(k.family) for k in launches)
         self.result.foreign = len(launches) - self.result.kernels
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -188,3 +189,24 @@ def test_the_kernels_of_a_piece_compile(llama):
         for stats in dump["compiled"]:
             assert stats["registers"] > 0 and not stats["spills_bytes"] and not stats["wrong"]
             assert f".target sm_{arch}" in stats["code"]
+
+
+def test_a_range_names_its_regimes_and_configs(capsys, llama):
+    dump = dumped(capsys, *llama, "--range", "1:64")[0]
+    assert dump["regimes"][0] == ["1", ""] and dump["regimes"][-1][0].endswith("-64")
+    rows = [row for row in dump["rows"] if row["regime"] == dump["regimes"][-1][0]]
+    assert {row["family"] for row in rows} >= {"gemm_skinny"}
+    # Configs of one launch follow one another without a gap, up to the last size.
+    for kernel in {row["kernel"] for row in rows}:
+        spans = [tuple(map(int, row["sizes"].split("-"))) for row in rows if row["kernel"] == kernel]
+        assert all(before[-1] + 1 == after[0] for before, after in pairwise(spans))
+        assert spans[-1][-1] == 64
+    assert main([*llama, "--range", "1:64"]) == 0
+    assert "regimes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["16", "9:3", "a:b"])
+def test_a_range_that_is_none_is_refused(llama, text):
+    with pytest.raises(SystemExit) as refused:
+        main([*llama, "--range", text])
+    assert refused.value.code == 2

@@ -1,0 +1,170 @@
+"""Family and config of a kernel: for one size, and for every size of a range.
+
+Enters: a problem as the families see it (`GemmProblem`, `Problem`), whose numbers may be `Size`s. Leaves: a `Choice`,
+or for a range a table of them by the largest size each serves. The launch looks its own size up in that table, so that
+the tile is always that of the size that runs. The families are asked at a grid of sizes that holds every bound of their
+tables and every multiple of 64 where that decides how many tiles there are; sizes between take the choice above them.
+
+Each choice is a kernel to compile, so a few stand for all: as few as keep every size of the grid within `LOSS` of its
+own best by the families' estimates. Where the best was measured it is taken itself. Refuses nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from functools import cache, lru_cache
+from itertools import groupby
+from typing import Any
+
+from ..kernels import rows
+from ..kernels.gemm import GemmProblem, lookup, pick
+from ..kernels.segments import pdl_pays
+from .options import Options
+from .size import Size, Span, typical
+
+# GEMM families that can wait in the kernel for the one before.
+WAITING = ("gemm_skinny", "gemm_persistent")
+# What a choice may take longer than the best for a size.
+LOSS = 0.03
+# Kernels compiled for one launch of a range, at most.
+MOST = 12
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A family, its config, whether launched with programmatic dependent launch; why, for the reader."""
+
+    family: str
+    config: Any
+    pdl: bool
+    why: str
+
+    @property
+    def key(self) -> tuple[str, Any, bool]:
+        return self.family, self.config, self.pdl
+
+
+Table = tuple[tuple[int, Choice], ...]
+
+
+@lru_cache(maxsize=1 << 14)
+def choose(family: str, problem: Any, options: Options, looped: bool = False) -> Choice:
+    """The choice for a problem of plain integers.
+
+    Args:
+        family: of a problem over rows; a product's is chosen here.
+        problem: at one size.
+        options: the target chosen for.
+        looped: rows are walked, not held.
+    """
+    pdl, target = options.pdl and options.target.pdl, options.target
+    if isinstance(problem, GemmProblem):
+        family, config, why = pick(problem, target)
+        return Choice(family, config, pdl and family in WAITING, why)
+    if looped:
+        config, why = rows.choose(problem, target, looped=True)
+    else:
+        config, why = _module(family).choose(problem, target)
+    return Choice(family, config, pdl and pdl_pays(problem, config, target), why)
+
+
+def at_size(problem: Any, size: int | None = None) -> Any:
+    """A problem at one size of the range it is for, by default the typical one."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(plain, value))
+        return value if not isinstance(value, Size) else typical(value) if size is None else value.at(size)
+
+    return replace(problem, **{f.name: plain(getattr(problem, f.name)) for f in fields(problem)})
+
+
+def by_size(family: str, problem: Any, options: Options, looped: bool = False) -> Table:
+    """The choices for a range, each with the largest size it serves; none for a problem without a `Size`."""
+    span = _span(problem)
+    if span is None:
+        return ()
+    grid = _grid(span)
+    best = {bound: choose(family, at_size(problem, bound), options, looped) for bound in grid}
+    if isinstance(problem, GemmProblem):
+        best = _fewer(best, problem, options)
+    runs = [list(run) for _, run in groupby(best.items(), key=lambda entry: entry[1].key)]
+    return tuple(run[-1] for run in runs)
+
+
+def _fewer(best: Mapping[int, Choice], problem: GemmProblem, options: Options) -> dict[int, Choice]:
+    """A choice for every size of the grid out of few."""
+    below = dict(zip(best, (0, *best), strict=False))
+
+    def loss(choice: Choice, bound: int) -> float:
+        """What it takes longer than the best, at the smallest or largest size between two bounds."""
+        if choice.key == best[bound].key and _measured(choice, at_size(problem, bound), options):
+            return 0.0
+        lost = 0.0
+        for size in {below[bound] + 1, bound} if below[bound] else {bound}:
+            asked = at_size(problem, size)
+            times = [_us(c, asked, options) for c in (choice, choose("", asked, options))]
+            lost = max(lost, times[0] / times[1] - 1)
+        return lost
+
+    candidates = list({choice.key: choice for choice in best.values()}.values())
+    losses = {(c.key, b): loss(c, b) for c in candidates for b in best}
+    fixed = {b for b, choice in best.items() if _measured(choice, at_size(problem, b), options)}
+    serves = {
+        c.key: {b for b, own in best.items() if c.key == own.key or (b not in fixed and losses[c.key, b] <= LOSS)}
+        for c in candidates
+    }
+    kept: list[Choice] = []
+    left = set(best)
+    while left and len(kept) < MOST:
+        kept.append(max(candidates, key=lambda c: len(serves[c.key] & left)))
+        left -= serves[kept[-1].key]
+
+    def given(bound: int) -> Choice:
+        own = best[bound]
+        measured = bound in fixed and any(c.key == own.key for c in kept)
+        return own if measured else min(kept, key=lambda c: losses[c.key, bound])
+
+    return {bound: given(bound) for bound in best}
+
+
+def _us(choice: Choice, problem: GemmProblem, options: Options) -> float:
+    return float(_module(choice.family).estimate_us(problem, choice.config, options.target))
+
+
+def _measured(choice: Choice, problem: GemmProblem, options: Options) -> bool:
+    """Whether the choice's time is one that its family has measured."""
+    module = _module(choice.family)
+    hit = lookup(module.CONFIGS, module.BUCKETS, problem) if hasattr(module, "BUCKETS") else None
+    return hit is not None and hit.us == _us(choice, problem, options)
+
+
+def _span(problem: Any) -> Span | None:
+    """The range that a problem is for."""
+    for field in fields(problem):
+        value = getattr(problem, field.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, Size):
+                return number.span
+    return None
+
+
+def _grid(span: Span) -> list[int]:
+    """Sizes to ask at, the largest among them: powers of two, then multiples of 16, of 64, and 16 to each power."""
+
+    def bounds() -> Iterator[int]:
+        bound = 1
+        while bound < span.hi:
+            yield bound
+            step = bound if bound < 16 else 16 if bound < 128 else 64
+            bound += max(step, (1 << bound.bit_length()) // 32)
+        yield span.hi
+
+    return [bound for bound in bounds() if bound >= span.lo]
+
+
+@cache
+def _module(family: str) -> Any:
+    return importlib.import_module(f"..kernels.{family}", __package__)
