@@ -162,7 +162,7 @@ class Values:
         definitions: by name, in order.
         views: names that are geometry over another value.
         outputs, mutations: as in `Trace`, names resolved by `views` where they are views.
-        nodes: how many ops of the source graph were lowered, by name of the value that took them in.
+        nodes: how many ops the piece has as ATen, those that run as themselves among them.
     """
 
     inputs: tuple[Input, ...]
@@ -172,6 +172,7 @@ class Values:
     mutations: tuple[tuple[str, str], ...]
     structure: Any = None
     layouts: Mapping[str, Layout] = field(default_factory=dict)
+    nodes: int = 0
 
     @cached_property
     def device(self) -> torch.device:
