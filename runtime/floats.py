@@ -38,7 +38,7 @@ class ByFloats:
 
     def __call__(self, *args: Any) -> Any:
         values = [args[i].item() for i in self.bound]
-        # As bytes: −0 is not 0, and NaN is itself.
+        # As bytes: −0 is not 0.
         piece = self.pieces.get((self.bound, struct.pack(f"{len(values)}d", *values)))
         return (piece or self._piece(values))(*args)
 

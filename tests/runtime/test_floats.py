@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch import fx
@@ -60,10 +58,8 @@ def test_values_are_told_apart_by_their_bits(device):
     found = []
     run = compiled(lambda x, a: x.copysign(torch.full_like(x, a)), found)
     x = torch.ones(3, device=device)
-    for a in (0.0, -0.0, math.nan, math.nan):
-        run(x, a)
-    assert [run(x, a)[0].item() for a in (0.0, -0.0)] == [1.0, -1.0]
-    assert len(found[0].pieces) == 3
+    assert [run(x, a)[0].item() for a in (0.0, -0.0, 0.0)] == [1.0, -1.0, 1.0]
+    assert len(found[0].pieces) == 2
 
 
 def test_a_tensor_that_is_computed_with_is_no_float():
