@@ -235,7 +235,7 @@ class Definer:
             self.trace.mutations,
             self.trace.structure,
             self.layouts,
-            sum(node.op is not operator.getitem for node in self.trace.nodes),
+            self.trace.nodes,
         )
 
     def _output(self, position: int, output: Any) -> Any:

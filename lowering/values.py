@@ -162,7 +162,8 @@ class Values:
         definitions: by name, in order.
         views: names that are geometry over another value.
         outputs, mutations: as in `Trace`, names resolved by `views` where they are views.
-        nodes: how many ops the piece has as ATen, those that run as themselves among them.
+        layouts: geometry of every value.
+        ops: the trace's nodes, which these definitions were made of.
     """
 
     inputs: tuple[Input, ...]
@@ -172,7 +173,7 @@ class Values:
     mutations: tuple[tuple[str, str], ...]
     structure: Any = None
     layouts: Mapping[str, Layout] = field(default_factory=dict)
-    nodes: int = 0
+    ops: tuple[Node, ...] = ()
 
     @cached_property
     def device(self) -> torch.device:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import operator
 import sys
 import time
 from collections import Counter
@@ -174,7 +175,7 @@ def _count(result: Result, pieces: Sequence[Any]) -> None:
     for loaded in {id(plan): plan for piece in compiled for plan in piece.plans.values()}.values():
         values = loaded.plan.schedule.values
         result.plans += 1
-        result.nodes += values.nodes
+        result.nodes += sum(node.op is not operator.getitem for node in values.ops)
         for made in values.definitions.values():
             if isinstance(made, Extern):
                 found[made.node.target] += 1
