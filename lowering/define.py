@@ -238,6 +238,7 @@ class Definer:
             self.trace.mutations,
             self.trace.structure,
             self.layouts,
+            self.trace.nodes,
         )
 
     def _output(self, position: int, output: Any) -> Any:

@@ -191,7 +191,7 @@ class Body:
 
     def typed(self, value: str, expr: Expr, dtype: torch.dtype) -> str:
         """A value as what is stored: in the tensor's dtype; a constant as a tensor."""
-        if isinstance(expr, Const):
+        if isinstance(expr, Const) and not value.startswith("("):
             return f"tl.full([1, 1], {value}, {TYPES[dtype]})"
         return f"{value if atomic(value) else f'({value})'}.to({TYPES[dtype]})"
 
@@ -330,6 +330,9 @@ def constant(expr: Const) -> str:
         return str(bool(value))
     if expr.dtype.is_floating_point:
         number = float(value)
+        if number == 0 and math.copysign(1, number) < 0:
+            # Triton makes every constant that equals 0 a positive one.
+            return f"(tl.full([1, 1], -1.0, {TYPES[register(expr.dtype)]}) * 0.0)"
         return f'float("{number}")' if not math.isfinite(number) else repr(number)
     return str(int(value))
 
@@ -357,7 +360,7 @@ def apply_text(expr: Apply, parts: list[str]) -> str:
 def tl_where(expr: Apply, parts: list[str]) -> str:
     """Select; constants take the dtype of the other branch."""
     a, b = parts[1:]
-    if isinstance(expr.args[1], Const) and isinstance(expr.args[2], Const):
+    if isinstance(expr.args[1], Const) and isinstance(expr.args[2], Const) and not a.startswith("("):
         a = f"tl.full([1, 1], {a}, {TYPES[register(expr.dtype)]})"
     return f"tl.where({parts[0]}, {a}, {b})"
 

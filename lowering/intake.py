@@ -108,22 +108,23 @@ class _World:
             if binding is not None:
                 self.ours[symbol] = binding[symbol]
             else:
-                made = self.env.create_symbol(
-                    _hint(examples, symbol), source=ConstantSource(str(symbol)), dynamic_dim=DimDynamic.DYNAMIC
-                )
-                self.ours[symbol] = made
+                self.ours[symbol] = self._symbol(symbol)
         self.inputs = [self._fake(v) for v in examples.values]
+
+    def _symbol(self, symbol: sympy.Symbol) -> sympy.Symbol:
+        """A symbol of ours: a size, 2 or more, or an integer of which nothing is known."""
+        size = any(isinstance(v, torch.Tensor) and symbol in _free(v.shape) for v in self.examples.values)
+        create = self.env.create_symbol if size else self.env.create_unspecified_symbol
+        hint = _hint(self.examples, symbol)
+        source = ConstantSource(str(symbol))
+        return create(max(hint, 2) if size else hint, source=source, dynamic_dim=DimDynamic.DYNAMIC)
 
     def _free_symbols(self, examples: Examples) -> list[sympy.Symbol]:
         known = self.sources
         for value in examples.values:
-            parts: list[Any] = [value] if isinstance(value, torch.SymInt) else []
-            if isinstance(value, torch.Tensor):
-                parts = [*value.shape, *value.stride()]
-            for part in parts:
-                for symbol in _expr(part).free_symbols if isinstance(part, torch.SymInt) else ():
-                    if symbol not in known:
-                        raise Unsupported("the piece's arguments", f"no argument holds {symbol} itself", stage="intake")
+            parts = [*value.shape, *value.stride()] if isinstance(value, torch.Tensor) else [value]
+            for symbol in _free(parts) - known.keys():
+                raise Unsupported("the piece's arguments", f"no argument holds {symbol} itself", stage="intake")
         return list(known)
 
     def _int(self, value: Any) -> Any:
@@ -293,7 +294,7 @@ def _hint(examples: Examples, symbol: sympy.Symbol) -> int:
     for value in examples.values:
         for part in [value] if isinstance(value, torch.SymInt) else getattr(value, "shape", ()):
             if isinstance(part, torch.SymInt) and _expr(part) == symbol and part.node.has_hint():
-                return max(int(part.node.hint), 2)
+                return int(part.node.hint)
     return 4099
 
 
@@ -301,9 +302,15 @@ def _guards(world: _World) -> tuple[sympy.Basic, ...]:
     """What the trace relies on: recorded guards, and the range each symbol was assumed to lie in (2 and up)."""
     guards = [g.expr for g in world.env.guards]
     for symbol in world.ours.values():
-        if isinstance(symbol, sympy.Symbol):
-            guards.append(sympy.Ge(symbol, world.env.var_to_range[symbol].lower))
+        lower = world.env.var_to_range[symbol].lower if isinstance(symbol, sympy.Symbol) else None
+        if isinstance(lower, sympy.Integer):
+            guards.append(sympy.Ge(symbol, lower))
     return tuple(guards)
+
+
+def _free(sizes: Sequence[Any]) -> set[sympy.Basic]:
+    """The symbols in sizes."""
+    return {s for size in sizes if isinstance(size, torch.SymInt) for s in _expr(size).free_symbols}
 
 
 def _expr(value: Any) -> sympy.Expr:

@@ -162,7 +162,8 @@ class Values:
         definitions: by name, in order.
         views: names that are geometry over another value.
         outputs, mutations: as in `Trace`, names resolved by `views` where they are views.
-        nodes: how many ops of the source graph were lowered, by name of the value that took them in.
+        layouts: geometry of every value.
+        ops: the trace's nodes, which these definitions were made of.
     """
 
     inputs: tuple[Input, ...]
@@ -172,6 +173,7 @@ class Values:
     mutations: tuple[tuple[str, str], ...]
     structure: Any = None
     layouts: Mapping[str, Layout] = field(default_factory=dict)
+    ops: tuple[Node, ...] = ()
 
     @cached_property
     def device(self) -> torch.device:

@@ -1,7 +1,8 @@
 """`torch.compile(model, backend="terrazzo")`: the front door for PyTorch users; inference only.
 
 Dynamo hands over one graph per frame, with symbolic sizes where shapes are dynamic. Each graph becomes a
-`CompiledPiece`: one trace, one plan per concrete size, made at that size's first call.
+`CompiledPiece`: one trace, one plan per concrete size, made at that size's first call. Floats that Dynamo made
+arguments become constants of the graph (floats.py).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import fx
 
 from ..lowering.errors import UserError
 from .compiled import CompiledPiece
+from .floats import ByFloats, float_arguments
 
 
 def terrazzo(graph: fx.GraphModule, example_inputs: Sequence[Any], **options: Any) -> Callable[..., Any]:
@@ -44,4 +46,7 @@ def terrazzo(graph: fx.GraphModule, example_inputs: Sequence[Any], **options: An
             stage="backend",
             remedy="Call the compiled module under torch.no_grad() or torch.inference_mode().",
         )
+    floats = float_arguments(graph, example_inputs)
+    if floats:
+        return ByFloats(graph, floats, lambda bound: CompiledPiece(bound, example_inputs))
     return CompiledPiece(graph, example_inputs)

@@ -257,3 +257,9 @@ def test_python_numbers_promote_as_in_eager(fn: Callable[..., Any], dtype: torch
 def test_tensors_promote_as_in_eager(dtype: torch.dtype, other: torch.dtype, rank: int) -> None:
     y = odd(5, dtype=other) if rank else odd(1, dtype=other)[0]
     same(lambda x, y: (x + y, x * y, x == y, torch.where(x > y, x, y)), odd(5, dtype=dtype), y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_constant_keeps_the_sign_of_zero(dtype: torch.dtype) -> None:
+    same(lambda x: torch.full_like(x, -0.0).copysign(torch.full_like(x, -0.0)), SPECIAL.to(dtype))
+    same(lambda x: 1 / torch.where(x > 1, 0.0, torch.full_like(x, -0.0)), SPECIAL.to(dtype))

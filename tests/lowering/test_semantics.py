@@ -14,6 +14,7 @@ from torch import nn
 
 from terrazzo.runtime.backend import terrazzo
 from terrazzo.runtime.compiled import CompiledPiece
+from terrazzo.runtime.floats import LIMIT
 
 from .equal import DEVICE, compare, copied, odd
 
@@ -280,7 +281,10 @@ def numbers(*values: float) -> list[tuple[Any, ...]]:
     ],
 )
 def test_numbers_known_at_run_time(fn: Callable[..., Any]) -> None:
-    through_dynamo(fn, *numbers(0.5, 2.25, 1e-6), dynamic=True, itself=True)
+    # More values than floats are compiled for: the last calls read the number when they run.
+    values = (0.5, 2.25, 1e-6, 0.75, 3.0, 0.125)
+    assert len(values) > LIMIT + 1
+    through_dynamo(fn, *numbers(*values), dynamic=True, itself=True)
 
 
 def test_integers_known_at_run_time() -> None:
@@ -289,7 +293,7 @@ def test_integers_known_at_run_time() -> None:
 
 
 def test_numbers_returned() -> None:
-    through_dynamo(lambda x, s: (x * s, s * 2 + 1), *numbers(0.25, 0.5), dynamic=True, itself=True)
+    through_dynamo(lambda x, s: (x * s, s * 2 + 1), *numbers(0.25, 0.5, 0.75, 1.5, 2.0, 3.0), dynamic=True, itself=True)
 
 
 def test_a_module_with_buffers() -> None:
