@@ -116,7 +116,7 @@ REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
     "a sum over tokens": (lambda x: x.sum(0), "reduces"),
     "a softmax over tokens": (lambda x: torch.softmax(x, 0), "reduces"),
     "transposed": (lambda x: x.t().contiguous() * 2, "body"),
-    "an arange": (lambda x: torch.arange(x.shape[0]).flip(0) + x[:, 0].long(), "body"),
+    "an arange": (lambda x: torch.arange(x.shape[0], device=x.device).flip(0) + x[:, 0].long(), "body"),
     "reversed rows": (lambda x: x.flip(0) * 2, "body"),
     "the last row": (lambda x: x[-1] * 2, "body"),
     "the size as a number": (lambda x: x * x.shape[0], "body"),

@@ -32,8 +32,7 @@ KINDS: dict[str, Callable[..., Any]] = {
     "nansum": torch.nansum,
     "var_mean": torch.var_mean,
     "std_mean": torch.std_mean,
-    # Counted from the front: torch 2.11 has another shape for its fake result than for the real one otherwise.
-    "norm": lambda x, d: torch.linalg.vector_norm(x, dim=d % max(x.dim(), 1)),
+    "norm": lambda x, d: torch.linalg.vector_norm(x, dim=d),
     "count": torch.count_nonzero,
     "norm1": lambda x, d: torch.linalg.vector_norm(x, 1, dim=d),
     "norminf": lambda x, d: torch.linalg.vector_norm(x, math.inf, dim=d),
@@ -48,6 +47,9 @@ SEVERAL = ["sum", "mean", "amax", "amin", "var", "std", "logsumexp", "any", "all
 def test_along_one_dimension(name: str, shape: tuple[int, ...], dim: int) -> None:
     if shape[dim] == 1 and name in ("var", "std", "var_mean", "std_mean"):
         return
+    if name in ("norm", "norm1"):
+        # torch 2.11's fake result on a GPU keeps a dimension of size 1 that is counted from the back.
+        dim %= len(shape)
     same(lambda x: KINDS[name](x, dim), odd(*shape))
 
 
