@@ -240,7 +240,9 @@ def arange(d: Definer, node: Node) -> None:
         start = numbers[0] if len(numbers) > 1 else 0
         step = numbers[2] if len(numbers) > 2 else node.kwargs.get("step", 1)
     place = index(variables(layout.shape)[0])
-    if layout.dtype.is_floating_point or isinstance(start, float) or isinstance(step, float):
+    if not layout.dtype.is_floating_point:
+        start, step = int(start), int(step)
+    if layout.dtype.is_floating_point:
         dtype = torch.float32 if layout.dtype != torch.float64 else torch.float64
         scaled = apply("mul", cast(place, dtype), cast(d.number(step), dtype), dtype=dtype)
         d.map(node, apply("add", scaled, cast(d.number(start), dtype), dtype=dtype))

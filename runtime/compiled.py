@@ -155,7 +155,8 @@ class CompiledPiece:
         self._runs: dict[tuple[Any, ...], Runner] = {}
         self._range: tuple[int, int] | None = None
         self._regimes: dict[tuple[int, ...], _Regimes] = {}
-        self._fell_back = False
+        # Why the piece runs as the graph it was; empty while it does not.
+        self.refusal = ""
 
     def at(self, args: Sequence[Any]) -> Runner:
         """The callable for the sizes in these arguments; compiled at their first use, then looked up.
@@ -234,7 +235,7 @@ class CompiledPiece:
 
     def summary(self) -> str:
         """Plans so far: sizes, kernels, ops that run as themselves."""
-        if self._fell_back:
+        if self.refusal:
             return "runs as the graph it was"
         parts = []
         for (sizes, _), loaded in (self._lowered.plans if self._lowered else {}).items():
@@ -335,12 +336,12 @@ class CompiledPiece:
         return run
 
     def _fall_back(self, cause: Exception) -> Runner:
-        if not self._fell_back:
+        if not self.refusal:
             remedy = "python -m terrazzo.tools.dump_kernels on this piece shows the stage"
             log.warning(
                 "a piece of %d nodes runs as the graph it was: %s; %s", len(self.graph.graph.nodes), cause, remedy
             )
-        self._fell_back = True
+        self.refusal = str(cause)
         return self.graph.forward
 
 
