@@ -64,6 +64,21 @@ TAKEN_APART = (
     aten.hardtanh,
     aten.squeeze,
     aten.linalg_vector_norm,
+    aten.native_batch_norm,
+    aten._native_batch_norm_legit,
+    aten._native_batch_norm_legit_no_training,
+    aten._native_batch_norm_legit_functional,
+    aten._batch_norm_with_update_functional,
+    aten._batch_norm_no_update,
+    aten.upsample_nearest2d,
+    aten.upsample_bilinear2d,
+    aten.upsample_trilinear3d,
+    aten.upsample_bicubic2d,
+    aten.grid_sampler_2d,
+    aten.max_pool2d_with_indices_backward,
+    aten.ldexp,
+    aten.addmv,
+    aten.dist,
 )
 
 

@@ -21,7 +21,7 @@ from .choices import Choice, at_size
 from .emit_expr import HELPERS, Body, short_names
 from .emit_loop import looped_body
 from .group import Group
-from .ir import Output, Ref, Scalar, map_tree
+from .ir import Output, Ref, Scalar, Spec, map_tree
 from .schedule import Schedule, Step
 from .select import Kernel, is_looped, operand
 from .size import NAME, Size, Undecided, integer
@@ -292,9 +292,21 @@ class _Writer:
         offset = str(view.offset) if ours else f"{name}.storage_offset() + {view.offset}"
         return f"{name}.as_strided({_tuple(view.layout.shape)}, {_tuple(view.layout.stride)}, {offset})"
 
+    def dtype(self, name: str) -> torch.dtype:
+        return self.values.layouts[name].dtype
+
+    def reinterpreted(self, name: str, spec: Spec) -> str:
+        """An input's memory as numbers of another dtype."""
+        start = f"{self.names[name]}.storage_offset() * {self.dtype(name).itemsize} // {spec.dtype.itemsize}"
+        memory = f"{self.names[name]}.untyped_storage(), {start} + {int(spec.offset)}"
+        sizes = f"{_tuple(spec.sizes())}, {_tuple(spec.strides())}"
+        return f"torch.empty(0, dtype={spec.dtype}, device=device).set_({memory}, {sizes})"
+
     def output(self, output: Output) -> str:
         if output.kind == "input":
             return self.names[output.ref]
+        if output.kind == "alias" and output.spec is not None and output.spec.dtype != self.dtype(output.ref):
+            return self.reinterpreted(output.ref, output.spec)
         if output.kind in ("alias", "value"):
             assert output.spec is not None
             view = self.values.views.get(output.ref)

@@ -50,10 +50,14 @@ LIBDEVICE = {
 # Where integers differ from floats.
 INTEGERS = {
     "div_floor": "div_floor_int({0}, {1})", "div_trunc": "{0} // {1}", "remainder": "remainder_int({0}, {1})",
-    "fmod": "{0} % {1}", "maximum": "tl.maximum({0}, {1})", "minimum": "tl.minimum({0}, {1})",
+    "fmod": "{0} % {1}", "pow": "pow_int({0}, {1})",
+    "maximum": "tl.maximum({0}, {1})", "minimum": "tl.minimum({0}, {1})",
     "bitwise_and": "{0} & {1}", "bitwise_or": "{0} | {1}", "bitwise_xor": "{0} ^ {1}", "bitwise_not": "~{0}",
-    "shift_left": "{0} << {1}", "shift_right": "{0} >> {1}",
+    "shift_left": "shift_left({0}, {1})", "shift_right": "shift_right({0}, {1})",
 }  # fmt: skip
+
+# Functions of integers that ask their operands for their type.
+OF_TENSORS = {"pow", "shift_left", "shift_right"}
 
 # Where fp64 differs: its division and root are exact anyway.
 DOUBLES = {"div": "{0} / {1}", "sqrt": "tl.sqrt({0})", "reciprocal": "1.0 / {0}"}
@@ -61,9 +65,11 @@ DOUBLES = {"div": "{0} / {1}", "sqrt": "tl.sqrt({0})", "reciprocal": "1.0 / {0}"
 HELPER_NAMES = (
     "maximum", "minimum", "relu", "silu", "sigmoid", "tanh", "sign", "div_floor", "div_floor_int", "div_trunc",
     "remainder", "remainder_int", "row_sum", "row_max", "row_min", "row_prod", "row_any", "row_all", "row_argmax",
-    "row_argmin",
+    "row_argmin", "row_running_sum", "row_running_prod", "shift_left", "shift_right", "pow_int",
 )  # fmt: skip
 HELPERS = re.compile(rf"\b({'|'.join(HELPER_NAMES)})\(")
+
+COMPARISONS = {"eq", "ne", "lt", "le", "gt", "ge"}
 
 # Names that mean something else inside a body.
 RESERVED = {
@@ -96,6 +102,8 @@ NEUTRAL = {
     "all": "True",
     "argmax": "low",
     "argmin": "high",
+    "running_sum": "0",
+    "running_prod": "1",
 }
 
 
@@ -216,19 +224,39 @@ class Body:
         if isinstance(expr, Acc):
             return ("acc2" if expr.which else "acc"), frozenset((0, 1))
         if isinstance(expr, RowScalar):
-            return self.names[expr.value], frozenset((0,))
+            running = any(r.value == expr.value and r.running for r in self.group.reductions)
+            return self.names[expr.value], frozenset((0, 1) if running else (0,))
         if isinstance(expr, Index):
-            where, dims = self.offset(expr.offset, cond)
-            return where if atomic(where) else f"({where})", dims
+            return self.number(expr, cond)
         if isinstance(expr, Masked):
             both = expr.cond if cond is None else Apply(torch.bool, fn="bitwise_and", args=(cond, expr.cond))
             return self.value(expr.body, both)
         if isinstance(expr, Load):
             return self.load(expr, cond)
         assert isinstance(expr, Apply)
-        parts = [self.value(a, cond) for a in expr.args]
+        if expr.fn in COMPARISONS and all(map(_short, expr.args)):
+            parts = [self.place(a, cond) if isinstance(a, Index) else self.value(a, cond) for a in expr.args]
+        else:
+            parts = [self.value(a, cond) for a in expr.args]
         dims = frozenset().union(*(d for _, d in parts))
         return apply_text(expr, [p for p, _ in parts]), dims
+
+    def place(self, expr: Index, cond: Expr | None) -> tuple[str, frozenset[int]]:
+        """An index as wide as the kernel's own."""
+        where, dims = self.offset(expr.offset, cond)
+        return where if atomic(where) else f"({where})", dims
+
+    def number(self, expr: Index, cond: Expr | None) -> tuple[str, frozenset[int]]:
+        """An index as a number to calculate with, in 64 bits."""
+        if _short(expr):
+            where, dims = self.place(expr, cond)
+            return f"{where}.to(tl.int64)", dims
+        dims, parts = frozenset(), [str(expr.offset.const)]
+        for atom, coefficient in expr.offset.terms:
+            text, own = self.atom(atom, cond)
+            dims |= own
+            parts.append(f"{text}.to(tl.int64) * {coefficient}")
+        return f"({' + '.join(parts)})", dims
 
     def load(self, expr: Load, cond: Expr | None) -> tuple[str, frozenset[int]]:
         if cond is not None and not _guarded(expr.offset):
@@ -306,6 +334,13 @@ def neutral_text(kind: str, dtype: torch.dtype) -> str:
     return str(info.min if neutral == "low" else info.max)
 
 
+def _short(expr: Expr) -> bool:
+    """Whether this is an index or a whole number that 32 bits hold."""
+    if isinstance(expr, Index):
+        return max(abs(x) for x in expr.offset.range) < 2**31
+    return isinstance(expr, Const) and not expr.dtype.is_floating_point and abs(expr.value) < 2**31
+
+
 def _guarded(offset: Affine) -> bool:
     """Whether an offset is only in range under its condition; elsewhere the load needs none and keeps its shape."""
     for atom in offset.atoms():
@@ -346,6 +381,11 @@ def apply_text(expr: Apply, parts: list[str]) -> str:
     if expr.fn == "where":
         return tl_where(expr, parts)
     if not of.is_floating_point and expr.fn in INTEGERS:
+        if expr.fn in OF_TENSORS:
+            wrapped = [
+                f"tl.full([1, 1], {p}, {TYPES[of]})" if isinstance(a, Const) else p
+                for p, a in zip(parts, expr.args, strict=True)
+            ]
         return INTEGERS[expr.fn].format(*wrapped)
     if of == torch.float64 and expr.fn in DOUBLES:
         return DOUBLES[expr.fn].format(*wrapped)

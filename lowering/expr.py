@@ -105,7 +105,8 @@ class Masked(Expr):
 
 @dataclass(frozen=True, eq=False)
 class RowScalar(Expr):
-    """The result for this row of the reduction `value`, computed in the same kernel."""
+    """The result for this row (a running reduction's: for this element) of the reduction `value` of the same
+    kernel."""
 
     value: str = ""
 

@@ -152,6 +152,8 @@ class _Conversion:
             if same is not None:
                 found.append(Output("input", inputs[same].name, _spec(leaf)))
             elif key in storages:
+                if leaf.is_conj() or leaf.is_neg():
+                    raise Unsupported(inputs[storages[key]].name, "it is returned conjugated in place", stage="intake")
                 found.append(Output("alias", inputs[storages[key]].name, _spec(leaf)))
             else:
                 storage = groups.setdefault(key, len(groups))

@@ -186,14 +186,18 @@ def embedding(d: Definer, node: Node) -> None:
     d.map(node, d.read(table, [Affine.of(Indirect(row, d.layout(table).shape[0])), at[-1]]))
 
 
-def wrapped(value: Expr, size: int) -> Affine:
+def wrapped_value(value: Expr, size: int) -> Expr:
     """An index that may be negative, counted from the end as Python does."""
     value = cast(value, torch.int64)
     below = apply("lt", value, const(0, torch.int64), dtype=torch.bool)
-    positive = apply(
+    return apply(
         "where", below, apply("add", value, const(size, torch.int64), dtype=torch.int64), value, dtype=torch.int64
     )
-    return Affine.of(Indirect(positive, size))
+
+
+def wrapped(value: Expr, size: int) -> Affine:
+    """The same as part of an offset."""
+    return Affine.of(Indirect(wrapped_value(value, size), size))
 
 
 @rule(aten.index.Tensor)

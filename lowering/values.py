@@ -18,6 +18,9 @@ from .affine import contiguous_strides
 from .expr import Expr
 from .ir import Input, Node, Output, Spec
 
+# How the kinds of reductions begin whose result is every prefix's.
+RUNNING = "running_"
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -84,7 +87,8 @@ class Map:
 class Reduce:
     """`kind` of `expr` over the dimensions `reduced` of `domain`; variables 0 … over `domain` in natural order.
 
-    `layout` is that of the result, whose elements stand in the order of the dimensions kept.
+    `layout` is that of the result, whose elements stand in the order of the dimensions kept; those of a running
+    reduction (a cumulative sum: one result per element) in the order of the domain.
     """
 
     name: str
@@ -94,6 +98,10 @@ class Reduce:
     kind: str
     expr: Expr
     source: str = ""
+
+    @property
+    def running(self) -> bool:
+        return self.kind.startswith(RUNNING)
 
     @property
     def rows(self) -> int:
