@@ -255,6 +255,7 @@ class Definer:
             self.trace.structure,
             self.layouts,
             self.trace.nodes,
+            self.trace.absolute,
         )
 
     def _output(self, position: int, output: Any) -> Any:

@@ -187,8 +187,8 @@ class _Composer:
         stores = []
         for name in self.needed:
             numel = self.layout(name).numel
-            reduction = self.values.definitions[name]
-            running = isinstance(reduction, Reduce) and reduction.running
+            made = self.values.definitions[name]
+            running = isinstance(made, Reduce) and made.running
             if not running and (name in self.reductions or alike(numel, self.rows)):
                 stores.append(self._store(name, row, per_row=True))
             elif alike(numel, self.rows * self.cols):

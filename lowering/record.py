@@ -20,6 +20,9 @@ from .errors import Unsupported
 from .ir import Input, Node, Output, Ref, Scalar, Spec, Trace, iter_leaves, map_tree
 
 
+STRIDED = (torch.ops.aten.as_strided.default, torch.ops.aten.as_strided_copy.default)
+
+
 @dataclass(frozen=True)
 class Recorded:
     """What intake knows once a piece ran under `make_fx`.
@@ -93,6 +96,7 @@ class _Conversion:
             recorded.symbols,
             recorded.guards,
             recorded.structure,
+            any(map(_from_storage, recorded.graph.nodes)),
         )
         _refuse_data_dependent(made)
         return made
@@ -159,6 +163,12 @@ class _Conversion:
                 storage = groups.setdefault(key, len(groups))
                 found.append(Output("value", self.names[result], _spec(leaf), storage=storage))
         return tuple(found)
+
+
+def _from_storage(node: fx.Node) -> bool:
+    """Whether an op names a place by its distance from the start of the storage."""
+    named = len(node.args) > 3 and node.args[3] is not None or node.kwargs.get("storage_offset") is not None
+    return node.target in STRIDED and named
 
 
 def _refuse_data_dependent(trace: Trace) -> None:

@@ -251,7 +251,7 @@ def adaptive_avg_pool_backward(d: Definer, node: Node) -> None:
 def max_pool(d: Definer, node: Node) -> None:
     given = _given(node, "self", "kernel_size", "stride", "padding", "dilation", "ceil_mode")
     source = d.layout(given["self"])
-    layout = Layout.of(node.spec[0])  # type: ignore[index]
+    layout = Layout.of(node.spec[0])  # type: ignore[index, arg-type]
     rank = 2 if node.op is aten.max_pool2d_with_indices.default else 3
     kernel = _numbers(given["kernel_size"], rank, 1)
     windows = _sliding(
@@ -264,7 +264,7 @@ def max_pool(d: Definer, node: Node) -> None:
 @rule(aten.adaptive_max_pool2d.default, aten.adaptive_max_pool3d.default)
 def adaptive_max_pool(d: Definer, node: Node) -> None:
     source = d.layout(node.args[0])
-    layout = Layout.of(node.spec[0])  # type: ignore[index]
+    layout = Layout.of(node.spec[0])  # type: ignore[index, arg-type]
     rank = 2 if node.op is aten.adaptive_max_pool2d.default else 3
     if 0 in (*source.shape, *layout.shape):
         raise Unsupported(node.name, "pooling nothing", stage="define")
@@ -291,4 +291,4 @@ def _largest(d: Definer, node: Node, value: Any, source: Layout, layout: Layout,
         nan = windows.choose(apply("where", lost, index(flat), const(-1, WORD), dtype=WORD), const(-1, WORD))
         last = d.read(_reduced(d, node, "nan", "max", nan, layout, windows), at)
         found = apply("where", apply("ge", last, const(0, WORD), dtype=torch.bool), last, found, dtype=WORD)
-    d.map(node, found, name=f"{node.name}#1", layout=Layout.of(node.spec[1]))  # type: ignore[index]
+    d.map(node, found, name=f"{node.name}#1", layout=Layout.of(node.spec[1]))  # type: ignore[index, arg-type]

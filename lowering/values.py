@@ -169,7 +169,7 @@ class Values:
         inputs: the piece's arguments and constants.
         definitions: by name, in order.
         views: names that are geometry over another value.
-        outputs, mutations: as in `Trace`, names resolved by `views` where they are views.
+        outputs, mutations, absolute: as in `Trace`, names resolved by `views` where they are views.
         layouts: geometry of every value.
         ops: the trace's nodes, which these definitions were made of.
     """
@@ -182,6 +182,7 @@ class Values:
     structure: Any = None
     layouts: Mapping[str, Layout] = field(default_factory=dict)
     ops: tuple[Node, ...] = ()
+    absolute: bool = False
 
     @cached_property
     def device(self) -> torch.device:

@@ -286,6 +286,8 @@ class CompiledPiece:
         run = _runner(loaded, constants)
         if args is not None:
             run = self._warmed(run, loaded, args)
+        if loaded.plan.schedule.values.absolute:
+            run = self._at_start(run, constants)
         written = {name for name, _ in loaded.plan.schedule.values.mutations}
         return self._apart(run, [i for i in self._tensors if self._names[i] in written]) if written else run
 
@@ -300,6 +302,16 @@ class CompiledPiece:
                 if any(start < e and s < end for j, (s, e) in spans.items() if j != i):
                     return self.graph.forward(*args)
             return run(*args)
+
+        return checked
+
+    def _at_start(self, run: Runner, constants: Sequence[torch.Tensor]) -> Runner:
+        """The plan, unless a tensor does not begin where its storage does: the plan knows no more of a storage than its
+        tensor, and the piece counts from the storage's start."""
+
+        def checked(*args: Any) -> Any:
+            tensors = [*(args[i] for i in self._tensors), *constants]
+            return run(*args) if all(t.storage_offset() == 0 for t in tensors) else self.graph.forward(*args)
 
         return checked
 

@@ -45,12 +45,22 @@ def copied(tree: Any, device: torch.device | None = None) -> Any:
 
 
 def widened(tree: Any) -> Any:
-    """The tree with floating tensors and dtypes as fp64, complex ones as complex128."""
+    """The tree with floating tensors and dtypes as fp64, complex ones as complex128; gaps in memory stay and are
+    widened as well, for what reads across them."""
+    memory: dict[tuple[int, torch.dtype], torch.Tensor] = {}
 
     def wide(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return value.to(WIDE[value.dtype]) if value.dtype in WIDE else value
-        return WIDE.get(value, value) if isinstance(value, torch.dtype) else value
+        if isinstance(value, torch.dtype):
+            return WIDE.get(value, value)
+        if not isinstance(value, torch.Tensor) or value.dtype not in WIDE:
+            return value
+        if value.layout != torch.strided or value.is_neg() or value.is_conj():
+            return value.detach().to(WIDE[value.dtype])
+        key = value.untyped_storage()._cdata, value.dtype
+        if key not in memory:
+            whole = value.untyped_storage().nbytes() // value.dtype.itemsize
+            memory[key] = value.detach().as_strided((whole,), (1,), 0).to(WIDE[value.dtype])
+        return memory[key].as_strided(value.shape, value.stride(), value.storage_offset())
 
     return pytree.tree_map(wide, tree)
 

@@ -345,3 +345,10 @@ def test_views_that_conjugate_are_no_geometry() -> None:
 
 def test_ranges_of_integers_from_floats_drop_fractions_first() -> None:
     through_dynamo(lambda x: torch.arange(0.1, -7.9, -4.0, dtype=torch.int64, device=x.device) + x[:2], (odd(2),))
+
+
+def test_places_counted_from_the_start_of_the_storage() -> None:
+    fn = lambda x: (torch.as_strided(x, (2, 2), (1, 2), 1) * 2, x + 1)  # noqa: E731
+    through_dynamo(fn, (odd(8),), (odd(12)[4:],), (odd(10)[2:],))
+    through_dynamo(lambda x: torch.as_strided(x, (2, 2), (1, 2), 1), (odd(8),), (odd(12)[4:],), (odd(10)[2:],))
+    through_dynamo(lambda x: torch.as_strided(x, (2, 2), (1, 2)) * 2, (odd(8),), (odd(12)[4:],))
