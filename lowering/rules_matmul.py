@@ -1,5 +1,5 @@
 """Lowering rules: matrix products. Bias, scale and addition become elementwise values, which fusion may put into the
-epilogue."""
+epilogue. What no GEMM family takes, batches and integers, is a reduction if it is small, else the vendor's."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import torch
 from .affine import variables
 from .define import Definer, rule
 from .errors import Unsupported
-from .expr import apply, cast
+from .expr import Expr, apply, cast
 from .ir import Node, Ref
 from .rules_pointwise import arithmetic
+from .rules_reduce import reduce_to
 from .values import Contract, Layout
 
 aten = torch.ops.aten
@@ -18,18 +19,33 @@ aten = torch.ops.aten
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
+# Multiplications that a sum of products may take where no GEMM does it: one for each of a GPU's lanes a few times over.
+SUM_LIMIT = 1 << 20
+
+
 def _product(d: Definer, node: Node, name: str, a: Ref, b: Ref, layout: Layout) -> None:
     x, w = d.view(a), d.view(b)
-    if x.layout.dtype not in FLOATS or x.layout.dtype != w.layout.dtype:
-        raise Unsupported(node.name, f"a product of {x.layout.dtype} and {w.layout.dtype}", stage="define")
-    batched = len(x.layout.shape) == 3
     m, k = x.layout.shape[-2:]
     n = w.layout.shape[-1]
-    if batched:
-        raise Unsupported(node.name, "batched products run as the vendor's kernel", stage="define")
-    if k == 0:
-        raise Unsupported(node.name, "a product over nothing", stage="define")
-    d.put(Contract(name, layout, x, w, m, n, k, node.source))
+    if len(x.layout.shape) == 2 and x.layout.dtype in FLOATS and x.layout.dtype == w.layout.dtype and k:
+        d.put(Contract(name, layout, x, w, m, n, k, node.source))
+        return
+    count = layout.numel * k
+    if count > SUM_LIMIT:
+        what = f"batches of {x.layout.dtype}" if len(layout.shape) == 3 else f"{x.layout.dtype} and {w.layout.dtype}"
+        raise Unsupported(node.name, f"a product of {what} is the vendor's", stage="define")
+    d.map(node, _sum_of_products(d, node, a, b, layout, k), name=name, layout=layout)
+
+
+def _sum_of_products(d: Definer, node: Node, a: Ref, b: Ref, layout: Layout, k: int) -> Expr:
+    """Each element of the product as a reduction of its own."""
+    dtype = arithmetic(layout.dtype)
+    *lead, m, n, at = variables((*layout.shape, k))
+    left, right = d.read(a, [*lead, m, at]), d.read(b, [*lead, at, n])
+    value = apply("mul", cast(left, dtype), cast(right, dtype), dtype=dtype)
+    domain = Layout.contiguous((*layout.shape, k), dtype, layout.device)
+    total = reduce_to(d, node, f"{node.name}_sums", "sum", value, domain, (len(layout.shape),))
+    return d.read(total, variables(layout.shape))
 
 
 @rule(aten.mm.default, aten.bmm.default)

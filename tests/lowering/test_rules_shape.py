@@ -227,3 +227,21 @@ def test_indices_are_numbers_of_64_bits() -> None:
     same(lambda x: torch.arange(0, 15_000_000_000, 3_000_000_000, device=x.device) + x, odd(5, dtype=torch.int64))
     same(lambda x: (torch.arange(5, device=x.device) << 40) * x, odd(5, dtype=torch.int64))
     same(lambda x: torch.where(x > 0, torch.arange(5, device=x.device), -(2**62)), odd(5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF, torch.int64, torch.int32, torch.float64])
+def test_small_products_that_no_gemm_takes(dtype: torch.dtype) -> None:
+    a, b = odd(2, 3, 4, dtype=dtype), odd(2, 4, 5, dtype=dtype)
+    same(lambda a, b: torch.bmm(a, b) + 1, a, b)
+    same(lambda c, a, b: torch.baddbmm(c, a, b, alpha=2, beta=3), odd(3, 5, dtype=dtype), a, b)
+    same(lambda a, b: a @ b[0], a, b)
+    same(lambda a, b: torch.bmm(a[:, :, :0], b[:, :0]), a, b)
+    if not dtype.is_floating_point or dtype == torch.float64:
+        same(lambda a, b: a[0] @ b[0], a, b)
+        same(lambda c, a, b: torch.addmm(c, a[0], b[0], alpha=2), odd(5, dtype=dtype), a, b)
+    same(lambda a, b: torch.mm(a[0, :, :0], b[0, :0]), a, b)
+    same(lambda a, b: (a[0] @ b[0, :, 0], torch.dot(a[0, 0], b[0, :, 0])), a, b)
+
+
+def test_large_batches_of_products_are_the_vendors() -> None:
+    same(lambda a: torch.bmm(a, a), odd(2, 90, 90), itself=True)
