@@ -19,7 +19,6 @@ from torch.utils import _pytree as pytree
 from .errors import Unsupported
 from .ir import Input, Node, Output, Ref, Scalar, Spec, Trace, iter_leaves, map_tree
 
-
 STRIDED = (torch.ops.aten.as_strided.default, torch.ops.aten.as_strided_copy.default)
 
 

@@ -3,6 +3,8 @@ epilogue. What no GEMM family takes, batches and integers, is a reduction if it 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from .affine import variables
@@ -12,7 +14,7 @@ from .expr import Expr, apply, cast
 from .ir import Node, Ref
 from .rules_pointwise import arithmetic
 from .rules_reduce import reduce_to
-from .values import Contract, Layout
+from .values import Contract, Layout, View
 
 aten = torch.ops.aten
 
@@ -30,11 +32,25 @@ def _product(d: Definer, node: Node, name: str, a: Ref, b: Ref, layout: Layout) 
     if len(x.layout.shape) == 2 and x.layout.dtype in FLOATS and x.layout.dtype == w.layout.dtype and k:
         d.put(Contract(name, layout, x, w, m, n, k, node.source))
         return
+    if len(x.layout.shape) == 3 and x.layout.shape[0] == 1 and x.layout.dtype in FLOATS and k:
+        _single(d, node, name, x, w, layout)
+        return
     count = layout.numel * k
     if count > SUM_LIMIT:
         what = f"batches of {x.layout.dtype}" if len(layout.shape) == 3 else f"{x.layout.dtype} and {w.layout.dtype}"
         raise Unsupported(node.name, f"a product of {what} is the vendor's", stage="define")
     d.map(node, _sum_of_products(d, node, a, b, layout, k), name=name, layout=layout)
+
+
+def _single(d: Definer, node: Node, name: str, x: View, w: View, layout: Layout) -> None:
+    """A batch of one product."""
+    a, b = (replace(v, layout=replace(v.layout, shape=v.layout.shape[1:], stride=v.layout.stride[1:])) for v in (x, w))
+    (m, k), n = a.layout.shape, b.layout.shape[1]
+    d.put(
+        Contract(f"{name}_matrix", Layout.contiguous((m, n), layout.dtype, layout.device), a, b, m, n, k, node.source)
+    )
+    value = d.read(Ref(f"{name}_matrix"), variables(layout.shape)[1:])
+    d.map(node, value, name=name, layout=layout)
 
 
 def _sum_of_products(d: Definer, node: Node, a: Ref, b: Ref, layout: Layout, k: int) -> Expr:

@@ -168,17 +168,17 @@ def test_products_of_odd_operands() -> None:
     same(lambda a, b: a[:, ::2] @ b[1:, 3:], odd(5, 18), odd(10, 9))
     same(lambda a, b: a.expand(4, 8) @ b, odd(8), odd(8, 3))
     same(lambda a, b: (a @ b).relu().t() + 1, odd(5, 8), odd(8, 3))
-    same(lambda a, b: torch.mm(a, b), odd(5, 0), odd(0, 3), itself=True)
+    same(lambda a, b: torch.mm(a, b), odd(5, 0), odd(0, 3))
     same(lambda a, b: (a.exp() @ b, a @ b.sum(1)), odd(5, 8), odd(8, 3))
     same(lambda a, b: a @ b, odd(3, 4, 8), odd(8, 5))
     same(lambda a, b: a @ b, odd(8), odd(8, 5))
     same(lambda a, b: a @ b, odd(8), odd(8))
-    same(lambda a, b: a @ b, odd(2, 3, 8), odd(2, 8, 5), itself=True)
-    same(lambda a, b: a @ b, odd(3, 8, dtype=torch.int64), odd(8, 5, dtype=torch.int64), itself=True)
-    same(lambda a, b: a @ b, odd(3, 8, dtype=torch.float64), odd(8, 5, dtype=torch.float64), itself=True)
-    same(lambda c, a, b: torch.baddbmm(c, a, b), odd(2, 3, 5), odd(2, 3, 8), odd(2, 8, 5), itself=True)
+    same(lambda a, b: a @ b, odd(2, 3, 8), odd(2, 8, 5))
+    same(lambda a, b: a @ b, odd(3, 8, dtype=torch.int64), odd(8, 5, dtype=torch.int64))
+    same(lambda a, b: a @ b, odd(3, 8, dtype=torch.float64), odd(8, 5, dtype=torch.float64))
+    same(lambda c, a, b: torch.baddbmm(c, a, b), odd(2, 3, 5), odd(2, 3, 8), odd(2, 8, 5))
     same(lambda a, b: torch.outer(a, b), odd(3), odd(5))
-    same(lambda a, b: torch.einsum("ij,jk->ki", a, b), odd(3, 4), odd(4, 5), itself=True)
+    same(lambda a, b: torch.einsum("ij,jk->ki", a, b), odd(3, 4), odd(4, 5))
 
 
 PASSING: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
@@ -190,16 +190,14 @@ PASSING: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "complex": (lambda x: torch.view_as_real(torch.view_as_complex(x) * 1j), (odd(3, 2),)),
     "polar": (lambda x: torch.polar(x.abs(), x).abs() + 1, (odd(3),)),
     "float8": (lambda x: (x * 2).to(torch.float8_e4m3fn).to(torch.float32) + 1, (odd(9),)),
-    "bmm": (lambda a, b: torch.bmm(a * 2, b) + 1, (odd(2, 3, 4), odd(2, 4, 5))),
-    "einsum": (lambda a, b: torch.einsum("bij,bkj->bik", a, b), (odd(2, 3, 4), odd(2, 5, 4))),
+    "bmm": (lambda a: torch.bmm(a * 2, a) + 1, (odd(2, 90, 90),)),
+    "einsum": (lambda a: torch.einsum("bij,bkj->bik", a, a), (odd(2, 90, 90),)),
     "bag": (lambda w, i: F.embedding_bag(i, w, mode="sum"), (odd(5, 4), torch.tensor([[0, 1], [4, 4]]))),
     "bits": (lambda x: x.view(torch.int32) + 1, (odd(3),)),
     "narrow_bits": (lambda x: x.view(torch.int16) + 1, (odd(3),)),
-    "pool": (lambda x: F.max_pool2d(x, 2) + 1, (odd(1, 1, 4, 4),)),
     "int8 mm": (lambda a, b: torch._int_mm(a, b), (odd(17, 8, dtype=torch.int8), odd(8, 8, dtype=torch.int8))),
     "searchsorted": (lambda x, v: torch.searchsorted(x, v), (torch.arange(5.0), odd(4))),
     "tensor split": (lambda x: x.exp().tensor_split(3), (odd(7),)),
-    "integer power": (lambda x, n: x**n, (odd(5, dtype=torch.int64), torch.arange(5))),
 }
 OURS_ALL_THE_SAME = {"tensor split"}
 
@@ -241,7 +239,3 @@ def test_small_products_that_no_gemm_takes(dtype: torch.dtype) -> None:
         same(lambda c, a, b: torch.addmm(c, a[0], b[0], alpha=2), odd(5, dtype=dtype), a, b)
     same(lambda a, b: torch.mm(a[0, :, :0], b[0, :0]), a, b)
     same(lambda a, b: (a[0] @ b[0, :, 0], torch.dot(a[0, 0], b[0, :, 0])), a, b)
-
-
-def test_large_batches_of_products_are_the_vendors() -> None:
-    same(lambda a: torch.bmm(a, a), odd(2, 90, 90), itself=True)
