@@ -46,6 +46,11 @@ def _last(d: Definer, node: Node, hit: Expr, at: Affine, shape: Sequence[int], c
     return _search(d, node, "writer", "max", number, shape, count)
 
 
+def _some(number: Expr, count: int) -> Affine:
+    """A candidate's number as an index; the first candidate's where there is none."""
+    return Affine.of(Indirect(apply("maximum", number, const(0, WORD), dtype=WORD), count))
+
+
 def _both(checks: Sequence[Expr | None]) -> Expr | None:
     held: Expr | None = None
     for check in checks:
@@ -108,7 +113,7 @@ class _Scatter:
             return
         writer = _last(self.d, self.node, self.hit()[0], self.at[-1], self.shape, self.count)
         number = self.d.read(writer, self.at[:-1])
-        place, _ = self._within(Affine.of(Indirect(number, self.count)))
+        place, _ = self._within(_some(number, self.count))
         written = apply("ge", number, const(0, WORD), dtype=torch.bool)
         self.d.map(self.node, _where(written, self.read(place), self.kept()))
 
@@ -258,7 +263,7 @@ class _IndexPut:
         at = variables(self.shape)
         number = self.d.read(writer, [at[dim] for dim in self.places])
         written = apply("ge", number, const(0, WORD), dtype=torch.bool)
-        value = self.value(Affine.of(Indirect(number, self.count)), at)
+        value = self.value(_some(number, self.count), at)
         self.d.map(self.node, _where(written, value, self.d.read(self.target, at)))
 
     def accumulate(self) -> None:

@@ -75,6 +75,7 @@ def check(
     result = Result(op, dtype)
     # Why a piece runs as the graph it was is counted here, not told again and again.
     logging.getLogger("terrazzo").setLevel(logging.ERROR)
+    logging.getLogger("torch").setLevel(logging.CRITICAL)
     try:
         found = list(opdb.cases(op, DTYPES[dtype], HERE))
     except Exception as error:
@@ -143,11 +144,12 @@ class _References:
 
     def promised(self) -> Any:
         """What torch's fake tensors say of the result; None where they cannot."""
+        given = compare.copied(self.given)
         try:
             with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 args, kwargs = pytree.tree_map(
-                    lambda v: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v, compare.copied(self.given)
+                    lambda v: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v, given
                 )
                 return self.case.fn(*args, **kwargs), (args, kwargs)
         except Exception:

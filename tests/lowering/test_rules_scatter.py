@@ -85,3 +85,15 @@ def test_the_last_of_many_writes_counts() -> None:
 def test_a_search_that_takes_too_long_is_left_to_the_op() -> None:
     n = 3000
     same(lambda x, i, s: x.scatter(0, i, s), odd(n), torch.arange(n), odd(n), itself=True)
+
+
+def test_places_that_nobody_writes_read_no_memory() -> None:
+    index, values = places(6, below=40), odd(6, 3)
+    pieces = [
+        same(lambda x, i, v: put(x, [i], v), torch.zeros(40, 3), index, values),
+        same(lambda x, i, v: x.scatter(0, i, v), torch.zeros(40, 3), index[:, None].expand(6, 3), values),
+    ]
+    for piece in pieces:
+        (loaded,) = piece.plans.values()
+        # The number of the writer is -1 where there is none.
+        assert "tl.maximum(" in loaded.plan.source
