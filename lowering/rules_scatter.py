@@ -17,7 +17,7 @@ from .define import Definer, at_flat, rule
 from .errors import Unsupported
 from .expr import Expr, Masked, apply, cast, const, index
 from .ir import Node, Ref
-from .rules_pointwise import arithmetic, operands_as_they_are
+from .rules_pointwise import arithmetic, operands_as_they_are, promoted
 from .rules_reduce import reduce_to
 from .rules_shape import in_range, wrapped_value
 from .values import Layout
@@ -277,3 +277,26 @@ class _IndexPut:
         at = variables(self.shape)
         kept = cast(self.d.read(self.target, at), dtype)
         self.d.map(self.node, apply("add", kept, self.d.read(found, at), dtype=dtype))
+
+
+@rule(aten.bucketize.Tensor, aten.bucketize.Scalar, aten.searchsorted.Tensor, aten.searchsorted.Scalar)
+def bucketize(d: Definer, node: Node) -> None:
+    """How many of the sorted bounds lie before a value: counted, not searched by halves."""
+    searched = node.op.overloadpacket is aten.searchsorted
+    bounds, values = node.args[:2] if searched else node.args[1::-1]
+    if node.kwargs.get("sorter") is not None:
+        raise Unsupported(node.name, "bounds sorted by another tensor", stage="define")
+    right = node.kwargs.get("right", False) or node.kwargs.get("side") == "right"
+    layout = Layout.of(node.spec)  # type: ignore[arg-type]
+    *lead, count = d.layout(bounds).shape
+    at = variables((*layout.shape, count))
+    dtype = promoted(d, [bounds, values])
+    bound = cast(d.read(bounds, [*(at[: len(lead)] if lead else ()), at[-1]]), arithmetic(dtype))
+    value = cast(d.read(values, at[:-1]) if isinstance(values, Ref) else d.number(values), arithmetic(dtype))
+    # NaN lies behind every bound.
+    behind = apply("bitwise_not", apply("gt" if right else "ge", bound, value, dtype=torch.bool), dtype=torch.bool)
+    if layout.numel == 0 or count == 0:
+        d.map(node, const(0, layout.dtype))
+        return
+    found = _search(d, node, "count", "sum", cast(behind, WORD), layout.shape, count)
+    d.map(node, d.read(found, variables(layout.shape)))

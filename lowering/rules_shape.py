@@ -148,6 +148,23 @@ def select_scatter(d: Definer, node: Node) -> None:
     d.map(node, apply("where", mine, value, d.read(target, at), dtype=layout.dtype))
 
 
+@rule(aten.diagonal_scatter)
+def diagonal_scatter(d: Definer, node: Node) -> None:
+    given = dict(zip(("self", "src", "offset", "dim1", "dim2"), node.args, strict=False)) | dict(node.kwargs)
+    layout, source = _layout(node), d.layout(given["src"])
+    rank, offset = len(layout.shape), given.get("offset", 0)
+    one, two = given.get("dim1", 0) % rank, given.get("dim2", 1) % rank
+    at = variables(layout.shape)
+    kept = d.read(given["self"], at)
+    if source.numel == 0:
+        d.map(node, kept)
+        return
+    mine = apply("eq", index(at[two] - at[one]), const(offset, torch.int64), dtype=torch.bool)
+    along = bounded(at[one] + min(offset, 0), source.shape[-1])
+    place = [a for n, a in enumerate(at) if n not in (one, two)]
+    _fill_outside(d, node, [mine], cast(d.read(given["src"], [*place, along]), layout.dtype), kept)
+
+
 @rule(aten.flip)
 def flip(d: Definer, node: Node) -> None:
     shape = _layout(node).shape

@@ -38,3 +38,12 @@ def test_running_sums_among_others() -> None:
 
 def test_a_row_too_long_for_registers_is_left_to_the_op() -> None:
     same(lambda x: x.cumsum(0), odd(40000), itself=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+def test_elements_put_where_a_mask_holds(dtype: torch.dtype) -> None:
+    mask = odd(4, 5, dtype=torch.bool)
+    same(lambda x, m, s: x.masked_scatter(m, s), odd(4, 5, dtype=dtype), mask, odd(9, 3, dtype=dtype).t())
+    same(lambda x, m, s: x.masked_scatter(m, s), odd(4, 5, dtype=dtype), mask[:, :1], odd(20, dtype=dtype))
+    same(lambda x, m, s: (x + 1).masked_scatter(m, s) * 2, odd(4, 5, dtype=dtype).t(), mask.t(), odd(20, dtype=dtype))
+    same(lambda x, m, s: x.masked_scatter(m, s), odd(0, dtype=dtype), mask[0, :0], odd(0, dtype=dtype))

@@ -97,3 +97,25 @@ def test_places_that_nobody_writes_read_no_memory() -> None:
         (loaded,) = piece.plans.values()
         # The number of the writer is -1 where there is none.
         assert "tl.maximum(" in loaded.plan.source
+
+
+@pytest.mark.parametrize("right", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+def test_buckets(dtype: torch.dtype, right: bool) -> None:
+    bounds = odd(3, 7, dtype=dtype).sort(1).values
+    values = torch.cat([odd(3, 9, dtype=dtype, seed=1), bounds], 1)
+    if dtype == torch.float32:
+        values[:, 0] = torch.nan
+    same(lambda b, v: torch.bucketize(v, b[0], right=right), bounds, values)
+    same(lambda b, v: torch.searchsorted(b, v, right=right, out_int32=True), bounds, values)
+    same(lambda b, v: torch.searchsorted(b[0], v, side="right"), bounds, values)
+    same(lambda b: (torch.bucketize(2, b[0]), torch.searchsorted(b[0], 2)), bounds)
+    same(lambda b, v: torch.bucketize(v, b[0, :0]), bounds, values)
+
+
+@pytest.mark.parametrize("offset", [0, 2, -1, -3])
+def test_diagonals(offset: int) -> None:
+    x = odd(4, 3, 5)
+    diagonal = x.diagonal(offset, 0, 2)
+    same(lambda x, s: torch.diagonal_scatter(x, s, offset, 0, 2), x, odd(*diagonal.shape))
+    same(lambda x, s: torch.diagonal_scatter(x, s, offset, -1, 0), x, odd(*x.diagonal(offset, -1, 0).shape))

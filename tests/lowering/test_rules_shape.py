@@ -196,7 +196,6 @@ PASSING: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "bits": (lambda x: x.view(torch.int32) + 1, (odd(3),)),
     "narrow_bits": (lambda x: x.view(torch.int16) + 1, (odd(3),)),
     "int8 mm": (lambda a, b: torch._int_mm(a, b), (odd(17, 8, dtype=torch.int8), odd(8, 8, dtype=torch.int8))),
-    "searchsorted": (lambda x, v: torch.searchsorted(x, v), (torch.arange(5.0), odd(4))),
     "tensor split": (lambda x: x.exp().tensor_split(3), (odd(7),)),
 }
 OURS_ALL_THE_SAME = {"tensor split"}
