@@ -18,8 +18,9 @@ import torch
 from torch.utils._sympy.printers import PythonPrinter
 
 from .choices import Choice, at_size
-from .emit_expr import HELPERS, Body, short_names
+from .emit_expr import Body, short_names
 from .emit_loop import looped_body
+from .functions import HELPERS
 from .group import Group
 from .ir import Output, Ref, Scalar, Spec, map_tree
 from .schedule import Schedule, Step

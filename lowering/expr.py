@@ -83,7 +83,7 @@ class Index(Expr):
 
 @dataclass(frozen=True, eq=False)
 class Apply(Expr):
-    """`fn(*args)`; the functions are the rows of `emit_expr.FUNCTIONS`."""
+    """`fn(*args)`; the functions are the rows of the tables in `functions.py`."""
 
     fn: str = ""
     args: tuple[Expr, ...] = ()
