@@ -54,12 +54,8 @@ def rule(*ops: Any) -> Callable[[Rule], Rule]:
     return register
 
 
-def define(trace: Trace) -> Values:
-    """The definitions of a concrete trace.
-
-    Raises:
-        Unsupported: torch itself gives a result of the piece two shapes.
-    """
+def rules() -> dict[Any, Rule]:
+    """Every lowering rule, by op."""
     from . import (  # noqa: F401  (they register themselves)
         rules_matmul,
         rules_pointwise,
@@ -70,6 +66,16 @@ def define(trace: Trace) -> Values:
         rules_window,
     )
 
+    return RULES
+
+
+def define(trace: Trace) -> Values:
+    """The definitions of a concrete trace.
+
+    Raises:
+        Unsupported: torch itself gives a result of the piece two shapes.
+    """
+    rules()
     definer = Definer(trace)
     for node in trace.nodes:
         definer.node(node)

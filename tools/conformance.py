@@ -40,7 +40,7 @@ Task = tuple[str, str]
 def main() -> int:
     options = _arguments()
     tasks = _tasks(options.ops.split(","), options.dtypes.split(","))
-    known = _read(options.json) if options.resume else {}
+    known = read(options.json) if options.resume else {}
     started = time.perf_counter()
     results = [known[t] for t in tasks if t in known]
     left = [t for t in tasks if t not in known]
@@ -88,7 +88,7 @@ def _write(path: str | None, result: Result) -> None:
             file.write(json.dumps({**vars(result), "coverage": vars(result.coverage)}) + "\n")
 
 
-def _read(path: str | None) -> dict[Task, Result]:
+def read(path: str | None) -> dict[Task, Result]:
     """Results of an earlier run."""
     found: dict[Task, Result] = {}
     if path and Path(path).exists():
