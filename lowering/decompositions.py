@@ -79,6 +79,12 @@ TAKEN_APART = (
     aten.ldexp,
     aten.addmv,
     aten.dist,
+    aten.round.decimals,
+    aten.as_strided_copy,
+    aten.narrow_copy,
+    aten.permute_copy,
+    aten.unbind_copy,
+    aten.view_copy,
 )
 
 

@@ -64,6 +64,20 @@ def _sum_of_products(d: Definer, node: Node, a: Ref, b: Ref, layout: Layout, k: 
     return d.read(total, variables(layout.shape))
 
 
+@rule(aten.addbmm.default)
+def addbmm(d: Definer, node: Node) -> None:
+    """The sum of a batch's products."""
+    _, a, b = node.args[:3]
+    layout, (count, _, k) = Layout.of(node.spec), d.layout(a).shape  # type: ignore[arg-type]
+    if layout.numel * count * k > SUM_LIMIT:
+        raise Unsupported(node.name, "sums over a batch are the vendor's", stage="define")
+    dtype = arithmetic(layout.dtype)
+    m, n, one, at = variables((*layout.shape, count, k))
+    value = apply("mul", cast(d.read(a, [one, m, at]), dtype), cast(d.read(b, [one, at, n]), dtype), dtype=dtype)
+    domain = Layout.contiguous((*layout.shape, count, k), dtype, layout.device)
+    _added(d, node, reduce_to(d, node, f"{node.name}_sums", "sum", value, domain, (2, 3)), layout)
+
+
 @rule(aten.mm.default, aten.bmm.default)
 def mm(d: Definer, node: Node) -> None:
     _product(d, node, node.name, node.args[0], node.args[1], Layout.of(node.spec))  # type: ignore[arg-type]
@@ -75,10 +89,15 @@ def addmm(d: Definer, node: Node) -> None:
     product = Layout.contiguous(layout.shape, layout.dtype, layout.device)
     name = f"{node.name}_product"
     _product(d, node, name, node.args[1], node.args[2], product)
+    _added(d, node, Ref(name), layout)
+
+
+def _added(d: Definer, node: Node, product: Ref, layout: Layout) -> None:
+    """`beta` times what is given and `alpha` times the product."""
     dtype = arithmetic(layout.dtype)
     index = variables(layout.shape)
     alpha, beta = node.kwargs.get("alpha", 1), node.kwargs.get("beta", 1)
-    value = cast(d.read(Ref(name), index), dtype)
+    value = cast(d.read(product, index), dtype)
     if alpha != 1:
         value = apply("mul", value, cast(d.number(alpha), dtype), dtype=dtype)
     if beta != 0:

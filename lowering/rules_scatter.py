@@ -118,7 +118,7 @@ class _Scatter:
         self.d.map(self.node, _where(written, self.read(place), self.kept()))
 
     def combine(self, kind: str, include: bool) -> None:
-        """`kind`: 'sum', 'prod', 'mean', 'max' or 'min' of what is written here and, with `include`, what was."""
+        """`kind`: 'sum', 'prod', 'mean', 'max', 'min' or 'any' of what is written here and, with `include`, what was."""
         node, d = self.node, self.d
         kept = self.kept()
         if self.count == 0 or 0 in self.given:
@@ -153,8 +153,8 @@ class _Scatter:
 
 
 def _neutral(kind: str, dtype: torch.dtype) -> Expr:
-    if kind in ("sum", "mean"):
-        return const(0, dtype)
+    if kind in ("sum", "mean", "any"):
+        return const(0 if dtype != torch.bool else False, dtype)
     if kind == "prod":
         return const(1, dtype)
     if dtype.is_floating_point:
@@ -164,7 +164,7 @@ def _neutral(kind: str, dtype: torch.dtype) -> Expr:
 
 
 def _joined(kind: str, a: Expr, b: Expr) -> Expr:
-    fn = {"sum": "add", "mean": "add", "prod": "mul", "max": "maximum", "min": "minimum"}[kind]
+    fn = {"sum": "add", "mean": "add", "prod": "mul", "max": "maximum", "min": "minimum", "any": "bitwise_or"}[kind]
     return apply(fn, a, b, dtype=a.dtype)
 
 
@@ -176,9 +176,7 @@ def scatter(d: Definer, node: Node) -> None:
 @rule(aten.scatter_add.default)
 def scatter_add(d: Definer, node: Node) -> None:
     made = _Scatter(d, node)
-    if made.layout.dtype == torch.bool:
-        raise Unsupported(node.name, "sums of bools", stage="define")
-    made.combine("sum", include=True)
+    made.combine("any" if made.layout.dtype == torch.bool else "sum", include=True)
 
 
 @rule(aten.scatter_reduce.two)
@@ -268,15 +266,15 @@ class _IndexPut:
 
     def accumulate(self) -> None:
         dtype = arithmetic(self.layout.dtype)
-        if dtype == torch.bool:
-            raise Unsupported(self.node.name, "sums of bools", stage="define")
+        # A sum of bools is whether any holds.
+        kind = "any" if dtype == torch.bool else "sum"
         domain = variables((*self.shape, self.count))
         hit = self.hit(domain[-1], [domain[dim] for dim in self.places])
-        value = _where(hit, cast(self.value(domain[-1], domain[:-1]), dtype), const(0, dtype))
-        found = _search(self.d, self.node, "found", "sum", value, self.shape, self.count)
+        value = _where(hit, cast(self.value(domain[-1], domain[:-1]), dtype), _neutral(kind, dtype))
+        found = _search(self.d, self.node, "found", kind, value, self.shape, self.count)
         at = variables(self.shape)
         kept = cast(self.d.read(self.target, at), dtype)
-        self.d.map(self.node, apply("add", kept, self.d.read(found, at), dtype=dtype))
+        self.d.map(self.node, _joined(kind, kept, self.d.read(found, at)))
 
 
 @rule(aten.bucketize.Tensor, aten.bucketize.Scalar, aten.searchsorted.Tensor, aten.searchsorted.Scalar)

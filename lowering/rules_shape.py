@@ -187,7 +187,8 @@ def index_select(d: Definer, node: Node) -> None:
     source, axis, which = node.args
     shape = d.layout(source).shape
     if not shape:
-        raise Unsupported(node.name, "index_select of a 0-d tensor", stage="define")
+        d.map(node, d.read(source, []))
+        return
     axis %= len(shape)
     at = list(variables(_layout(node).shape))
     where = d.read(which, [at[axis]] if d.layout(which).shape else [])
@@ -242,7 +243,8 @@ def gather(d: Definer, node: Node) -> None:
     source, axis, which = node.args[:3]
     shape = d.layout(source).shape
     if not shape:
-        raise Unsupported(node.name, "gather from a 0-d tensor", stage="define")
+        d.map(node, d.read(source, []))
+        return
     if len(d.layout(which).shape) != len(shape):
         raise Unsupported(node.name, "gather by an index of another rank", stage="define")
     axis %= len(shape)

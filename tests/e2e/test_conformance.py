@@ -120,14 +120,14 @@ def run_tool(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_command_streams_its_results_and_goes_on_where_it_stopped(tmp_path: Any) -> None:
-    path = str(tmp_path / "found.jsonl")
-    first = run_tool("--ops", "exp", "--dtypes", "float32", "--samples", "1", "--json", path)
+    path = tmp_path / "found.jsonl"
+    first = run_tool("--ops", "exp", "--dtypes", "float32", "--samples", "1", "--json", str(path))
     assert first.returncode == 0, first.stderr
-    (line,) = open(path).read().splitlines()
+    (line,) = path.read_text().splitlines()
     assert json.loads(line)["coverage"]["lowered"]["aten.exp.default"] >= 1
-    again = run_tool("--ops", "exp,sin", "--dtypes", "float32", "--samples", "1", "--json", path, "--resume")
+    again = run_tool("--ops", "exp,sin", "--dtypes", "float32", "--samples", "1", "--json", str(path), "--resume")
     assert again.returncode == 0 and "2 operators" in again.stdout
-    assert len(open(path).read().splitlines()) == 2
+    assert len(path.read_text().splitlines()) == 2
 
 
 def test_a_name_that_nothing_has_gets_its_neighbours() -> None:

@@ -45,7 +45,7 @@ def test_scatter_reduce(dtype: torch.dtype, include: bool, reduce: str) -> None:
     same(lambda x, i, s: x.scatter_reduce(0, i, s, reduce, include_self=include), x, index, src)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.bool])
 def test_scatter_add(dtype: torch.dtype) -> None:
     same(lambda x, i, s: x.scatter_add(1, i, s), odd(4, 5, dtype=dtype), places(3, 9, below=5), odd(3, 9, dtype=dtype))
     same(lambda x, i, s: x.index_add(1, i, s), odd(4, 5, dtype=dtype), places(9, below=5), odd(4, 9, dtype=dtype))
@@ -63,7 +63,7 @@ def test_index_put(dtype: torch.dtype) -> None:
     same(lambda x, i, v: put(x, [i], v), x, places(0, below=4), odd(0, 5, 6, dtype=dtype))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.bool])
 def test_index_put_accumulates(dtype: torch.dtype) -> None:
     x, i, j = odd(4, 5, 6, dtype=dtype), places(9, below=4), places(9, below=5) - 5
     same(lambda x, i, v: put(x, [i], v, accumulate=True), x, i, odd(9, 5, 6, dtype=dtype))

@@ -237,4 +237,17 @@ def test_small_products_that_no_gemm_takes(dtype: torch.dtype) -> None:
         same(lambda a, b: a[0] @ b[0], a, b)
         same(lambda c, a, b: torch.addmm(c, a[0], b[0], alpha=2), odd(5, dtype=dtype), a, b)
     same(lambda a, b: torch.mm(a[0, :, :0], b[0, :0]), a, b)
+    same(lambda c, a, b: torch.addbmm(c, a, b, alpha=2, beta=3), odd(3, 5, dtype=dtype), a, b)
+    same(lambda c, a, b: torch.addmv(c, a[0], b[0, :, 0], alpha=2), odd(3, dtype=dtype), a, b)
     same(lambda a, b: (a[0] @ b[0, :, 0], torch.dot(a[0, 0], b[0, :, 0])), a, b)
+
+
+def test_picking_from_a_single_number() -> None:
+    same(lambda x, i: (x.index_select(0, i), torch.gather(x, 0, i)), odd(), torch.tensor([0]))
+    same(lambda x, i: (x.index_select(0, i), torch.gather(x, 0, i)), odd(), torch.tensor(0))
+
+
+def test_copies_of_views() -> None:
+    same(lambda x: torch.view_copy(x, (6, 2)), odd(3, 4))
+    same(lambda x: (torch.permute_copy(x, (1, 0)), torch.narrow_copy(x, 1, 1, 2)), odd(3, 4))
+    same(lambda x: (torch.unbind_copy(x, 1), torch.as_strided_copy(x, (2, 2), (1, 3))), odd(3, 4))
