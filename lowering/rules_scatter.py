@@ -118,7 +118,7 @@ class _Scatter:
         self.d.map(self.node, _where(written, self.read(place), self.kept()))
 
     def combine(self, kind: str, include: bool) -> None:
-        """`kind`: 'sum', 'prod', 'mean', 'max', 'min' or 'any' of what is written here and, with `include`, what was."""
+        """`kind` of what is written here and, with `include`, what was here: sum, prod, mean, max, min or any."""
         node, d = self.node, self.d
         kept = self.kept()
         if self.count == 0 or 0 in self.given:
