@@ -121,8 +121,10 @@ def pow_int(a, b):
     for _ in range(a.dtype.primitive_bitwidth):
         power = tl.where(rest & 1 != 0, power * square, power)
         square, rest = square * square, rest >> 1
-    unit = tl.where(a == 1, a, tl.where(a == -1, tl.where(b & 1 != 0, a, -a), 0))
-    return tl.where(b < 0, unit, power).to(a.dtype)
+    if a.dtype.is_int_signed():
+        unit = tl.where(a == 1, a, tl.where(a == -1, tl.where(b & 1 != 0, a, -a), 0))
+        power = tl.where(b < 0, unit, power)
+    return power.to(a.dtype)
 
 
 @triton.jit

@@ -121,6 +121,12 @@ class ExactBuilder(stock.InterpreterBuilder):
         )
         self.codegen_fns["min_dot_size"] = min_dot_size(None)
 
+    def get_all_ones_value(self, type: tl.dtype) -> Handle:
+        # Minus one in a type without minus one.
+        if not type.scalar.is_int():
+            return super().get_all_ones_value(type)
+        return Handle(np.array([-1]).astype(stock._get_np_dtype(type)), type.scalar)
+
     def get_bf16(self, value: float) -> Handle:
         return Handle(narrow(np.array([value]), tl.bfloat16), tl.bfloat16)
 

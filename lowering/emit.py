@@ -17,6 +17,7 @@ import sympy
 import torch
 from torch.utils._sympy.printers import PythonPrinter
 
+from .affine import Bounded, Div, Mod
 from .choices import Choice, at_size
 from .emit_expr import Body, short_names
 from .emit_loop import looped_body
@@ -122,7 +123,7 @@ class _Writer:
             used = {load.value for load in group.loads} | {s.value for s in group.stores}
             inner += [f"{self.names[n]}_ptr = t[{i}]" for i, n in enumerate(tensors) if n in used]
             if epilogue and self.wide(group):
-                inner.append("m = m.to(tl.int64)")
+                inner.append("m, n = m.to(tl.int64), n.to(tl.int64)")
             inner += self.sizeless(kernel, "\n".join(Body(group, dtypes, self.names, epilogue).write())).split("\n")
             indent = "    "
             if len(kernel.segments) > 1:
@@ -147,8 +148,10 @@ class _Writer:
         return found
 
     def wide(self, group: Group) -> bool:
+        """Whether 32 bits do not hold some offset, or what it is divided out of."""
         offsets = [load.offset for load in group.loads] + [s.offset for s in group.stores]
-        return any(max(abs(x) for x in o.range) >= 2**31 for o in offsets)
+        inner = [a.base for o in offsets for a in o.atoms() if isinstance(a, (Div, Mod, Bounded))]
+        return any(max(abs(x) for x in o.range) >= 2**31 for o in (*offsets, *inner))
 
     def tensors(self, kernel: Kernel) -> list[str]:
         """Values in memory that a launch's bodies touch, reads first."""
@@ -176,6 +179,8 @@ class _Writer:
         parts = [f"{self.names[kernel.name]}_body", f"{choice.family}.Config({settings})"]
         if kernel.group.contract is not None:
             parts.append(f"GemmProblem({', '.join(f'{k}={v!r}' for k, v in vars(problem).items())})")
+        elif any(map(self.wide, kernel.segments)):
+            parts.append("wide=True")
         if choice.pdl:
             parts.append("pdl=True")
         inner = ",\n    ".join(parts)
