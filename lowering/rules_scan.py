@@ -48,7 +48,7 @@ def masked_scatter(d: Definer, node: Node) -> None:
     layout, given = Layout.of(node.spec), d.layout(source)  # type: ignore[arg-type]
     at = variables(layout.shape)
     if given.numel == 0 or layout.numel == 0:
-        d.map(node, d.read(target, at))
+        d.map(node, d.read_broadcast(target, at))
         return
     places = variables((layout.numel,))
     held = truth(d.read_broadcast(mask, at_flat(places[0], layout.shape)))
@@ -59,4 +59,4 @@ def masked_scatter(d: Definer, node: Node) -> None:
     )
     taken = d.read(source, at_flat(Affine.of(Indirect(nth, given.numel)), given.shape))
     here = truth(d.read_broadcast(mask, at))
-    d.map(node, apply("where", here, cast(taken, layout.dtype), d.read(target, at), dtype=layout.dtype))
+    d.map(node, apply("where", here, cast(taken, layout.dtype), d.read_broadcast(target, at), dtype=layout.dtype))

@@ -46,4 +46,5 @@ def test_elements_put_where_a_mask_holds(dtype: torch.dtype) -> None:
     same(lambda x, m, s: x.masked_scatter(m, s), odd(4, 5, dtype=dtype), mask, odd(9, 3, dtype=dtype).t())
     same(lambda x, m, s: x.masked_scatter(m, s), odd(4, 5, dtype=dtype), mask[:, :1], odd(20, dtype=dtype))
     same(lambda x, m, s: (x + 1).masked_scatter(m, s) * 2, odd(4, 5, dtype=dtype).t(), mask.t(), odd(20, dtype=dtype))
+    same(lambda x, m, s: x.masked_scatter(m, s), odd(5, dtype=dtype), mask, odd(20, dtype=dtype))
     same(lambda x, m, s: x.masked_scatter(m, s), odd(0, dtype=dtype), mask[0, :0], odd(0, dtype=dtype))
