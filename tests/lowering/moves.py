@@ -19,7 +19,8 @@ ROUNDING = [
 DECIDING = ["{a}.floor()", "{a}.round()", "{a}.trunc()", "{a}.sign()", "{a}.isnan()", "{a}.signbit()"]
 INTEGRAL = [
     "-{a}", "{a} * 3 - 1", "{a} // 2", "{a} % 3", "{a}.abs()", "{a}.clamp(-3, 4)", "{a} & 5", "~{a}", "{a} ^ 2",
-    "{a}.clone()", "{a}.bool()", "{a}.sign()", "({a} + 0) ** 2", "({a} + 0) << 1", "({a} + 0) >> 1", "2 ** ({a} + 0).abs()",
+    "{a}.clone()", "{a}.bool()", "{a}.sign()", "({a} + 0) ** 2", "({a} + 0) << 1", "({a} + 0) >> 1",
+    "2 ** ({a} + 0).abs()",
 ]  # fmt: skip
 
 
