@@ -16,7 +16,7 @@ INSTALL := $(PYTHON) -m pip install --quiet --constraint constraints.txt
 GPU := nvidia-smi -L >/dev/null 2>&1
 GPU_AT_HAND := $(GPU) && $(PYTHON3) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null
 
-.PHONY: demo demo-text test test-vllm bench lint clean
+.PHONY: demo demo-text test test-vllm conformance fuzz bench lint clean
 
 demo: $(STAMP)
 	$(PYTHON) -m terrazzo.tools.demo
@@ -31,6 +31,16 @@ bench: $(STAMP)
 test: $(STAMP)
 	workers=$$($(GPU) || $(PYTHON) -c 'import xdist; print("-n 2 --dist loadfile")' 2>/dev/null) ; \
 	$(PYTHON) -m pytest -q $$(echo "$$workers" | grep '^-n') $(PYTEST_OPTIONS)
+
+# PyTorch's whole operator database against eager: hours on a CPU. `make conformance CONFORMANCE="--samples 4"` takes less.
+conformance: $(STAMP)
+	$(PYTHON) -m terrazzo.tools.conformance $(CONFORMANCE)
+
+# Random programs against eager, as many as asked for; another SEED draws others.
+FUZZ ?= 2000
+SEED ?= 1
+fuzz: $(STAMP)
+	TERRAZZO_FUZZ=$(FUZZ) TERRAZZO_FUZZ_SEED=$(SEED) $(PYTHON) -m pytest -q -s tests/lowering/test_fuzz.py -k random_programs
 
 # The real Python of vLLM 0.10.0 drives PiecewiseBackend; makes .venv-vllm for it.
 test-vllm: $(STAMP)

@@ -3,6 +3,7 @@
     relu, maximum, minimum   hand NaN on, as torch does and `tl.maximum` alone does not
     div_floor, remainder     round towards minus infinity for both signs; `//` and `%` of Triton truncate
     row_max, row_min, …      reductions over axis 1 that keep the axis
+    row_running_sum, …       scans along axis 1
 
 Schedule, bytes: none of their own; they are inlined into the body.
 """
@@ -113,6 +114,38 @@ def remainder_int(a, b):
 
 
 @triton.jit
+def pow_int(a, b):
+    """a to the power of b modulo a's size; a negative power of what is not 1 or -1 is 0."""
+    a, b = a + tl.zeros_like(b), b + tl.zeros_like(a)
+    power, square, rest = tl.full(a.shape, 1, a.dtype), a, b
+    for _ in range(a.dtype.primitive_bitwidth):
+        power = tl.where(rest & 1 != 0, power * square, power)
+        square, rest = square * square, rest >> 1
+    if a.dtype.is_int_signed():
+        unit = tl.where(a == 1, a, tl.where(a == -1, tl.where(b & 1 != 0, a, -a), 0))
+        power = tl.where(b < 0, unit, power)
+    return power.to(a.dtype)
+
+
+@triton.jit
+def shift_left(a, b):
+    """a << b; 0 for a b that is negative or beyond a's bits."""
+    inside = (b >= 0) & (b < a.dtype.primitive_bitwidth)
+    return tl.where(inside, a << tl.where(inside, b, 0), 0).to(a.dtype)
+
+
+@triton.jit
+def shift_right(a, b):
+    """a >> b; all bits shifted out for a b that is negative or beyond a's bits."""
+    most: tl.constexpr = a.dtype.primitive_bitwidth - 1
+    if a.dtype.is_int_signed():
+        return a >> tl.where((b >= 0) & (b < most), b, most).to(a.dtype)
+    else:
+        inside = (b >= 0) & (b <= most)
+        return tl.where(inside, a >> tl.where(inside, b, 0), 0).to(a.dtype)
+
+
+@triton.jit
 def _larger(a, b):
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
@@ -192,3 +225,15 @@ def row_argmax(x):
 def row_argmin(x):
     """Index of the first smallest column (the first NaN, if there is one), [R, C] to [R, 1], int64."""
     return _first((x == row_min(x)) | (x != x))
+
+
+@triton.jit
+def row_running_sum(x):
+    """Sum of every column and those before it, [R, C]."""
+    return tl.cumsum(x, axis=1)
+
+
+@triton.jit
+def row_running_prod(x):
+    """Product of every column and those before it, [R, C]."""
+    return tl.cumprod(x, axis=1)

@@ -121,6 +121,12 @@ class ExactBuilder(stock.InterpreterBuilder):
         )
         self.codegen_fns["min_dot_size"] = min_dot_size(None)
 
+    def get_all_ones_value(self, type: tl.dtype) -> Handle:
+        # Minus one in a type without minus one.
+        if not type.scalar.is_int():
+            return super().get_all_ones_value(type)
+        return Handle(np.array([-1]).astype(stock._get_np_dtype(type)), type.scalar)
+
     def get_bf16(self, value: float) -> Handle:
         return Handle(narrow(np.array([value]), tl.bfloat16), tl.bfloat16)
 
@@ -254,7 +260,21 @@ class ExactReduceOps(_Widened, stock.ReduceOps):
 
 
 class ExactScanOps(_Widened, stock.ScanOps):
-    """`tl.associative_scan` with small floats widened."""
+    """`tl.associative_scan` with small floats widened; sums and products in the steps of a GPU's scan, log2 of the
+    length, as one after the other they would lose more digits."""
+
+    def cumsum(self, input: Any) -> list[tl.tensor]:
+        return [self.to_tensor(self._steps(np.add, input.handle.data), dtype=input.dtype)]
+
+    def cumprod(self, input: Any) -> list[tl.tensor]:
+        return [self.to_tensor(self._steps(np.multiply, input.handle.data), dtype=input.dtype)]
+
+    def _steps(self, combine: Any, data: np.ndarray) -> np.ndarray:
+        made, reach = np.moveaxis(np.array(data), self.axis, 0), 1
+        while reach < len(made):
+            made = np.concatenate([made[:reach], combine(made[reach:], made[:-reach])])
+            reach *= 2
+        return np.moveaxis(made, 0, self.axis)
 
 
 def _implicit_cvt(arg: Any) -> Any:

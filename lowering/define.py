@@ -54,14 +54,28 @@ def rule(*ops: Any) -> Callable[[Rule], Rule]:
     return register
 
 
+def rules() -> dict[Any, Rule]:
+    """Every lowering rule, by op."""
+    from . import (  # noqa: F401  (they register themselves)
+        rules_matmul,
+        rules_pointwise,
+        rules_reduce,
+        rules_scan,
+        rules_scatter,
+        rules_shape,
+        rules_window,
+    )
+
+    return RULES
+
+
 def define(trace: Trace) -> Values:
     """The definitions of a concrete trace.
 
     Raises:
         Unsupported: torch itself gives a result of the piece two shapes.
     """
-    from . import rules_matmul, rules_pointwise, rules_reduce, rules_shape  # noqa: F401  (they register themselves)
-
+    rules()
     definer = Definer(trace)
     for node in trace.nodes:
         definer.node(node)
@@ -91,6 +105,9 @@ class Definer:
         """One node: a view, a part of a multi-result op, by its rule, or as itself."""
         if node.op is operator.getitem:
             self._part(node)
+        elif _is_view(node) and self._complex(node):
+            # A view may conjugate or negate: that is no geometry.
+            self.extern(node, "complex numbers are not computed by kernels")
         elif _is_view(node):
             self._view(node, node.args[0].name, node.spec)
         elif (why := self._refusal(node)) is not None:
@@ -103,6 +120,11 @@ class Definer:
                 for name in list(self.definitions)[size:]:
                     del self.definitions[name], self.layouts[name]
                 self.extern(node, refusal.fact)
+
+    def _complex(self, node: Node) -> bool:
+        specs = node.spec if isinstance(node.spec, tuple) else (node.spec,)
+        layout = self.layouts.get(node.args[0].name)
+        return any(s is not None and s.dtype.is_complex for s in (*specs, layout))
 
     def _refusal(self, node: Node) -> str | None:
         if node.op not in RULES:
@@ -239,6 +261,7 @@ class Definer:
             self.trace.structure,
             self.layouts,
             self.trace.nodes,
+            self.trace.absolute,
         )
 
     def _output(self, position: int, output: Any) -> Any:
@@ -279,6 +302,8 @@ def _is_view(node: Node) -> bool:
         return False
     if node.op is torch.ops.aten._unsafe_view.default:
         return True
+    if node.op is torch.ops.aten._neg_view.default:
+        return False
     schema = node.op._schema
     first = schema.arguments[0].alias_info if schema.arguments else None
     returns = [r.alias_info for r in schema.returns]

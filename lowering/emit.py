@@ -17,11 +17,13 @@ import sympy
 import torch
 from torch.utils._sympy.printers import PythonPrinter
 
+from .affine import Bounded, Div, Mod
 from .choices import Choice, at_size
-from .emit_expr import HELPERS, Body, short_names
+from .emit_expr import Body, short_names
 from .emit_loop import looped_body
+from .functions import HELPERS
 from .group import Group
-from .ir import Output, Ref, Scalar, map_tree
+from .ir import Output, Ref, Scalar, Spec, map_tree
 from .schedule import Schedule, Step
 from .select import Kernel, is_looped, operand
 from .size import NAME, Size, Undecided, integer
@@ -121,7 +123,7 @@ class _Writer:
             used = {load.value for load in group.loads} | {s.value for s in group.stores}
             inner += [f"{self.names[n]}_ptr = t[{i}]" for i, n in enumerate(tensors) if n in used]
             if epilogue and self.wide(group):
-                inner.append("m = m.to(tl.int64)")
+                inner.append("m, n = m.to(tl.int64), n.to(tl.int64)")
             inner += self.sizeless(kernel, "\n".join(Body(group, dtypes, self.names, epilogue).write())).split("\n")
             indent = "    "
             if len(kernel.segments) > 1:
@@ -146,8 +148,10 @@ class _Writer:
         return found
 
     def wide(self, group: Group) -> bool:
+        """Whether 32 bits do not hold some offset, or what it is divided out of."""
         offsets = [load.offset for load in group.loads] + [s.offset for s in group.stores]
-        return any(max(abs(x) for x in o.range) >= 2**31 for o in offsets)
+        inner = [a.base for o in offsets for a in o.atoms() if isinstance(a, (Div, Mod, Bounded))]
+        return any(max(abs(x) for x in o.range) >= 2**31 for o in (*offsets, *inner))
 
     def tensors(self, kernel: Kernel) -> list[str]:
         """Values in memory that a launch's bodies touch, reads first."""
@@ -175,6 +179,8 @@ class _Writer:
         parts = [f"{self.names[kernel.name]}_body", f"{choice.family}.Config({settings})"]
         if kernel.group.contract is not None:
             parts.append(f"GemmProblem({', '.join(f'{k}={v!r}' for k, v in vars(problem).items())})")
+        elif any(map(self.wide, kernel.segments)):
+            parts.append("wide=True")
         if choice.pdl:
             parts.append("pdl=True")
         inner = ",\n    ".join(parts)
@@ -292,9 +298,21 @@ class _Writer:
         offset = str(view.offset) if ours else f"{name}.storage_offset() + {view.offset}"
         return f"{name}.as_strided({_tuple(view.layout.shape)}, {_tuple(view.layout.stride)}, {offset})"
 
+    def dtype(self, name: str) -> torch.dtype:
+        return self.values.layouts[name].dtype
+
+    def reinterpreted(self, name: str, spec: Spec) -> str:
+        """An input's memory as numbers of another dtype."""
+        start = f"{self.names[name]}.storage_offset() * {self.dtype(name).itemsize} // {spec.dtype.itemsize}"
+        memory = f"{self.names[name]}.untyped_storage(), {start} + {int(spec.offset)}"
+        sizes = f"{_tuple(spec.sizes())}, {_tuple(spec.strides())}"
+        return f"torch.empty(0, dtype={spec.dtype}, device=device).set_({memory}, {sizes})"
+
     def output(self, output: Output) -> str:
         if output.kind == "input":
             return self.names[output.ref]
+        if output.kind == "alias" and output.spec is not None and output.spec.dtype != self.dtype(output.ref):
+            return self.reinterpreted(output.ref, output.spec)
         if output.kind in ("alias", "value"):
             assert output.spec is not None
             view = self.values.views.get(output.ref)

@@ -8,7 +8,6 @@ graph behind it, is a line with its FX name; the rest is nested. Shapes: `row` i
 from __future__ import annotations
 
 import keyword
-import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,54 +15,10 @@ from dataclasses import dataclass, field
 import torch
 
 from .affine import Affine, Atom, Bounded, Div, Indirect, Mod, Var
-from .errors import InternalError
 from .expr import Acc, Apply, Const, Expr, Index, Load, Masked, RowScalar, children, walk
+from .functions import COMPARISONS, HELPER_NAMES, TYPES, apply_text, atomic, constant, register
 from .group import Group
 from .size import NAME
-
-TYPES = {
-    torch.float32: "tl.float32", torch.float16: "tl.float16", torch.bfloat16: "tl.bfloat16", torch.float64:
-    "tl.float64", torch.int64: "tl.int64", torch.int32: "tl.int32", torch.int16: "tl.int16", torch.int8: "tl.int8",
-    torch.uint8: "tl.uint8", torch.bool: "tl.int1",
-}  # fmt: skip
-
-# Float functions; {0}, {1}, … are the operands. Those without `tl.` or `libdevice.` are from kernels/functions.py.
-FUNCTIONS = {
-    "add": "{0} + {1}", "sub": "{0} - {1}", "mul": "{0} * {1}", "div": "tl.div_rn({0}, {1})", "neg": "-{0}",
-    "exp": "tl.exp({0})", "exp2": "tl.exp2({0})", "log": "tl.log({0})", "log2": "tl.log2({0})",
-    "sqrt": "tl.sqrt_rn({0})", "rsqrt": "tl.rsqrt({0})", "sin": "libdevice.sin({0})", "cos": "libdevice.cos({0})",
-    "abs": "tl.abs({0})", "floor": "tl.floor({0})", "ceil": "tl.ceil({0})", "erf": "tl.erf({0})",
-    "reciprocal": "tl.div_rn(1.0, {0})", "sigmoid": "sigmoid({0})", "silu": "silu({0})", "tanh": "tanh({0})",
-    "relu": "relu({0})", "sign": "sign({0})", "maximum": "maximum({0}, {1})", "minimum": "minimum({0}, {1})",
-    "div_floor": "div_floor({0}, {1})", "div_trunc": "div_trunc({0}, {1})", "remainder": "remainder({0}, {1})",
-    "where": "tl.where({0}, {1}, {2})", "eq": "{0} == {1}", "ne": "{0} != {1}", "lt": "{0} < {1}",
-    "le": "{0} <= {1}", "gt": "{0} > {1}", "ge": "{0} >= {1}", "isnan": "{0} != {0}",
-    "isinf": "tl.abs({0}) == float('inf')", "fmax": "tl.maximum({0}, {1})", "fmin": "tl.minimum({0}, {1})",
-    "round": "libdevice.nearbyint({0})",
-}  # fmt: skip
-
-LIBDEVICE = {
-    "expm1", "log10", "log1p", "tan", "asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh", "atanh", "erfc",
-    "erfinv", "lgamma", "trunc", "pow", "fmod", "atan2", "hypot", "copysign",
-}  # fmt: skip
-
-# Where integers differ from floats.
-INTEGERS = {
-    "div_floor": "div_floor_int({0}, {1})", "div_trunc": "{0} // {1}", "remainder": "remainder_int({0}, {1})",
-    "fmod": "{0} % {1}", "maximum": "tl.maximum({0}, {1})", "minimum": "tl.minimum({0}, {1})",
-    "bitwise_and": "{0} & {1}", "bitwise_or": "{0} | {1}", "bitwise_xor": "{0} ^ {1}", "bitwise_not": "~{0}",
-    "shift_left": "{0} << {1}", "shift_right": "{0} >> {1}",
-}  # fmt: skip
-
-# Where fp64 differs: its division and root are exact anyway.
-DOUBLES = {"div": "{0} / {1}", "sqrt": "tl.sqrt({0})", "reciprocal": "1.0 / {0}"}
-
-HELPER_NAMES = (
-    "maximum", "minimum", "relu", "silu", "sigmoid", "tanh", "sign", "div_floor", "div_floor_int", "div_trunc",
-    "remainder", "remainder_int", "row_sum", "row_max", "row_min", "row_prod", "row_any", "row_all", "row_argmax",
-    "row_argmin",
-)  # fmt: skip
-HELPERS = re.compile(rf"\b({'|'.join(HELPER_NAMES)})\(")
 
 # Names that mean something else inside a body.
 RESERVED = {
@@ -96,12 +51,9 @@ NEUTRAL = {
     "all": "True",
     "argmax": "low",
     "argmin": "high",
+    "running_sum": "0",
+    "running_prod": "1",
 }
-
-
-def register(dtype: torch.dtype) -> torch.dtype:
-    """The dtype a value of this dtype has while it is in registers."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 def identifier(name: str) -> str:
@@ -216,19 +168,39 @@ class Body:
         if isinstance(expr, Acc):
             return ("acc2" if expr.which else "acc"), frozenset((0, 1))
         if isinstance(expr, RowScalar):
-            return self.names[expr.value], frozenset((0,))
+            running = any(r.value == expr.value and r.running for r in self.group.reductions)
+            return self.names[expr.value], frozenset((0, 1) if running else (0,))
         if isinstance(expr, Index):
-            where, dims = self.offset(expr.offset, cond)
-            return where if atomic(where) else f"({where})", dims
+            return self.number(expr, cond)
         if isinstance(expr, Masked):
             both = expr.cond if cond is None else Apply(torch.bool, fn="bitwise_and", args=(cond, expr.cond))
             return self.value(expr.body, both)
         if isinstance(expr, Load):
             return self.load(expr, cond)
         assert isinstance(expr, Apply)
-        parts = [self.value(a, cond) for a in expr.args]
+        if expr.fn in COMPARISONS and all(map(_short, expr.args)):
+            parts = [self.place(a, cond) if isinstance(a, Index) else self.value(a, cond) for a in expr.args]
+        else:
+            parts = [self.value(a, cond) for a in expr.args]
         dims = frozenset().union(*(d for _, d in parts))
         return apply_text(expr, [p for p, _ in parts]), dims
+
+    def place(self, expr: Index, cond: Expr | None) -> tuple[str, frozenset[int]]:
+        """An index as wide as the kernel's own."""
+        where, dims = self.offset(expr.offset, cond)
+        return where if atomic(where) else f"({where})", dims
+
+    def number(self, expr: Index, cond: Expr | None) -> tuple[str, frozenset[int]]:
+        """An index as a number to calculate with, in 64 bits."""
+        if _short(expr):
+            where, dims = self.place(expr, cond)
+            return f"{where}.to(tl.int64)", dims
+        dims, parts = frozenset(), [str(expr.offset.const)]
+        for atom, coefficient in expr.offset.terms:
+            text, own = self.atom(atom, cond)
+            dims |= own
+            parts.append(f"{text}.to(tl.int64) * {coefficient}")
+        return f"({' + '.join(parts)})", dims
 
     def load(self, expr: Load, cond: Expr | None) -> tuple[str, frozenset[int]]:
         if cond is not None and not _guarded(expr.offset):
@@ -306,6 +278,13 @@ def neutral_text(kind: str, dtype: torch.dtype) -> str:
     return str(info.min if neutral == "low" else info.max)
 
 
+def _short(expr: Expr) -> bool:
+    """Whether this is an index or a whole number that 32 bits hold."""
+    if isinstance(expr, Index):
+        return max(abs(x) for x in expr.offset.range) < 2**31
+    return isinstance(expr, Const) and not expr.dtype.is_floating_point and abs(expr.value) < 2**31
+
+
 def _guarded(offset: Affine) -> bool:
     """Whether an offset is only in range under its condition; elsewhere the load needs none and keeps its shape."""
     for atom in offset.atoms():
@@ -321,76 +300,3 @@ def _guarded(offset: Affine) -> bool:
 def _reads(expr: Expr) -> bool:
     """Whether the text of an expression depends on the condition it stands under."""
     return any(isinstance(n, (Load, Masked)) for n in walk(expr))
-
-
-def constant(expr: Const) -> str:
-    """A number as source."""
-    value = expr.value
-    if expr.dtype == torch.bool:
-        return str(bool(value))
-    if expr.dtype.is_floating_point:
-        number = float(value)
-        if number == 0 and math.copysign(1, number) < 0:
-            # Triton makes every constant that equals 0 a positive one.
-            return f"(tl.full([1, 1], -1.0, {TYPES[register(expr.dtype)]}) * 0.0)"
-        return f'float("{number}")' if not math.isfinite(number) else repr(number)
-    return str(int(value))
-
-
-def apply_text(expr: Apply, parts: list[str]) -> str:
-    """A function call as source, its operands given as text."""
-    if expr.fn in ("cast", "keep"):
-        return cast_text(expr, parts[0])
-    wrapped = [p if atomic(p) else f"({p})" for p in parts]
-    of = expr.args[-1].dtype
-    if expr.fn == "where":
-        return tl_where(expr, parts)
-    if not of.is_floating_point and expr.fn in INTEGERS:
-        return INTEGERS[expr.fn].format(*wrapped)
-    if of == torch.float64 and expr.fn in DOUBLES:
-        return DOUBLES[expr.fn].format(*wrapped)
-    if expr.fn in FUNCTIONS:
-        template = FUNCTIONS[expr.fn]
-        return template.format(*(parts if "(" in template else wrapped))
-    if expr.fn in LIBDEVICE:
-        return f"libdevice.{expr.fn}({', '.join(parts)})"
-    raise InternalError(expr.fn, "no Triton source for this function", stage="emit")
-
-
-def tl_where(expr: Apply, parts: list[str]) -> str:
-    """Select; constants take the dtype of the other branch."""
-    a, b = parts[1:]
-    if isinstance(expr.args[1], Const) and isinstance(expr.args[2], Const) and not a.startswith("("):
-        a = f"tl.full([1, 1], {a}, {TYPES[register(expr.dtype)]})"
-    return f"tl.where({parts[0]}, {a}, {b})"
-
-
-def cast_text(expr: Apply, part: str) -> str:
-    source, dtype = expr.args[0].dtype, expr.dtype
-    inner = part if atomic(part) else f"({part})"
-    if expr.fn == "keep" or (source in (torch.float16, torch.bfloat16) and dtype == torch.float32):
-        return part
-    if isinstance(expr.args[0], Const):
-        return part if dtype != torch.bool else str(bool(expr.args[0].value))
-    if dtype == torch.bool:
-        return f"{inner} != 0"
-    if register(dtype) != dtype:
-        narrow = f"{inner}.to({TYPES[dtype]}).to(tl.float32)"
-        return narrow
-    if register(source) == dtype:
-        return part
-    return f"{inner}.to({TYPES[dtype]})"
-
-
-def atomic(text: str) -> bool:
-    """Whether a text can be an operand without parentheses."""
-    if re.fullmatch(r"[\w.]+", text) or re.fullmatch(r"float\(\"-?\w+\"\)", text):
-        return True
-    if not re.match(r"[\w.]+\(", text) and not text.startswith("("):
-        return False
-    depth = 0
-    for i, c in enumerate(text):
-        depth += (c == "(") - (c == ")")
-        if depth == 0 and c == ")" and i < len(text) - 1:
-            return bool(re.fullmatch(r"(\.to\([\w.]+\))+", text[i + 1 :]))
-    return True

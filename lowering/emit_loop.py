@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from .emit_expr import TYPES, Body, atomic, neutral_text, register
+from .emit_expr import Body, neutral_text
 from .expr import RowScalar, walk
+from .functions import TYPES, atomic, register
 from .group import Group, Reduction
 
 STEPS = {

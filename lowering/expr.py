@@ -83,7 +83,7 @@ class Index(Expr):
 
 @dataclass(frozen=True, eq=False)
 class Apply(Expr):
-    """`fn(*args)`; the functions are the rows of `emit_expr.FUNCTIONS`."""
+    """`fn(*args)`; the functions are the rows of the tables in `functions.py`."""
 
     fn: str = ""
     args: tuple[Expr, ...] = ()
@@ -105,7 +105,8 @@ class Masked(Expr):
 
 @dataclass(frozen=True, eq=False)
 class RowScalar(Expr):
-    """The result for this row of the reduction `value`, computed in the same kernel."""
+    """The result for this row (a running reduction's: for this element) of the reduction `value` of the same
+    kernel."""
 
     value: str = ""
 

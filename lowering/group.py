@@ -19,7 +19,7 @@ from .affine import Affine, Var, contiguous_strides, delinearize, linear, substi
 from .define import at_flat
 from .expr import Acc, Apply, Expr, Load, RowScalar, const, loads, rewrite, walk
 from .size import alike, typical
-from .values import Contract, Extern, Item, Layout, Map, Reduce, Values
+from .values import RUNNING, Contract, Extern, Item, Layout, Map, Reduce, Values
 
 ROW, COL = 0, 1
 
@@ -45,6 +45,11 @@ class Reduction:
     value: str
     kind: str
     expr: Expr
+
+    @property
+    def running(self) -> bool:
+        """Whether every column has a result of its own."""
+        return self.kind.startswith(RUNNING)
 
 
 @dataclass(frozen=True)
@@ -182,7 +187,9 @@ class _Composer:
         stores = []
         for name in self.needed:
             numel = self.layout(name).numel
-            if name in self.reductions or alike(numel, self.rows):
+            made = self.values.definitions[name]
+            running = isinstance(made, Reduce) and made.running
+            if not running and (name in self.reductions or alike(numel, self.rows)):
                 stores.append(self._store(name, row, per_row=True))
             elif alike(numel, self.rows * self.cols):
                 stores.append(self._store(name, self.natural, per_row=False))
@@ -277,7 +284,7 @@ class _Composer:
 
     def _row_scalar(self, reduction: Reduce, place: tuple[Affine, ...]) -> Expr:
         position = linear(place, contiguous_strides(reduction.layout.shape))
-        if position != Affine.of(Var(ROW, self.rows)):
+        if position != (self.natural if reduction.running else Affine.of(Var(ROW, self.rows))):
             raise Refused(f"%{reduction.name} is read for another row than the one in registers")
         if reduction.name not in self.reductions:
             raise Refused(f"%{reduction.name} is read before it is complete")

@@ -156,6 +156,8 @@ class Trace:
         symbols: symbol to (input position, dimension, or None for the integer itself).
         guards: what the trace took for granted about the symbols.
         structure: rebuilds the piece's return value from the list of leaves.
+        absolute: some op names a place by its distance from the start of the storage: the trace holds for inputs that
+            begin where their storage does.
     """
 
     inputs: tuple[Input, ...]
@@ -165,6 +167,7 @@ class Trace:
     symbols: Mapping[sympy.Symbol, tuple[int, int | None]] = field(default_factory=dict)
     guards: tuple[sympy.Basic, ...] = ()
     structure: Any = None
+    absolute: bool = False
 
     def spec_of(self, name: str) -> Spec:
         spec = self.specs()[name]

@@ -8,7 +8,7 @@
     fuse          values become kernels by what it saves, refusals with reasons    fuse.py, group.py
     select        family and config for these sizes                                select.py
     schedule      order and the life of buffers                                    schedule.py
-    emit          one readable Python module                                       emit.py, emit_expr.py
+    emit          one readable Python module                                       emit*.py, functions.py
 
 The first two run once per piece, the others once per size, or per range of sizes (ranged.py). After each, `verify`
 checks what the stage promises.

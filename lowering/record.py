@@ -19,6 +19,8 @@ from torch.utils import _pytree as pytree
 from .errors import Unsupported
 from .ir import Input, Node, Output, Ref, Scalar, Spec, Trace, iter_leaves, map_tree
 
+STRIDED = (torch.ops.aten.as_strided.default, torch.ops.aten.as_strided_copy.default)
+
 
 @dataclass(frozen=True)
 class Recorded:
@@ -93,6 +95,7 @@ class _Conversion:
             recorded.symbols,
             recorded.guards,
             recorded.structure,
+            any(map(_from_storage, recorded.graph.nodes)),
         )
         _refuse_data_dependent(made)
         return made
@@ -152,11 +155,19 @@ class _Conversion:
             if same is not None:
                 found.append(Output("input", inputs[same].name, _spec(leaf)))
             elif key in storages:
+                if leaf.is_conj() or leaf.is_neg():
+                    raise Unsupported(inputs[storages[key]].name, "it is returned conjugated in place", stage="intake")
                 found.append(Output("alias", inputs[storages[key]].name, _spec(leaf)))
             else:
                 storage = groups.setdefault(key, len(groups))
                 found.append(Output("value", self.names[result], _spec(leaf), storage=storage))
         return tuple(found)
+
+
+def _from_storage(node: fx.Node) -> bool:
+    """Whether an op names a place by its distance from the start of the storage."""
+    named = len(node.args) > 3 and node.args[3] is not None or node.kwargs.get("storage_offset") is not None
+    return node.target in STRIDED and named
 
 
 def _refuse_data_dependent(trace: Trace) -> None:

@@ -28,7 +28,7 @@ UNARY: dict[str, Any] = {
     "asin": aten.asin, "acos": aten.acos, "atan": aten.atan, "sinh": aten.sinh, "cosh": aten.cosh, "tanh": aten.tanh,
     "asinh": aten.asinh, "acosh": aten.acosh, "atanh": aten.atanh, "erf": aten.erf, "erfc": aten.erfc,
     "erfinv": aten.erfinv, "lgamma": aten.lgamma, "sigmoid": aten.sigmoid, "reciprocal": aten.reciprocal,
-    "neg": aten.neg, "abs": aten.abs, "ceil": aten.ceil, "floor": aten.floor, "round": aten.round.default,
+    "abs": aten.abs, "ceil": aten.ceil, "floor": aten.floor, "round": aten.round.default,
     "trunc": aten.trunc, "relu": aten.relu, "silu": aten.silu,
     "bitwise_not": aten.bitwise_not,
 }  # fmt: skip
@@ -37,14 +37,27 @@ BINARY: dict[str, Any] = {
     "mul": aten.mul, "pow": aten.pow, "fmod": aten.fmod, "remainder": aten.remainder,
     "maximum": aten.maximum, "minimum": aten.minimum, "fmax": aten.fmax, "fmin": aten.fmin, "atan2": aten.atan2,
     "hypot": aten.hypot, "copysign": aten.copysign, "bitwise_and": aten.bitwise_and, "bitwise_or": aten.bitwise_or,
-    "bitwise_xor": aten.bitwise_xor, "shift_left": aten.bitwise_left_shift, "shift_right": aten.bitwise_right_shift,
+    "bitwise_xor": aten.bitwise_xor,
 }  # fmt: skip
+
+SHIFTS = {"shift_left": ("bitwise_left_shift", "__lshift__"), "shift_right": ("bitwise_right_shift", "__rshift__")}
 
 COMPARE = {"eq": aten.eq, "ne": aten.ne, "lt": aten.lt, "le": aten.le, "gt": aten.gt, "ge": aten.ge}
 LOGICAL = {"logical_and": aten.logical_and, "logical_or": aten.logical_or, "logical_xor": aten.logical_xor}
 TESTS = {"isnan": aten.isnan, "isinf": aten.isinf}
 
-SIMPLE = {aten.sign.default: "sign", aten.sgn.default: "sign"} | {
+SIMPLE = {
+    aten.sign.default: "sign",
+    aten.sgn.default: "sign",
+    aten.neg.default: "neg",
+    aten._neg_view.default: "neg",
+    **{
+        getattr(getattr(aten, packet), overload): name
+        for name, packets in SHIFTS.items()
+        for packet in packets
+        for overload in getattr(aten, packet).overloads()
+    },
+} | {
     overload: name
     for table in (UNARY, BINARY)
     for name, packet in table.items()
@@ -112,6 +125,8 @@ def simple(d: Definer, node: Node) -> None:
 def power(base: Expr, exponent: Any, exponent_expr: Expr) -> Expr:
     """x**n; whole exponents up to 4 as products, halves as roots."""
     dtype = base.dtype
+    if exponent == 0 and isinstance(exponent, (int, float)):
+        return const(1, dtype)
     if exponent == 2:
         return apply("mul", base, base, dtype=dtype)
     if exponent == 3:
@@ -124,8 +139,6 @@ def power(base: Expr, exponent: Any, exponent_expr: Expr) -> Expr:
         return apply("rsqrt", base, dtype=dtype)
     if dtype.is_floating_point and exponent == -1:
         return apply("reciprocal", base, dtype=dtype)
-    if not dtype.is_floating_point:
-        raise Unsupported("pow", "powers of integers by a tensor", stage="define")
     return apply("pow", base, exponent_expr, dtype=dtype)
 
 

@@ -9,7 +9,6 @@ import torch
 
 from .affine import Affine, variables
 from .define import Definer, rule
-from .errors import Unsupported
 from .expr import Expr, apply, cast, const
 from .ir import Node, Ref
 from .rules_pointwise import arithmetic, truth
@@ -142,10 +141,10 @@ def variance(d: Definer, node: Node) -> None:
     freedom = _freedom(node, count)
     made = Layout.of(node.spec)  # type: ignore[arg-type]
     if not deviation:
-        _finish(d, node, spread, 1.0 / freedom)
+        _finish(d, node, spread, freedom)
         return
     kept = d.layout(spread)
-    scaled = apply("mul", d.read(spread, variables(kept.shape)), const(1.0 / freedom, dtype), dtype=dtype)
+    scaled = apply("mul", d.read(spread, variables(kept.shape)), const(freedom, dtype), dtype=dtype)
     name = f"{node.name}_root"
     d.map(node, apply("sqrt", scaled, dtype=dtype), name=name, layout=Layout.contiguous(kept.shape, dtype, made.device))
     _finish(d, node, Ref(name))
@@ -156,20 +155,19 @@ def variance_and_mean(d: Definer, node: Node) -> None:
     layout, value = _source(d, node)
     axes = _axes(node, 1, len(layout.shape))
     spread, sums, count, _ = _spread(d, node, layout, value, axes)
-    _finish(d, node, spread, 1.0 / _freedom(node, count), part=0)
+    _finish(d, node, spread, _freedom(node, count), part=0)
     _finish(d, node, sums, _inverse(count), part=1)
 
 
 def _freedom(node: Node, count: int) -> float:
-    """What a sum of squared distances is divided by to be a variance."""
+    """What a sum of squared distances is multiplied with to be a variance; without a degree of freedom it is divided by
+    zero, as eager does."""
     if "correction" in node.kwargs:
         correction = node.kwargs["correction"]
     else:
         correction = int(node.args[2]) if len(node.args) > 2 and "dim" in str(node.op) else 1
     freedom = count - (1 if correction is None else correction)
-    if freedom <= 0:
-        raise Unsupported(node.name, "a variance with no degree of freedom", stage="define")
-    return freedom
+    return 1.0 / freedom if freedom > 0 else math.inf
 
 
 def _spread(

@@ -148,6 +148,23 @@ def select_scatter(d: Definer, node: Node) -> None:
     d.map(node, apply("where", mine, value, d.read(target, at), dtype=layout.dtype))
 
 
+@rule(aten.diagonal_scatter)
+def diagonal_scatter(d: Definer, node: Node) -> None:
+    given = dict(zip(("self", "src", "offset", "dim1", "dim2"), node.args, strict=False)) | dict(node.kwargs)
+    layout, source = _layout(node), d.layout(given["src"])
+    rank, offset = len(layout.shape), given.get("offset", 0)
+    one, two = given.get("dim1", 0) % rank, given.get("dim2", 1) % rank
+    at = variables(layout.shape)
+    kept = d.read(given["self"], at)
+    if source.numel == 0:
+        d.map(node, kept)
+        return
+    mine = apply("eq", index(at[two] - at[one]), const(offset, torch.int64), dtype=torch.bool)
+    along = bounded(at[one] + min(offset, 0), source.shape[-1])
+    place = [a for n, a in enumerate(at) if n not in (one, two)]
+    _fill_outside(d, node, [mine], cast(d.read(given["src"], [*place, along]), layout.dtype), kept)
+
+
 @rule(aten.flip)
 def flip(d: Definer, node: Node) -> None:
     shape = _layout(node).shape
@@ -170,7 +187,8 @@ def index_select(d: Definer, node: Node) -> None:
     source, axis, which = node.args
     shape = d.layout(source).shape
     if not shape:
-        raise Unsupported(node.name, "index_select of a 0-d tensor", stage="define")
+        d.map(node, d.read(source, []))
+        return
     axis %= len(shape)
     at = list(variables(_layout(node).shape))
     where = d.read(which, [at[axis]] if d.layout(which).shape else [])
@@ -186,14 +204,18 @@ def embedding(d: Definer, node: Node) -> None:
     d.map(node, d.read(table, [Affine.of(Indirect(row, d.layout(table).shape[0])), at[-1]]))
 
 
-def wrapped(value: Expr, size: int) -> Affine:
+def wrapped_value(value: Expr, size: int) -> Expr:
     """An index that may be negative, counted from the end as Python does."""
     value = cast(value, torch.int64)
     below = apply("lt", value, const(0, torch.int64), dtype=torch.bool)
-    positive = apply(
+    return apply(
         "where", below, apply("add", value, const(size, torch.int64), dtype=torch.int64), value, dtype=torch.int64
     )
-    return Affine.of(Indirect(positive, size))
+
+
+def wrapped(value: Expr, size: int) -> Affine:
+    """The same as part of an offset."""
+    return Affine.of(Indirect(wrapped_value(value, size), size))
 
 
 @rule(aten.index.Tensor)
@@ -221,7 +243,8 @@ def gather(d: Definer, node: Node) -> None:
     source, axis, which = node.args[:3]
     shape = d.layout(source).shape
     if not shape:
-        raise Unsupported(node.name, "gather from a 0-d tensor", stage="define")
+        d.map(node, d.read(source, []))
+        return
     if len(d.layout(which).shape) != len(shape):
         raise Unsupported(node.name, "gather by an index of another rank", stage="define")
     axis %= len(shape)
@@ -240,7 +263,9 @@ def arange(d: Definer, node: Node) -> None:
         start = numbers[0] if len(numbers) > 1 else 0
         step = numbers[2] if len(numbers) > 2 else node.kwargs.get("step", 1)
     place = index(variables(layout.shape)[0])
-    if layout.dtype.is_floating_point or isinstance(start, float) or isinstance(step, float):
+    if not layout.dtype.is_floating_point:
+        start, step = int(start), int(step)
+    if layout.dtype.is_floating_point:
         dtype = torch.float32 if layout.dtype != torch.float64 else torch.float64
         scaled = apply("mul", cast(place, dtype), cast(d.number(step), dtype), dtype=dtype)
         d.map(node, apply("add", scaled, cast(d.number(start), dtype), dtype=dtype))

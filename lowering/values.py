@@ -18,6 +18,9 @@ from .affine import contiguous_strides
 from .expr import Expr
 from .ir import Input, Node, Output, Spec
 
+# How the kinds of reductions begin whose result is every prefix's.
+RUNNING = "running_"
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -84,7 +87,8 @@ class Map:
 class Reduce:
     """`kind` of `expr` over the dimensions `reduced` of `domain`; variables 0 … over `domain` in natural order.
 
-    `layout` is that of the result, whose elements stand in the order of the dimensions kept.
+    `layout` is that of the result, whose elements stand in the order of the dimensions kept; those of a running
+    reduction (a cumulative sum: one result per element) in the order of the domain.
     """
 
     name: str
@@ -94,6 +98,10 @@ class Reduce:
     kind: str
     expr: Expr
     source: str = ""
+
+    @property
+    def running(self) -> bool:
+        return self.kind.startswith(RUNNING)
 
     @property
     def rows(self) -> int:
@@ -161,7 +169,7 @@ class Values:
         inputs: the piece's arguments and constants.
         definitions: by name, in order.
         views: names that are geometry over another value.
-        outputs, mutations: as in `Trace`, names resolved by `views` where they are views.
+        outputs, mutations, absolute: as in `Trace`, names resolved by `views` where they are views.
         layouts: geometry of every value.
         ops: the trace's nodes, which these definitions were made of.
     """
@@ -174,6 +182,7 @@ class Values:
     structure: Any = None
     layouts: Mapping[str, Layout] = field(default_factory=dict)
     ops: tuple[Node, ...] = ()
+    absolute: bool = False
 
     @cached_property
     def device(self) -> torch.device:

@@ -155,7 +155,8 @@ class CompiledPiece:
         self._runs: dict[tuple[Any, ...], Runner] = {}
         self._range: tuple[int, int] | None = None
         self._regimes: dict[tuple[int, ...], _Regimes] = {}
-        self._fell_back = False
+        # Why the piece runs as the graph it was; empty while it does not.
+        self.refusal = ""
 
     def at(self, args: Sequence[Any]) -> Runner:
         """The callable for the sizes in these arguments; compiled at their first use, then looked up.
@@ -234,7 +235,7 @@ class CompiledPiece:
 
     def summary(self) -> str:
         """Plans so far: sizes, kernels, ops that run as themselves."""
-        if self._fell_back:
+        if self.refusal:
             return "runs as the graph it was"
         parts = []
         for (sizes, _), loaded in (self._lowered.plans if self._lowered else {}).items():
@@ -285,6 +286,8 @@ class CompiledPiece:
         run = _runner(loaded, constants)
         if args is not None:
             run = self._warmed(run, loaded, args)
+        if loaded.plan.schedule.values.absolute:
+            run = self._at_start(run, constants)
         written = {name for name, _ in loaded.plan.schedule.values.mutations}
         return self._apart(run, [i for i in self._tensors if self._names[i] in written]) if written else run
 
@@ -299,6 +302,16 @@ class CompiledPiece:
                 if any(start < e and s < end for j, (s, e) in spans.items() if j != i):
                     return self.graph.forward(*args)
             return run(*args)
+
+        return checked
+
+    def _at_start(self, run: Runner, constants: Sequence[torch.Tensor]) -> Runner:
+        """The plan, unless a tensor does not begin where its storage does: the plan knows no more of a storage than its
+        tensor, and the piece counts from the storage's start."""
+
+        def checked(*args: Any) -> Any:
+            tensors = [*(args[i] for i in self._tensors), *constants]
+            return run(*args) if all(t.storage_offset() == 0 for t in tensors) else self.graph.forward(*args)
 
         return checked
 
@@ -335,12 +348,12 @@ class CompiledPiece:
         return run
 
     def _fall_back(self, cause: Exception) -> Runner:
-        if not self._fell_back:
+        if not self.refusal:
             remedy = "python -m terrazzo.tools.dump_kernels on this piece shows the stage"
             log.warning(
                 "a piece of %d nodes runs as the graph it was: %s; %s", len(self.graph.graph.nodes), cause, remedy
             )
-        self._fell_back = True
+        self.refusal = str(cause)
         return self.graph.forward
 
 

@@ -1,22 +1,19 @@
 """A function compiled by terrazzo against the same function in eager: values, geometry, aliasing, mutation.
 
-Floats are right when they err at most twice as much as eager does, measured against fp64 (`tests/kernels/oracle.py`);
+Floats are right when they err at most twice as much as eager does, measured against fp64 (`tools/compare.py`);
 integers, bools, NaN, infinities and, for ops that round nothing, the sign of zero must be equal.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from terrazzo.runtime.compiled import CompiledPiece
-
-from ..kernels.oracle import check
+from terrazzo.tools import compare as tools_compare
 
 Function = Callable[..., Any]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -55,26 +52,14 @@ def traced(fn: Function, count: int) -> fx.GraphModule:
 
 def copied(args: Sequence[Any]) -> list[Any]:
     """The arguments on the device in memory of their own: equal geometry, and what shared storage still does."""
-    storages: dict[int, torch.UntypedStorage] = {}
-
-    def fresh(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return value
-        key = value.untyped_storage()._cdata
-        if key not in storages:
-            storages[key] = value.untyped_storage().clone().to(device=DEVICE)
-        storage = storages[key]
-        empty = torch.empty(0, dtype=value.dtype, device=DEVICE)
-        return empty.set_(storage, value.storage_offset(), value.shape, value.stride())  # type: ignore[call-overload]
-
-    return [fresh(a) for a in args]
+    return [*tools_compare.copied(tuple(args), DEVICE)]
 
 
 def doubled(args: list[Any]) -> list[Any]:
     """The arguments with every float tensor in fp64, in place of the originals."""
     for i, value in enumerate(args):
-        if isinstance(value, torch.Tensor) and value.dtype in (torch.float32, torch.float16, torch.bfloat16):
-            args[i] = value.double()
+        if isinstance(value, torch.Tensor):
+            args[i] = tools_compare.widened(value)
     return args
 
 
@@ -87,34 +72,8 @@ def compare(ours: Any, theirs: Any, exactly: Any = None, *, zeros: bool = False,
         zeros: so must the signs of zeros.
         close: floats need only be close (`torch.testing.assert_close`): their rounding is another test's business.
     """
-    a, structure = pytree.tree_flatten(ours)
-    b, other = pytree.tree_flatten(theirs)
-    assert structure == other, f"{structure} is not {other}"
-    c = pytree.tree_leaves(exactly) if exactly is not None else b
-    for position, (x, y, z) in enumerate(zip(a, b, c, strict=True)):
-        if not isinstance(y, torch.Tensor):
-            assert (x == y or (close and math.isclose(x, y, rel_tol=1e-6))) and type(x) is type(y), (
-                f"{x!r} is not {y!r}"
-            )
-            continue
-        assert x.dtype == y.dtype and x.shape == y.shape, f"{position}: {x.dtype} {x.shape} is not {y.dtype} {y.shape}"
-        steps = [(i, j) for i, j, s in zip(x.stride(), y.stride(), y.shape, strict=True) if s > 1 and y.numel()]
-        assert all(i == j for i, j in steps), f"{position}: strides {x.stride()} are not {y.stride()}"
-        if close:
-            torch.testing.assert_close(x, y, equal_nan=True)
-        elif exactly is None or not y.dtype.is_floating_point:
-            torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
-            if zeros and y.dtype.is_floating_point:
-                assert torch.equal(x.signbit() & ~x.isnan(), y.signbit() & ~y.isnan()), f"{position}: signs differ"
-        else:
-            check(x, y, z, what=f"result {position}")
-    assert _sharing(a) == _sharing(b), "other leaves share memory than in eager"
-
-
-def _sharing(leaves: Sequence[Any]) -> list[int]:
-    """For each leaf the first that has the same storage."""
-    storages = [t.untyped_storage().data_ptr() if isinstance(t, torch.Tensor) and t.numel() else None for t in leaves]
-    return [storages.index(s) if s else i for i, s in enumerate(storages)]
+    wrong = tools_compare.difference(ours, theirs, exactly, zeros=zeros, close=close)
+    assert wrong is None, wrong
 
 
 def odd(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:

@@ -222,17 +222,23 @@ def test_pairs_of_every_dtype(name: str, dtype: torch.dtype) -> None:
             dtype
         )
     )
-    if name in ("pow", "left", "right"):
-        b = b.abs() % 5 if dtype != torch.bool else b
+    if name in ("left", "right") and dtype != torch.bool:
+        b = b * 9
+    if name == "pow" and dtype.is_floating_point:
+        b = b.abs() % 5
     if name in DIVIDING and dtype != torch.bool:
         b = torch.where(b == 0, 3, b).to(dtype)
     try:
         BINARY[name](a, b)
     except (RuntimeError, NotImplementedError):
         return
-    integral = not dtype.is_floating_point
-    itself = name in BINARY_ITSELF or (name == "pow" and integral and dtype != torch.bool)
-    same(BINARY[name], a.contiguous(), b.contiguous(), itself=itself)
+    same(BINARY[name], a.contiguous(), b.contiguous(), itself=name in BINARY_ITSELF)
+
+
+def test_powers_of_integers() -> None:
+    same(lambda x: (x**0, x**5, x**63, x**100, 3**x, (-1) ** x, 2**x), torch.arange(0, 9))
+    same(lambda x, y: x.pow(y), torch.arange(-4, 5)[:, None], torch.arange(-4, 70))
+    same(lambda x, y: x.pow(y), torch.arange(-4, 5, dtype=torch.int8)[:, None], torch.arange(9, dtype=torch.int8))
 
 
 @pytest.mark.parametrize(
@@ -263,3 +269,7 @@ def test_tensors_promote_as_in_eager(dtype: torch.dtype, other: torch.dtype, ran
 def test_a_constant_keeps_the_sign_of_zero(dtype: torch.dtype) -> None:
     same(lambda x: torch.full_like(x, -0.0).copysign(torch.full_like(x, -0.0)), SPECIAL.to(dtype))
     same(lambda x: 1 / torch.where(x > 1, 0.0, torch.full_like(x, -0.0)), SPECIAL.to(dtype))
+
+
+def test_shifts_of_and_by_numbers() -> None:
+    same(lambda x: (x << 3, x >> 2, x << 70, x >> 70, 5 << x), torch.arange(-4, 5))

@@ -144,7 +144,9 @@ def test_variance_with_corrections() -> None:
         lambda x: (x.var(1, correction=0), x.std(0, correction=2), x.var(1, unbiased=False), x.std(unbiased=True)),
         odd(4, 6),
     )
-    same(lambda x: x.var(1), odd(4, 1), itself=True)
+    same(lambda x: (x.var(1), x.std(1), x.var(1, correction=3)), odd(4, 1))
+    same(lambda x: torch.var_mean(x, 1, correction=7), odd(4, 5))
+    same(lambda x: (x.var(1), torch.var_mean(x, 1)), odd(4, 0))
     # Cancellation: the spread is a thousandth of the mean.
     same(lambda x: x.var(1), odd(4, 64) * 1e-2 + 10)
 

@@ -329,3 +329,26 @@ def test_two_runs_are_bitwise_equal() -> None:
     x, w = odd(9, 40).to(DEVICE), odd(40, 21).to(DEVICE)
     with torch.no_grad():
         assert torch.equal(fn(x, w), fn(x, w))
+
+
+@pytest.mark.parametrize(
+    "fn", [lambda x: x.view(torch.int32), torch.view_as_complex, lambda x: (x.view(torch.int64)[1:], x + 1)]
+)
+def test_memory_of_an_input_returned_as_another_dtype(fn: Callable[..., Any]) -> None:
+    through_dynamo(fn, (odd(12)[2:].view(5, 2),), itself=True)
+
+
+def test_views_that_conjugate_are_no_geometry() -> None:
+    x = torch.complex(odd(3, 4), odd(3, 4, seed=1))
+    through_dynamo(lambda x: (x.conj() * 2, x.conj().imag * 1, (x * 2).t().conj()), (x,), itself=True)
+
+
+def test_ranges_of_integers_from_floats_drop_fractions_first() -> None:
+    through_dynamo(lambda x: torch.arange(0.1, -7.9, -4.0, dtype=torch.int64, device=x.device) + x[:2], (odd(2),))
+
+
+def test_places_counted_from_the_start_of_the_storage() -> None:
+    fn = lambda x: (torch.as_strided(x, (2, 2), (1, 2), 1) * 2, x + 1)  # noqa: E731
+    through_dynamo(fn, (odd(8),), (odd(12)[4:],), (odd(10)[2:],))
+    through_dynamo(lambda x: torch.as_strided(x, (2, 2), (1, 2), 1), (odd(8),), (odd(12)[4:],), (odd(10)[2:],))
+    through_dynamo(lambda x: torch.as_strided(x, (2, 2), (1, 2)) * 2, (odd(8),), (odd(12)[4:],))

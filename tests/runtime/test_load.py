@@ -15,7 +15,7 @@ from terrazzo.runtime import load as loading
 from terrazzo.runtime.compiled import CompiledPiece
 from terrazzo.runtime.load import load
 
-BODY = '''
+BODY = """
 import triton
 import triton.language as tl
 
@@ -27,7 +27,7 @@ def body(x):
 
 def call(*args):
     return body, args, OBJECTS
-'''
+"""
 
 
 def plan(source, *objects):

@@ -1,0 +1,302 @@
+"""One operator in one dtype: every sample through Dynamo and as an ATen graph, against eager and fp64.
+
+What is compared stands in compare.py. Three kinds of differences are torch's own and are counted, not hidden: an
+operator that draws random numbers is compared in geometry where it draws others than eager under the same seed; strides
+and shared memory may be those that torch's fake tensors promise where eager breaks that promise; and a case that Dynamo
+or `make_fx` cannot take without us is none of ours.
+"""
+
+from __future__ import annotations
+
+import logging
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from terrazzo.runtime.backend import terrazzo
+from terrazzo.runtime.compiled import CompiledPiece
+from terrazzo.tools import compare, opdb
+from terrazzo.tools.coverage import Coverage
+from terrazzo.tools.device import HERE
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int64": torch.int64, "bool": torch.bool}
+PATHS = ("dynamo", "aten")
+
+# The interpreter takes half a millisecond per program; beyond this many elements a sample is left to a GPU.
+INTERPRETED_ELEMENTS = 20_000
+
+
+@dataclass
+class Result:
+    """An operator in a dtype.
+
+    Args:
+        op, dtype: which.
+        checks: comparisons made.
+        failures: mismatches and crashes, each with its case.
+        aside: what was not compared in full, by reason.
+        whole: pieces that run as the graph they were, by reason.
+        coverage: ATen ops lowered and passed through.
+    """
+
+    op: str
+    dtype: str
+    checks: int = 0
+    failures: list[str] = field(default_factory=list)
+    aside: Counter[str] = field(default_factory=Counter)
+    whole: Counter[str] = field(default_factory=Counter)
+    coverage: Coverage = field(default_factory=Coverage)
+
+
+def check(
+    op: str, dtype: str, paths: Sequence[str], samples: int, note: Callable[[str], None], only: str = ""
+) -> Result:
+    """Every case of an operator.
+
+    Args:
+        op: its name in the database.
+        dtype: a key of `DTYPES`.
+        paths: of `PATHS`.
+        samples: how many samples at most, spread over all; 0 takes all.
+        note: told of the case that comes next.
+        only: the one case to run (`number:variant`); '' runs all.
+    """
+    result = Result(op, dtype)
+    # Why a piece runs as the graph it was is counted here, not told again and again.
+    logging.getLogger("terrazzo").setLevel(logging.ERROR)
+    logging.getLogger("torch").setLevel(logging.CRITICAL)
+    try:
+        found = list(opdb.cases(op, DTYPES[dtype], HERE))
+    except Exception as error:
+        result.aside[f"the database cannot make its samples: {type(error).__name__}"] += 1
+        return result
+    for case in _chosen(found, samples, result):
+        label = f"{case.number}:{case.variant}"
+        if only and only != label:
+            continue
+        references = _References(op, case)
+        if not references.refused and not _tensors((references.given, references.eager)):
+            references.refused = "it has nothing to do with tensors"
+        if references.refused:
+            result.aside[references.refused] += 1
+            continue
+        for path in paths:
+            note(f"{label}:{path}")
+            wrong = _check_case(case, path, references, result)
+            if wrong:
+                result.failures.append(f"{label}:{path} ({case}): {wrong}")
+    return result
+
+
+def _chosen(found: Sequence[opdb.Case], samples: int, result: Result) -> Iterator[opdb.Case]:
+    count = max((c.number for c in found), default=-1) + 1
+    kept = {i * count // samples for i in range(samples)} if 0 < samples < count else set(range(count))
+    for case in found:
+        if case.number not in kept:
+            result.aside["samples left out, as asked"] += 1
+        elif HERE.type == "cpu" and case.size > INTERPRETED_ELEMENTS:
+            result.aside[f"more than {INTERPRETED_ELEMENTS} elements are too many to interpret"] += 1
+        else:
+            yield case
+
+
+class _References:
+    """What eager makes of a case, in its own dtype and in fp64, and whether it draws random numbers."""
+
+    def __init__(self, op: str, case: opdb.Case) -> None:
+        self.case = case
+        self.refused = ""
+        self.given = (case.args, case.kwargs)
+        try:
+            self.eager = _outcome(case.fn, compare.copied(self.given), 0)
+        except Exception as error:
+            self.refused = f"eager refuses: {type(error).__name__}"
+            return
+        unfilled = op.rpartition(".")[2] in opdb.UNFILLED
+        with _Drawing() as drawing:
+            _outcome(case.fn, compare.copied(self.given), 0)
+        self.arbitrary = unfilled or drawing.draws
+        self.why = "memory that nobody fills" if unfilled else "other random numbers than eager's"
+        self.exact = None if self.arbitrary else self._exact()
+
+    def _exact(self) -> Any:
+        """In fp64; None where the operator has no fp64, then floats may err by the rule's floor alone."""
+        torch.set_default_dtype(torch.float64)
+        try:
+            exact = _outcome(self.case.fn, compare.widened(compare.copied(self.given)), 0)
+        except Exception:
+            return self.eager
+        finally:
+            torch.set_default_dtype(torch.float32)
+        alike = [t.shape for t in _tensors(exact)] == [t.shape for t in _tensors(self.eager)]
+        return exact if alike else self.eager
+
+    def promised(self) -> Any:
+        """What torch's fake tensors say of the result; None where they cannot."""
+        given = compare.copied(self.given)
+        try:
+            with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                args, kwargs = pytree.tree_map(
+                    lambda v: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v, given
+                )
+                return self.case.fn(*args, **kwargs), (args, kwargs)
+        except Exception:
+            return None
+
+
+class _Drawing(TorchDispatchMode):
+    """Notices ops that draw random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.draws = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.draws |= torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
+        return func(*args, **(kwargs or {}))
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [t for t in pytree.tree_leaves(tree) if isinstance(t, torch.Tensor)]
+
+
+def _outcome(fn: Callable[..., Any], call: Any, seed: int) -> Any:
+    """(result, arguments as the call left them)."""
+    torch.manual_seed(seed)
+    args, kwargs = call
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return fn(*args, **kwargs), call
+
+
+def _check_case(case: opdb.Case, path: str, references: _References, result: Result) -> str:
+    """What is wrong with a case on a path; '' when nothing is."""
+    call = compare.copied(references.given)
+    run = _Dynamo(case.fn) if path == "dynamo" else _Aten(case.fn)
+    try:
+        ours = run(call)
+    except _NotOurs as cause:
+        result.aside[str(cause)] += 1
+        return ""
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{frame.filename.rpartition('/')[2]}:{frame.lineno}"
+        return f"crash: {type(error).__name__} at {where}: {' '.join(str(error).split())[:600]}"
+    for piece in run.pieces:
+        if piece.refusal:
+            result.whole[piece.refusal] += 1
+        for loaded in piece.plans.values():
+            result.coverage.add(loaded.plan.schedule.values)
+    if not run.pieces:
+        result.aside["nothing was left to compile"] += 1
+    result.checks += 1
+    return _compare(ours, references, result)
+
+
+def _compare(ours: Any, references: _References, result: Result) -> str:
+    wrong = compare.difference(ours, references.eager, references.exact)
+    if wrong is None:
+        return ""
+    if references.arbitrary:
+        result.aside[references.why] += 1
+        return compare.placing(ours, references.eager) or ""
+    if compare.difference(ours, references.eager, references.exact, placing=False) is None:
+        promised = references.promised()
+        if promised is not None and compare.placing(ours, promised) is None:
+            result.aside["strides or sharing as torch's fake tensors promise, not as eager has them"] += 1
+            return ""
+    return wrong
+
+
+class _NotOurs(Exception):
+    """Why a case cannot come to us."""
+
+
+class _Dynamo:
+    """A function through `torch.compile`."""
+
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        self.fn = fn
+        self.pieces: list[CompiledPiece] = []
+
+    def __call__(self, call: Any) -> Any:
+        def backend(graph: fx.GraphModule, examples: Any) -> Any:
+            piece = terrazzo(graph, examples)
+            assert isinstance(piece, CompiledPiece)
+            self.pieces.append(piece)
+            return piece
+
+        spare = compare.copied(call)
+        try:
+            return self._run(backend, call)
+        except Exception:
+            if self._alone(spare):
+                raise
+            raise _NotOurs("Dynamo cannot take it, whatever the backend") from None
+
+    def _run(self, backend: Any, call: Any) -> Any:
+        fn = self.fn
+        torch._dynamo.reset()
+        return _outcome(torch.compile(lambda *a, **k: fn(*a, **k), backend=backend, dynamic=False), call, 0)
+
+    def _alone(self, call: Any) -> bool:
+        """Whether Dynamo takes the function without us."""
+        try:
+            self._run("eager", call)
+        except Exception:
+            return False
+        return True
+
+
+class _Aten:
+    """A function as the ATen graph that `make_fx` records."""
+
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        self.fn = fn
+        self.pieces: list[CompiledPiece] = []
+
+    def __call__(self, call: Any) -> Any:
+        leaves, structure = pytree.tree_flatten(call)
+        places = [i for i, v in enumerate(leaves) if isinstance(v, torch.Tensor)]
+        shape: list[Any] = []
+
+        def flat(*tensors: torch.Tensor) -> list[Any]:
+            given = list(leaves)
+            for place, tensor in zip(places, tensors, strict=True):
+                given[place] = tensor
+            args, kwargs = pytree.tree_unflatten(given, structure)
+            made, out = pytree.tree_flatten(self.fn(*args, **kwargs))
+            shape.append(out)
+            return made
+
+        try:
+            torch.manual_seed(0)
+            spare = [t for t in pytree.tree_leaves(compare.copied(call)) if isinstance(t, torch.Tensor)]
+            with torch.no_grad(), _quiet():
+                graph = make_fx(flat)(*spare)
+        except Exception as error:
+            raise _NotOurs(f"make_fx cannot record it: {type(error).__name__}") from None
+        tensors = [leaves[p] for p in places]
+        piece = CompiledPiece(graph, compare.copied(tensors))
+        self.pieces.append(piece)
+        made, _ = _outcome(piece, (tensors, {}), 0)
+        return pytree.tree_unflatten(list(made), shape[-1]), call
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
