@@ -82,8 +82,8 @@ class Target:
 
 
 # Bandwidths of H100 and H200 were measured: 2.1 GB copied device to device on an NVIDIA H100 80GB HBM3, 2026-11-25, and
-# 8.6 GB on an NVIDIA H200, 2026-10-28, whose L2 was read from the driver. The other rows are the vendor's datasheets, so
-# their bandwidth is a few per cent above what a copy reaches.
+# 8.6 GB on an NVIDIA H200, 2026-10-28, whose L2 was read from the driver. The other rows are the vendor's datasheets,
+# so their bandwidth is a few per cent above what a copy reaches.
 # smem_bytes is the limit per block in CUDA's table of compute capabilities: 163 KB for 8.0, 227 KB for 9.0 and 10.0.
 NAMED = {
     "a100": Target(80, 108, 40 << 20, 2.04e12, 163 << 10, False, "a100"),
