@@ -10,6 +10,7 @@ In a plan for a range of sizes some of the integers are `Size`s, which answer fo
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
@@ -291,6 +292,13 @@ def delinearize(offset: Affine, sizes: Sequence[int], strides: Sequence[int]) ->
         sizes, strides: of a dense tensor, its dimensions in any order of stride; where a stride is 0 all indices mean
             the same element, and 0 is the answer.
     """
+    return _delinearized(offset, tuple(sizes), tuple(strides))
+
+
+# Fusion composes the same values again and again: half its time on a graph of sixty nodes went into these divisions.
+# A `Size` is equal to those of its own span only, so what is remembered for one range never answers for another.
+@functools.lru_cache(maxsize=1 << 16)
+def _delinearized(offset: Affine, sizes: tuple[int, ...], strides: tuple[int, ...]) -> tuple[Affine, ...]:
     index: list[Affine] = [Affine()] * len(sizes)
     rest = offset
     order = sorted((d for d in range(len(sizes)) if sizes[d] > 1 and strides[d]), key=lambda d: -strides[d])

@@ -83,6 +83,9 @@ def _decided(make: Make, lo: int, hi: int, cuts: int) -> Iterator[Regime]:
             return
         yield from _decided(make, lo, why.cut - 1, cuts - 1)
         yield from _decided(make, why.cut, hi, cuts - 1)
+    except (TypeError, RuntimeError) as why:
+        # Python and torch take no `Size`: whoever gave them one needs the number itself.
+        yield Regime(lo, hi, None, f"a stage needs the size as a plain number: {why}")
 
 
 def _alike(found: Sequence[Regime]) -> Iterator[list[Regime]]:

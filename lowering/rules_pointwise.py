@@ -192,7 +192,7 @@ def predicate(d: Definer, node: Node) -> None:
 def promoted(d: Definer, args: Sequence[Any]) -> torch.dtype:
     """The dtype torch promotes the operands of a comparison to."""
     samples = [
-        torch.empty(d.layout(a).shape, dtype=d.layout(a).dtype, device="meta") if isinstance(a, Ref) else a
+        torch.empty([1] * len(d.layout(a).shape), dtype=d.layout(a).dtype, device="meta") if isinstance(a, Ref) else a
         for a in args
     ]
     return samples[0].dtype if len(samples) == 1 else torch.result_type(*samples)

@@ -138,10 +138,11 @@ class Size:
     # Comparisons with one answer.
 
     def __hash__(self) -> int:
-        return hash((self.factor, self.const))
+        # What is remembered for one span must not answer for another.
+        return hash((self.factor, self.const, self.span))
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, (int, Size)):
+        if not isinstance(other, (int, Size)) or (isinstance(other, Size) and other.span != self.span):
             return False
         factor, const = self._parts(other)
         factor, const = self.factor - factor, self.const - const
@@ -174,6 +175,8 @@ class Size:
 
     def _parts(self, other: Any) -> tuple[int, int]:
         if isinstance(other, Size):
+            if other.span != self.span:
+                raise TypeError(f"sizes of {self.span} and of {other.span} meet")
             return other.factor, other.const
         if isinstance(other, int):
             return 0, int(other)
@@ -250,7 +253,7 @@ def alike(a: Any, b: Any) -> bool:
     different."""
     if not isinstance(a, Size) or not isinstance(b, Size):
         return a is b or (not isinstance(a, Size) and not isinstance(b, Size) and a == b)
-    return (a.factor, a.const) == (b.factor, b.const)
+    return (a.factor, a.const, a.span) == (b.factor, b.const, b.span)
 
 
 def common_divisor(*numbers: Any) -> int:

@@ -38,7 +38,7 @@ def sabotaged(compiled, change):
 
         return call
 
-    return SimpleNamespace(at=at, plans=compiled.plans, summary=compiled.summary)
+    return SimpleNamespace(at=at, serving=compiled.serving, summary=compiled.summary)
 
 
 def scaled(outputs, args, call):
@@ -117,7 +117,8 @@ def test_memory_read_before_it_is_written_is_seen(device):
 
 def test_a_piece_that_is_not_compiled_is_wrong(device):
     piece, _ = middle(device)
-    own = SimpleNamespace(at=lambda args: piece.graph.forward, plans={}, summary=lambda: "runs as the graph it was")
+    itself, said = (lambda args: piece.graph.forward), (lambda: "runs as the graph it was")
+    own = SimpleNamespace(at=itself, serving=lambda size: None, summary=said)
     assert check_piece(piece, own, SIZE, device).failures == ["not compiled: it runs as the graph it was"]
 
 

@@ -89,7 +89,7 @@ def test_equal_kernels_share_compiled_code():
 
 def _described(*args):
     key = []
-    _walk(args, key, False)
+    _walk(args, key, nested=False, hollow=False)
     return tuple(key)
 
 

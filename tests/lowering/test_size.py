@@ -119,6 +119,17 @@ def test_alike_is_equal_everywhere() -> None:
     assert len({size * 4, 4 * size, 64}) == 2
 
 
+def test_what_is_remembered_for_one_span_answers_for_no_other() -> None:
+    low, high = Span(2, 8, 8).size(), Span(9, 64, 64).size()
+    assert len({low * 4, high * 4}) == 2 and low != high and not alike(low, high)
+    assert len({low * 4, Span(2, 8, 8).size() * 4}) == 1
+    with pytest.raises(TypeError, match="meet"):
+        low + high
+    # Rows of 4 in a view of 8 rows at most: the same numbers, another answer.
+    first, second = (delinearize(Affine.of(Var(0, s * 4)), (s, 4), (4, 1)) for s in (low, high))
+    assert first != second
+
+
 def test_a_common_divisor_divides_at_every_size() -> None:
     size = Span(2, 64, 16).size()
     assert common_divisor(12, 18) == 6 and common_divisor(size * 4 + 6, 8) == 2 and common_divisor(size, 8) == 1
