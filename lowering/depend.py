@@ -8,6 +8,7 @@ because it is the last place where nothing has been decided yet. It refuses noth
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import networkx as nx
@@ -27,6 +28,9 @@ MOVE_BYTES = 2_000_000
 MOVES = ("where", "cast", "keep")
 # ... if that takes no more operations than this.
 CHEAP_OPERATIONS = 12
+# ... and, with all that it is itself computed from, no more than this: a chain of slices written one after the other,
+# each read twice by the next, would double with every link.
+INLINED_OPERATIONS = 150
 # Up to this size what follows a GEMM stands in its epilogue, unrounded sums included. Beyond, a wider copy of the
 # result (a sum in fp32) costs more than its readers lose by computing it from the GEMM's own. On an H100 at 8192 x 4096
 # (bf16, torch 2.11, triton 3.6, 2026-11-25) a residual added and stored in fp32 made o_proj take 516 us and down
@@ -97,14 +101,17 @@ def depend(values: Values) -> Dependencies:
             if isinstance(made, (Contract, Extern)):
                 pinned.add(name)
     names = {i.name for i in values.inputs}
-    inlined: set[str] = set()
+    inlined: dict[str, int] = {}
     for made in values.definitions.values():
-        if isinstance(made, Map) and _cheap(made, values, inlined):
-            inlined.add(made.name)
+        if isinstance(made, Map) and _cheap(made, values, inlined.keys()):
+            size = sum(1 for n in walk(made.expr) if isinstance(n, Apply))
+            size += sum(inlined.get(n.value, 0) for n in loads(made.expr))
+            if size <= INLINED_OPERATIONS:
+                inlined[made.name] = size
     return Dependencies(values, graph, frozenset(pinned - names), frozenset(inlined))
 
 
-def _cheap(made: Map, values: Values, inlined: set[str]) -> bool:
+def _cheap(made: Map, values: Values, inlined: Collection[str]) -> bool:
     """Whether readers should compute this value rather than read it."""
     nodes = list(walk(made.expr))
     operations = [n for n in nodes if isinstance(n, Apply)]
@@ -126,7 +133,7 @@ def _cheap(made: Map, values: Values, inlined: set[str]) -> bool:
     return cost <= CHEAP_BYTES * typical(made.layout.nbytes) + (MOVE_BYTES if moves else 0)
 
 
-def _source_itemsize(name: str, values: Values, inlined: set[str]) -> float:
+def _source_itemsize(name: str, values: Values, inlined: Collection[str]) -> float:
     """Bytes per element that reading `name` costs, when it is itself computed by its readers."""
     made = values.definitions.get(name)
     if name not in inlined or not isinstance(made, Map) or not made.layout.numel:

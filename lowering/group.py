@@ -230,7 +230,8 @@ class _Composer:
             kind, tuple(self.order), self.rows, self.cols, tuple(self.reductions.values()), stores, names=names
         )
         size = sum(1 for _ in walk(*(r.expr for r in group.reductions), *(s.expr for s in stores)))
-        if size > BODY_LIMIT:
+        # A value that is alone has nowhere else to go.
+        if size > BODY_LIMIT and len(self.order) > 1:
             raise Refused(f"a body of {size} operations is longer than {BODY_LIMIT}")
         return group
 

@@ -25,7 +25,7 @@ from terrazzo.runtime.compiled import CompiledPiece
 from terrazzo.tools.dump_plan import Dump, Held, describe, make
 from terrazzo.tools.models import Piece, names, pieces
 
-from .equal import DEVICE, compare, copied, odd, traced
+from .equal import DEVICE, compare, copied, odd, same, traced
 
 H200 = Options(Target.named("h200"))
 SIZE = 16
@@ -336,3 +336,10 @@ def test_equal_pieces_give_equal_text_in_every_process() -> None:
 def test_a_piece_planned_twice_has_the_same_text(name: str) -> None:
     again, _ = make(published(name)[1], SIZE, H200, "a title", Journal())
     assert again.source == dumped(name, 1)[0].source
+
+
+def test_a_chain_of_slices_does_not_double_with_every_link() -> None:
+    x = odd(1, 3, 3, 3, 3)
+    piece = same(lambda x: torch.nn.functional.pad(x, (1, 1, 1, 1, 1, 1), mode="circular"), x)
+    (loaded,) = piece.plans.values()
+    assert max(len(line) for line in loaded.plan.source.splitlines()) < 4000
