@@ -16,7 +16,7 @@ INSTALL := $(PYTHON) -m pip install --quiet --constraint constraints.txt
 GPU := nvidia-smi -L >/dev/null 2>&1
 GPU_AT_HAND := $(GPU) && $(PYTHON3) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null
 
-.PHONY: demo demo-text test test-vllm conformance fuzz bench lint clean
+.PHONY: demo demo-text test test-vllm conformance conformance-models fuzz bench lint clean
 
 demo: $(STAMP)
 	$(PYTHON) -m terrazzo.tools.demo
@@ -41,6 +41,10 @@ FUZZ ?= 2000
 SEED ?= 1
 fuzz: $(STAMP)
 	TERRAZZO_FUZZ=$(FUZZ) TERRAZZO_FUZZ_SEED=$(SEED) $(PYTHON) -m pytest -q -s tests/lowering/test_fuzz.py -k random_programs
+
+# Architectures of transformers, tiny, against eager and fp64. `make conformance-models MODELS="--models llama,t5"`.
+conformance-models: $(STAMP)
+	$(PYTHON) -m terrazzo.tools.conformance_models $(MODELS)
 
 # The real Python of vLLM 0.10.0 drives PiecewiseBackend; makes .venv-vllm for it.
 test-vllm: $(STAMP)

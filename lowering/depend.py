@@ -16,7 +16,7 @@ import networkx as nx
 from .affine import Affine
 from .cost import distinct, footprint
 from .expr import Apply, Load, loads, walk
-from .group import EXPENSIVE
+from .group import BODY_LIMIT, EXPENSIVE
 from .size import typical
 from .values import Contract, Definition, Extern, Item, Map, Reduce, Values
 
@@ -28,9 +28,9 @@ MOVE_BYTES = 2_000_000
 MOVES = ("where", "cast", "keep")
 # ... if that takes no more operations than this.
 CHEAP_OPERATIONS = 12
-# ... and, with all that it is itself computed from, no more than this: a chain of slices written one after the other,
-# each read twice by the next, would double with every link.
-INLINED_OPERATIONS = 150
+# ... and if it takes no longer a body than this, with everything that it inlines itself: a chain of scatters into
+# slices, each cheap, would else end in one body that holds them all.
+INLINED_LENGTH = BODY_LIMIT // 4
 # Up to this size what follows a GEMM stands in its epilogue, unrounded sums included. Beyond, a wider copy of the
 # result (a sum in fp32) costs more than its readers lose by computing it from the GEMM's own. On an H100 at 8192 x 4096
 # (bf16, torch 2.11, triton 3.6, 2026-11-25) a residual added and stored in fp32 made o_proj take 516 us and down
@@ -101,17 +101,30 @@ def depend(values: Values) -> Dependencies:
             if isinstance(made, (Contract, Extern)):
                 pinned.add(name)
     names = {i.name for i in values.inputs}
-    inlined: dict[str, int] = {}
+    inlined: set[str] = set()
+    lengths: dict[str, int] = {}
     for made in values.definitions.values():
-        if isinstance(made, Map) and _cheap(made, values, inlined.keys()):
-            size = sum(1 for n in walk(made.expr) if isinstance(n, Apply))
-            size += sum(inlined.get(n.value, 0) for n in loads(made.expr))
-            if size <= INLINED_OPERATIONS:
-                inlined[made.name] = size
+        if isinstance(made, (Map, Reduce)):
+            lengths[made.name] = _shortened(made, lengths, inlined)
+        if isinstance(made, Map) and lengths[made.name] <= INLINED_LENGTH and _cheap(made, values, inlined):
+            inlined.add(made.name)
     return Dependencies(values, graph, frozenset(pinned - names), frozenset(inlined))
 
 
-def _cheap(made: Map, values: Values, inlined: Collection[str]) -> bool:
+def _shortened(made: Map | Reduce, lengths: dict[str, int], inlined: set[str]) -> int:
+    """How long this value's body is with everything inlined; what makes it too long is inlined no more."""
+    reads = [n.value for n in loads(made.expr)]
+    total = sum(1 for _ in walk(made.expr))
+    inner = {name: reads.count(name) * lengths[name] for name in set(reads) & inlined}
+    for name in sorted(inner, key=lambda n: (-inner[n], n)):
+        if total + sum(inner.values()) <= BODY_LIMIT:
+            break
+        inlined.remove(name)
+        del inner[name]
+    return total + sum(inner.values())
+
+
+def _cheap(made: Map, values: Values, inlined: set[str]) -> bool:
     """Whether readers should compute this value rather than read it."""
     nodes = list(walk(made.expr))
     operations = [n for n in nodes if isinstance(n, Apply)]

@@ -97,6 +97,8 @@ class Body:
     taken: set[str] = field(default_factory=set)
     done: dict[tuple[Expr, Expr | None], tuple[str, frozenset[int]]] = field(default_factory=dict)
     uses: dict[Expr, int] = field(default_factory=dict)
+    # Expressions whose text depends on the condition they stand under.
+    reading: set[Expr] = field(default_factory=set)
 
     def write(self) -> list[str]:
         """The statements, without indentation."""
@@ -104,6 +106,8 @@ class Body:
         for node in walk(*roots):
             for child in children(node):
                 self.uses[child] = self.uses.get(child, 0) + 1
+            if isinstance(node, (Load, Masked)) or any(child in self.reading for child in children(node)):
+                self.reading.add(node)
         for reduction in self.group.reductions:
             value, _ = self.value(reduction.expr)
             self.assign(reduction.value, self.reduced(reduction.kind, value, register(reduction.expr.dtype)))
@@ -151,7 +155,7 @@ class Body:
 
     def value(self, expr: Expr, cond: Expr | None = None) -> tuple[str, frozenset[int]]:
         """The text of an expression under a condition, and the dimensions (0 row, 1 column) it varies along."""
-        key = (expr, cond if _reads(expr) else None)
+        key = (expr, cond if cond is not None and (expr in self.reading or _reads(expr)) else None)
         if key in self.done:
             return self.done[key]
         text, dims = self.text(expr, cond)

@@ -17,7 +17,7 @@ from functools import cached_property
 
 from .affine import Affine, Var, contiguous_strides, delinearize, linear, substitution
 from .define import at_flat
-from .expr import Acc, Apply, Expr, Load, RowScalar, const, loads, rewrite, walk
+from .expr import Acc, Apply, Expr, Load, Masked, RowScalar, children, const, loads, rewrite, walk
 from .size import alike, typical
 from .values import RUNNING, Contract, Extern, Item, Layout, Map, Reduce, Values
 
@@ -229,10 +229,8 @@ class _Composer:
         group = Group(
             kind, tuple(self.order), self.rows, self.cols, tuple(self.reductions.values()), stores, names=names
         )
-        size = sum(1 for _ in walk(*(r.expr for r in group.reductions), *(s.expr for s in stores)))
-        # A value that is alone has nowhere else to go.
-        if size > BODY_LIMIT and len(self.order) > 1:
-            raise Refused(f"a body of {size} operations is longer than {BODY_LIMIT}")
+        if len(self.order) > 1 and _too_long([*(r.expr for r in group.reductions), *(s.expr for s in stores)]):
+            raise Refused(f"a body of more than {BODY_LIMIT} operations")
         return group
 
     # Expressions.
@@ -306,6 +304,22 @@ class _Composer:
             return
         if any(isinstance(n, Apply) and n.fn in EXPENSIVE for n in walk(made.expr)):
             raise Refused(f"%{made.name} would be computed {domain // own} times")
+
+
+def _too_long(roots: Sequence[Expr]) -> bool:
+    """Whether a body has more than `BODY_LIMIT` operations; one under several conditions is written for each."""
+    seen: set[tuple[Expr, object]] = set()
+    stack: list[tuple[Expr, object]] = [(root, None) for root in roots]
+    while stack and len(seen) <= BODY_LIMIT:
+        node, cond = stack.pop()
+        if (node, cond) in seen:
+            continue
+        seen.add((node, cond))
+        if isinstance(node, Masked):
+            stack += [(node.cond, cond), (node.body, (cond, node.cond))]
+        else:
+            stack += [(child, cond) for child in children(node)]
+    return len(seen) > BODY_LIMIT
 
 
 def _numbered(expr: Expr, pair: int | None) -> Expr:

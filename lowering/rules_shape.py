@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
 from .affine import Affine, Indirect, bounded, variables
@@ -32,8 +35,18 @@ def in_range(position: Affine, low: int, high: int) -> Expr | None:
     return checks[0] if checks else None
 
 
+# Every element tries every part of a cat or stack: beyond this many, a copy per part costs less.
+PARTS = 64
+
+
+def _refuse_many(node: Node, parts: Sequence[Any]) -> None:
+    if len(parts) > PARTS:
+        raise Unsupported(node.name, f"it joins {len(parts)} parts, a kernel does up to {PARTS}", stage="define")
+
+
 @rule(aten.cat)
 def cat(d: Definer, node: Node) -> None:
+    _refuse_many(node, node.args[0])
     layout = _layout(node)
     axis = (node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) % max(len(layout.shape), 1)
     parts = [
@@ -68,6 +81,7 @@ def cat(d: Definer, node: Node) -> None:
 
 @rule(aten.stack)
 def stack(d: Definer, node: Node) -> None:
+    _refuse_many(node, node.args[0])
     layout = _layout(node)
     axis = (node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) % len(layout.shape)
     at = variables(layout.shape)

@@ -74,11 +74,14 @@ def with_floats(graph: fx.GraphModule, values: Mapping[int, float]) -> fx.GraphM
     for position, value in values.items():
         for read in list(placeholders[position].users):
             for user in list(read.users):
-                user.args = fx.map_arg(user.args, lambda n, read=read, value=value: value if n is read else n)
-                user.kwargs = fx.map_arg(user.kwargs, lambda n, read=read, value=value: value if n is read else n)
+                user.args, user.kwargs = _replaced(user.args, read, value), _replaced(user.kwargs, read, value)
             made.graph.erase_node(read)
     made.recompile()
     return made
+
+
+def _replaced(arguments: Any, read: fx.Node, value: float) -> Any:
+    return fx.map_arg(arguments, lambda node: value if node is read else node)
 
 
 def _reads(node: fx.Node) -> bool:

@@ -21,6 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +33,8 @@ from terrazzo.tools.oracle import judge
 from terrazzo.tools.tiny_models import TABLE, architecture, model
 from terrazzo.tools.wide_model import run_wide
 
+# Between them the results stand in a page.
+MARKS = ("<!-- models -->", "<!-- /models -->")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # (batch, length) of the calls, in order; none equals a dimension of the models'.
 SIZES = ((2, 7), (3, 7), (3, 11), (2, 11))
@@ -123,7 +126,7 @@ def check(name: str, dtype: str = "fp32", sizes: Sequence[tuple[int, int]] = SIZ
 def _calls(result: Result, pieces: list[Any], sizes: Sequence[tuple[int, int]]) -> None:
     dtype = DTYPES[result.dtype]
     made = model(result.model, dtype, HERE)
-    terrazzo = torch._dynamo.lookup_backend("terrazzo")
+    terrazzo: Any = torch._dynamo.lookup_backend("terrazzo")
 
     def backend(graph: torch.fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
         pieces.append(terrazzo(graph, inputs, **options))
@@ -207,10 +210,27 @@ def table(results: Sequence[Result]) -> Table:
     return made
 
 
+def page(results: Sequence[Result], text: str) -> str:
+    """A page of the documentation with the results between its two marks, which are put at its end if it has none."""
+    head = "| model | kind | graphs | plans | nodes | lowered | error | ops that run as themselves |"
+    rows = [head, "|---|---|---:|---:|---:|---:|---:|---|"]
+    for r in results:
+        own = ", ".join(f"{count} `{op.removeprefix('aten.')}`" for op, (count, _) in r.ops.items())
+        state = f"{r.ratio:.2f}" if r.ok else "wrong"
+        rows.append(
+            f"| {r.model} | {r.kind} | {r.graphs} | {r.plans} | {r.nodes} | {r.share:.1f} % | {state} | {own} |"
+        )
+    if MARKS[0] not in text:
+        text = f"{text}\n{MARKS[0]}\n{MARKS[1]}\n".lstrip()
+    before, rest = text.split(MARKS[0], 1)
+    return before + "\n".join([MARKS[0], *rows, MARKS[1]]) + rest.split(MARKS[1], 1)[1]
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default="all", help="names, comma-separated, or 'all'")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--write", type=Path, help="a page of the documentation to put the results into")
     parser.add_argument("--json", nargs="?", const="-", help="results as JSON, on the screen or to a file")
     return parser.parse_args()
 
@@ -229,6 +249,9 @@ def main() -> int:
             # What is known so far, should the rest not be reached.
             with open(options.json, "w") as file:
                 json.dump([asdict(r) for r in results], file)
+    if options.write:
+        known = options.write.read_text() if options.write.exists() else ""
+        options.write.write_text(page(results, known))
     wrong = sum(not r.ok for r in results)
     if options.json == "-":
         print(json.dumps([asdict(r) for r in results]))

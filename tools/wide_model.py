@@ -14,6 +14,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+_TO_DOUBLE: Any = torch.Tensor.double
 _CASTS = {torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16}
 
 
@@ -21,14 +22,14 @@ class _Wide(TorchFunctionMode):
     """Every floating dtype in a call is fp64."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        func = torch.Tensor.double if func in _CASTS else func
+        func = _TO_DOUBLE if func in _CASTS else func
         args, kwargs = pytree.tree_map(_wide_dtype, (args, kwargs or {}))
         return func(*args, **kwargs)
 
 
 def run_wide(model: torch.nn.Module, inputs: Mapping[str, Any]) -> Any:
     """The model's result in fp64; the model and the inputs stay as they are."""
-    wide = copy.deepcopy(model).double()
+    wide: Any = copy.deepcopy(model).double()
     if getattr(wide, "_can_set_experts_implementation", bool)():
         # The grouped product that transformers takes otherwise has no fp64.
         wide.set_experts_implementation("eager")
