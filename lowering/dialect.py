@@ -2,8 +2,8 @@
 
 Found by name, so that none of those projects need be installed. A call becomes its meaning before the piece is traced:
 
-    vllm_ir::<op>                 one of the definitions below, or, where there is none, the op itself
-    vllm_ir::<op>.maybe_inplace   the same: its inputs are given away, to be reused or not, so no use of theirs comes after
+    vllm_ir::<op>                       one of the definitions below, or, where there is none, the op itself
+    vllm_ir::<op>.maybe_inplace         the same: its inputs are given away and not used after it
     torch._C._autograd._get_data_attr   `parameter.data`: the parameter's memory, without its history
 
 The definitions round where vLLM's native implementations do, as those decide what a model computes.
@@ -56,4 +56,4 @@ def _fused_add_rms_norm(
     return _normed(total, weight, epsilon, variance_size).to(x.dtype), total.to(x.dtype)
 
 
-_DEFINITIONS = {"rms_norm": _rms_norm, "fused_add_rms_norm": _fused_add_rms_norm}
+_DEFINITIONS: dict[str, Callable[..., Any]] = {"rms_norm": _rms_norm, "fused_add_rms_norm": _fused_add_rms_norm}

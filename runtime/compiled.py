@@ -66,17 +66,30 @@ class _Lowered:
     examples: Examples
     options: Options
     symbolic: Trace | None = None
+    refusal: Unsupported | None = None
     plans: dict[tuple[Any, ...], Loaded] = field(default_factory=dict)
     ranges: dict[tuple[Any, ...], tuple[tuple[Regime, Loaded | None], ...]] = field(default_factory=dict)
+    warmed: set[tuple[Any, ...]] = field(default_factory=set)
+
+    def traced(self) -> Trace:
+        """The trace for all sizes; a piece that cannot be traced is not tried twice."""
+        if self.refusal is not None:
+            raise self.refusal
+        if self.symbolic is None:
+            try:
+                self.symbolic = make_trace(self.graph, self.examples)
+            except Unsupported as cause:
+                self.refusal = cause
+                raise
+        return self.symbolic
 
     def trace(self, binding: dict[sympy.Symbol, Whole]) -> tuple[Trace, dict[sympy.Symbol, Whole]]:
         """A trace that holds for these sizes, and the binding of its own symbols."""
-        if self.symbolic is None:
-            self.symbolic = make_trace(self.graph, self.examples)
-        own = _rebind(self.symbolic, self.examples, binding)
-        failed = failed_guard(self.symbolic, own)
+        symbolic = self.traced()
+        own = _rebind(symbolic, self.examples, binding)
+        failed = failed_guard(symbolic, own)
         if failed is None:
-            return self.symbolic, own
+            return symbolic, own
         if not all(isinstance(size, int) for size in binding.values()):
             raise Undecided(f"the trace holds for {failed} only")
         return make_trace(self.graph, self.examples, binding), {}  # type: ignore[arg-type]
@@ -167,15 +180,26 @@ class CompiledPiece:
             A function of the piece's arguments at these sizes, which returns what the piece returns. Outputs come from
             the caching allocator (aliases of inputs excepted), so a caller may capture it in a CUDA graph.
         """
-        sizes = tuple(args[p] if d is None else args[p].shape[d] for p, d in self._places)
-        misaligned = tuple(i for i in self._tensors if args[i].data_ptr() & 15)
-        key = sizes, misaligned
+        key = self._key(args)
         run = self._runs.get(key)
         if run is None:
-            run = self._in_range(sizes, misaligned)
+            run = self._in_range(*key)
         if run is None:
-            run = self._runs[key] = self._compile(sizes, misaligned, args)
+            run = self._runs[key] = self._compile(*key, args)
         return run
+
+    def known(self, args: Sequence[Any]) -> Runner | None:
+        """What `at` gives where nothing has to be compiled for it; None elsewhere."""
+        sizes, misaligned = key = self._key(args)
+        run = self._runs.get(key)
+        if run is None and misaligned in self._regimes:
+            run = self._in_range(sizes, misaligned)
+        return run
+
+    def _key(self, args: Sequence[Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Sizes, and inputs that are not aligned."""
+        sizes = tuple(args[p] if d is None else args[p].shape[d] for p, d in self._places)
+        return sizes, tuple(i for i in self._tensors if args[i].data_ptr() & 15)
 
     def ranged(self, lo: int, hi: int) -> tuple[Regime, ...]:
         """Plans for every number of tokens from `lo` to `hi`, made and compiled now, for aligned inputs.

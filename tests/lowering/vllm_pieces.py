@@ -104,7 +104,10 @@ class Middle(nn.Module):
         sizes = [self.heads * self.head, self.kv * self.head, self.kv * self.head]
         q, k, v = self.linear["qkv"](x).split(sizes, dim=-1)
         if self.qk_norms is not None:
-            q, k = (n(y.view(*y.shape[:-1], -1, self.head)).view(y.shape) for n, y in zip(self.qk_norms, (q, k)))
+            q, k = (
+                n(y.view(*y.shape[:-1], -1, self.head)).view(y.shape)
+                for n, y in zip(self.qk_norms, (q, k), strict=True)
+            )
         cos_sin = self.cos_sin.index_select(0, positions.flatten())
         q, k = rotated(q, cos_sin, self.heads, self.head), rotated(k, cos_sin, self.kv, self.head)
         output = torch.empty(torch.Size((q.shape[0], self.heads * self.head)), dtype=q.dtype, device=q.device)

@@ -1,0 +1,161 @@
+"""terrazzo as the compiler of today's vLLM (`CompilerInterface`): pieces in, callables out.
+
+vLLM asks for each piece once per range of token counts and once per single size; all of a piece's callables are one
+`SizedPiece`, which chooses by the size that runs:
+
+| size | runs |
+|---|---|
+| in `compile_sizes`; in `cudagraph_capture_sizes` while vLLM still captures | its plan, made at its first call |
+| another | the piece's graph |
+| any, of a piece that cannot be lowered | the piece's graph, after one warning |
+
+vLLM runs each of those sizes on real arguments before it captures or serves it, so nothing is compiled later: not in a
+capture, and not for a request. Graphs are vLLM's own affair: a plan runs inside them as it does outside.
+
+`VllmCompiler` derives from vLLM's interface and is made when it is first asked for; importing this module does not
+import vLLM.
+
+Source: vLLM 0.22.1, `vllm/compilation/compiler_interface.py` and `piecewise_backend.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._guards import tracing
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from . import vllm_compat
+from .compiled import CompiledPiece
+
+
+def __getattr__(name: str) -> Any:
+    if name != "VllmCompiler":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from vllm.compilation.compiler_interface import CompilerInterface
+
+    made = type(name, (Compiler, CompilerInterface), {"__module__": __name__, "__doc__": Compiler.__doc__})
+    globals()[name] = made
+    return made
+
+
+class Compiler:
+    """Compiles the pieces of one model; vLLM makes one for each graph that it cuts."""
+
+    name = "terrazzo"
+
+    def __init__(self) -> None:
+        self.config: Any = None
+        self.pieces: list[SizedPiece] = []
+        self.seconds = 0.0
+
+    def compute_hash(self, vllm_config: Any) -> str:
+        """What of us decides what is compiled: vLLM's caches are apart for each. Called before the first piece."""
+        self.config = vllm_config.compilation_config
+        versions = [f"{name} {importlib.metadata.version(name)}" for name in ("terrazzo", "torch", "triton")]
+        return hashlib.sha256(" ".join(versions).encode()).hexdigest()
+
+    def initialize_cache(self, cache_dir: str, disable_cache: bool = False, prefix: str = "") -> None:
+        """Told where vLLM keeps what it compiled."""
+
+    def compile(
+        self, graph: fx.GraphModule, example_inputs: Sequence[Any], *where: Any, **others: Any
+    ) -> tuple[Callable[..., Any], None]:
+        """The piece's callable, the same one for every range and size, and no handle.
+
+        Args:
+            graph: the piece; its placeholders carry symbolic `example_value`s.
+            example_inputs: read where a placeholder carries none.
+            where, others: configuration, range and key, which differ between versions; what runs is chosen by size.
+        """
+        piece = next((p for p in self.pieces if p.graph is graph), None)
+        if piece is None:
+            piece = SizedPiece(graph, example_inputs, self)
+            self.pieces.append(piece)
+        return piece, None
+
+    def may_compile(self, tokens: int) -> bool:
+        """Whether this size gets a plan of its own, and now is the time to make it."""
+        if self.config is None or tokens in (self.config.compile_sizes or ()):
+            return True
+        captured = tokens in (self.config.cudagraph_capture_sizes or ())
+        return captured and vllm_compat.still_capturing()
+
+    def made(self, piece: SizedPiece, tokens: int | None, seconds: float) -> None:
+        """Told of every plan that is made; says once, when the last piece has its first, what it all came to."""
+        self.seconds += seconds
+        if piece is not self.pieces[-1]:
+            return
+        counts = [p.counts() for p in self.pieces]
+        kernels, foreign = (sum(c[i] for c in counts) for i in range(2))
+        kinds = len({id(p.piece.plans) for p in self.pieces})
+        vllm_compat.say_once(
+            logging.INFO,
+            self,
+            f"terrazzo: {len(self.pieces)} pieces ({kinds} different) compiled for {tokens or 'all'} tokens in "
+            f"{self.seconds:.1f} s: {kernels} kernels, {foreign} ops as themselves. Other sizes follow as vLLM reaches "
+            "them.",
+        )
+
+
+class SizedPiece:
+    """One piece, dispatched on its number of tokens; see the module's table."""
+
+    def __init__(self, graph: fx.GraphModule, example_inputs: Sequence[Any], compiler: Compiler) -> None:
+        self.graph, self.compiler = graph, compiler
+        start = time.perf_counter()
+        self.piece = CompiledPiece(graph, example_inputs)
+        values = self.piece.examples.values
+        self._size = next((i for i, v in enumerate(values) if isinstance(v, torch.SymInt)), None)
+        self._tried: set[int | None] = set()
+        self._failed = False
+        # vLLM compiles inside Dynamo, whose own fake tensors have nothing to do with those of a trace.
+        with tracing(None), unset_fake_temporarily():
+            self._guarded(self.piece.prepare)
+        compiler.seconds += time.perf_counter() - start
+
+    def __call__(self, *args: Any) -> Any:
+        """Run the piece; returns what its graph returns."""
+        run = self.piece.known(args)
+        return run(*args) if run is not None else self._choose(args)(*args)
+
+    def _choose(self, args: tuple[Any, ...]) -> Callable[..., Any]:
+        """What runs on arguments for which no plan was made yet."""
+        tokens = args[self._size] if self._size is not None else None
+        if self._failed or tokens in self._tried or not (tokens is None or self.compiler.may_compile(tokens)):
+            return self.graph.forward
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return self.graph.forward
+        # Once for each: what differs in another size or in alignment only would be compiled while requests wait.
+        self._tried.add(tokens)
+        start = time.perf_counter()
+        run = self._guarded(lambda: self.piece.at(args))
+        self.compiler.made(self, tokens, time.perf_counter() - start)
+        return run or self.graph.forward
+
+    def _guarded(self, step: Callable[[], Any]) -> Any:
+        """What the step returns; None, with one warning, when it fails: vLLM serves the piece's graph then."""
+        try:
+            return step()
+        except Exception as error:
+            self._failed = True
+            what = f"a piece of {len(self.graph.graph.nodes)} nodes runs as the graph it was"
+            vllm_compat.logger().warning("terrazzo: %s: %s: %s", what, type(error).__name__, error)
+            vllm_compat.logger().debug("Where it failed:", exc_info=error)
+            # The traceback's frames hold this call's tensors, and the error may be kept.
+            error.__traceback__ = None
+            return None
+
+    def counts(self) -> tuple[int, int]:
+        """Kernels, and ops as themselves, of the plan made first."""
+        loaded = next(iter(self.piece.plans.values()), None)
+        launches = loaded.plan.schedule.launches() if loaded is not None else []
+        ours = sum(bool(k.family) for k in launches)
+        return ours, len(launches) - ours

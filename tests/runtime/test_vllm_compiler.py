@@ -1,0 +1,199 @@
+"""terrazzo as vLLM's compiler: which sizes get a plan and when, what runs otherwise, what is said."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from torch import fx
+
+from terrazzo.lowering.errors import Unsupported
+from terrazzo.runtime import compiled, vllm_compat, vllm_compiler
+from terrazzo.runtime.vllm_compiler import Compiler
+from terrazzo.tools.models import pieces
+
+RANGE = SimpleNamespace(start=1, end=16384)
+
+
+@pytest.fixture(autouse=True)
+def said(monkeypatch, caplog):
+    """What was said, in a process in which nothing was compiled or said before."""
+    monkeypatch.setattr(compiled, "_SHARED", {})
+    monkeypatch.setattr(vllm_compat, "_said", set())
+    caplog.set_level(logging.INFO)
+    return caplog
+
+
+@pytest.fixture
+def capturing(monkeypatch):
+    """vLLM's word on whether it may still capture."""
+    monitor = ModuleType("vllm.compilation.monitor")
+    monitor.cudagraph_capturing_enabled = True
+    for name in ("vllm", "vllm.compilation"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+        sys.modules[name].__path__ = []
+    monkeypatch.setitem(sys.modules, monitor.__name__, monitor)
+    return monitor
+
+
+@pytest.fixture(scope="module")
+def model():
+    """The pieces of a model; two are equal but for their weights."""
+    return pieces("llama-3.2-1b", tiny=True)
+
+
+def compiler(compile_sizes=(), capture_sizes=()):
+    """A compiler that knows its configuration."""
+    made = Compiler()
+    config = SimpleNamespace(compile_sizes=list(compile_sizes), cudagraph_capture_sizes=list(capture_sizes))
+    made.compute_hash(SimpleNamespace(compilation_config=config))
+    made.initialize_cache("nowhere", False, "backbone")
+    return made
+
+
+def compile_all(made, model):
+    """One callable for each piece, compiled as vLLM 0.22.1 calls it: for a range, and for a single size."""
+    runs = []
+    for index, piece in enumerate(model):
+        run, handle = made.compile(piece.graph, [], {}, RANGE, f"artifact_compile_range_1_16384_subgraph_{index}")
+        again, _ = made.compile(piece.graph, [], {}, SimpleNamespace(start=4, end=4), key="artifact")
+        assert run is again and handle is None
+        runs.append(run)
+    return runs
+
+
+def sizes(run):
+    return [sizes[0] for sizes, _ in run.piece.plans]
+
+
+def same(run, piece, tokens, device):
+    """Asserts that the callable gives what the piece's graph gives."""
+    agree(run, piece, piece.make_inputs(tokens, device))
+
+
+def agree(run, piece, args):
+    """The same for these arguments, except in the buffer that attention will fill."""
+    unfilled = {n for n in piece.graph.graph.nodes if n.target in (torch.empty, torch.empty_like)}
+    results = next(n for n in piece.graph.graph.nodes if n.op == "output").args[0]
+    with torch.inference_mode():
+        got = run(*args), piece.graph(*args)
+    if isinstance(results, fx.Node):
+        results, got = (results,), tuple((leaf,) for leaf in got)
+    for node, ours, theirs in zip(results, *got, strict=True):
+        assert ours.shape == theirs.shape
+        if not unfilled & {node, *node.all_input_nodes}:
+            torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
+
+
+def test_named_sizes_get_plans_and_others_run_the_graph(model, device, capturing):
+    (run,) = compile_all(compiler(compile_sizes=[4], capture_sizes=[2, 8]), model[1:2])
+    for tokens in (9, 8, 3, 2, 4, 8):
+        same(run, model[1], tokens, device)
+    assert sizes(run) == [8, 2, 4]
+
+
+def test_nothing_is_compiled_while_requests_wait(model, device, capturing):
+    (run,) = compile_all(compiler(compile_sizes=[4], capture_sizes=[2, 8]), model[1:2])
+    same(run, model[1], 8, device)
+    capturing.cudagraph_capturing_enabled = False
+    for tokens in (2, 8):
+        same(run, model[1], tokens, device)
+    assert sizes(run) == [8]
+    # vLLM runs these before it serves, whether or not it captures any.
+    same(run, model[1], 4, device)
+    assert sizes(run) == [8, 4]
+
+
+def test_an_input_at_another_alignment_runs_the_graph(model, device, capturing):
+    piece = model[1]
+    (run,) = compile_all(compiler(compile_sizes=[4]), [piece])
+    same(run, piece, 4, device)
+    args = piece.make_inputs(4, device)
+    moved = next(i for i, a in enumerate(args) if isinstance(a, torch.Tensor) and a.is_floating_point())
+    room = torch.empty(args[moved].numel() + 1, dtype=args[moved].dtype, device=device)
+    args[moved] = room[1:].view(args[moved].shape).copy_(args[moved])
+    agree(run, piece, args)
+    assert len(run.piece.plans) == 1
+
+
+def test_one_line_says_what_it_came_to(model, device, capturing, said):
+    made = compiler(capture_sizes=[4, 2])
+    runs = compile_all(made, model)
+    for tokens in (4, 2):
+        for run, piece in zip(runs, model, strict=True):
+            same(run, piece, tokens, device)
+    (line,) = (m for m in said.messages if "kernels" in m)
+    kernels = sum(run.counts()[0] for run in runs)
+    kinds = len({id(run.piece.plans) for run in runs})
+    assert line.startswith(f"terrazzo: {len(model)} pieces ({kinds} different) compiled for 4 tokens in ")
+    assert f": {kernels} kernels, 0 ops as themselves." in line and kernels > len(model)
+
+
+def test_a_piece_is_traced_before_it_runs_and_inside_dynamo(model, device, monkeypatch):
+    traced, runs = [], []
+    make_trace = compiled.make_trace
+    monkeypatch.setattr(compiled, "make_trace", lambda *args: traced.append(1) or make_trace(*args))
+
+    def backend(graph, example_inputs):
+        runs.append(compiler(compile_sizes=[5]).compile(graph, example_inputs, {}, RANGE)[0])
+        assert len(traced) == 1
+        return runs[0]
+
+    x = torch.randn(5, 8, device=device)
+    torch._dynamo.mark_dynamic(x, 0)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        result = torch.compile(lambda x: (x * 2).relu() + 1, backend=backend)(x)
+    torch.testing.assert_close(result, (x * 2).relu() + 1)
+    assert sizes(runs[0]) == [5] and len(traced) == 1
+
+
+@pytest.mark.parametrize("where", ["make_trace", "make_plan"])
+@pytest.mark.parametrize("error", [ValueError("broken"), Unsupported("it", "is odd", stage="test")])
+def test_a_piece_that_fails_runs_as_its_graph_with_one_warning(model, device, monkeypatch, said, where, error):
+    def fail(*args, **others):
+        raise error
+
+    monkeypatch.setattr(compiled, where, fail)
+    (run,) = compile_all(compiler(compile_sizes=[4, 8]), model[1:2])
+    for tokens in (4, 8, 4):
+        same(run, model[1], tokens, device)
+    warnings = [r.getMessage() for r in said.records if r.levelno == logging.WARNING]
+    assert len(warnings) == 1 and ("broken" in warnings[0] or "is odd" in warnings[0])
+
+
+def test_a_piece_without_a_size_is_compiled_at_its_first_call(device):
+    def traced(x):
+        return x * 2 + 1
+
+    graph = fx.symbolic_trace(traced)
+    x = torch.randn(3, device=device)
+    run, _ = compiler().compile(graph, [x], {}, RANGE)
+    torch.testing.assert_close(run(x), x * 2 + 1)
+    assert run.counts() == (1, 0)
+
+
+def test_versions_and_configurations_have_hashes_of_their_own(monkeypatch):
+    config = SimpleNamespace(compilation_config=None)
+    before = Compiler().compute_hash(config)
+    assert before == Compiler().compute_hash(config)
+    monkeypatch.setattr(vllm_compiler.importlib.metadata, "version", lambda name: "another")
+    assert Compiler().compute_hash(config) != before
+
+
+def test_vllm_gets_a_compiler_of_its_own_kind(monkeypatch):
+    interface = type("CompilerInterface", (), {"compile": None, "initialize_cache": None})
+    module = ModuleType("vllm.compilation.compiler_interface")
+    module.CompilerInterface = interface
+    for name in ("vllm", "vllm.compilation"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+        sys.modules[name].__path__ = []
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.delitem(vars(vllm_compiler), "VllmCompiler", raising=False)
+    made = vllm_compiler.VllmCompiler()
+    assert isinstance(made, interface) and isinstance(made, Compiler)
+    assert type(made).compile is Compiler.compile and made.name == "terrazzo"
+    assert vllm_compiler.VllmCompiler is type(made)
