@@ -96,6 +96,7 @@ def _forcing() -> type:
     return Forcing
 
 
+@torch.inference_mode()
 def fill(model: torch.nn.Module) -> None:
     """Weights that keep activations near one in size, by the order of the model's parameters."""
     for index, (name, weight) in enumerate(model.named_parameters()):

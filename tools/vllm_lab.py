@@ -96,7 +96,8 @@ def _process(command: list[str], run: Run, work: Path, out: Path) -> dict[str, A
     log = work / f"{run.name}.log"
     with log.open("w") as file:
         code = subprocess.run(
-            [sys.executable, *command],
+            # Safe paths: a tool of ours must not be found where vLLM imports somebody else's module.
+            [sys.executable, "-P", *command],
             env=environment(run, work),
             stdout=file,
             stderr=subprocess.STDOUT,
