@@ -32,7 +32,7 @@ test: $(STAMP)
 	workers=$$($(GPU) || $(PYTHON) -c 'import xdist; print("-n 2 --dist loadfile")' 2>/dev/null) ; \
 	$(PYTHON) -m pytest -q $$(echo "$$workers" | grep '^-n') $(PYTEST_OPTIONS)
 
-# The real Python of vLLM 0.10.0 drives PiecewiseBackend; makes .venv-vllm for it.
+# The real Python of vLLM 0.10.0 and 0.22.1 drives terrazzo; makes .venv-vllm-VERSION for each.
 test-vllm: $(STAMP)
 	bash tests/vllm/run.sh
 
