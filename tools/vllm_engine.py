@@ -4,8 +4,9 @@
 
 Weights are drawn here, the same for every engine: vLLM's own dummies are so small that every token is as likely as
 every other. The engine named `eager` decodes greedily and leaves its tokens in the file `tokens`; the others wait for
-it and are made to emit the same, so that at every step all see the same context. Prompts of 5 to 700 tokens come at
-once, and a step takes at most 1024: prefill and decode mix.
+it and are made to emit the same, so that at every step all see the same context. The engine named `fp32` has the same
+weights in fp32 and compiles nothing: it stands for the exact result. Prompts of 5 to 700 tokens come at once, and a
+step takes at most 1024: prefill and decode mix.
 """
 
 from __future__ import annotations
@@ -54,14 +55,14 @@ def main(asked: dict[str, Any]) -> dict[str, Any]:
 def _engine(asked: dict[str, Any]) -> Any:
     from vllm import LLM
 
-    options: dict[str, Any] = {"enforce_eager": True} if asked["contender"] == "eager" else {}
+    options: dict[str, Any] = {"enforce_eager": True} if asked["contender"] in ("eager", "fp32") else {}
     if asked.get("graphs"):
         options["compilation_config"] = {"cudagraph_mode": asked["graphs"]}
     return LLM(
         model=asked["model"],
         load_format="dummy",
         skip_tokenizer_init=True,
-        dtype="bfloat16",
+        dtype="float32" if asked["contender"] == "fp32" else "bfloat16",
         max_model_len=2048,
         max_num_batched_tokens=1024,
         max_num_seqs=16,
@@ -98,17 +99,17 @@ def _forcing() -> type:
 
 @torch.inference_mode()
 def fill(model: torch.nn.Module) -> None:
-    """Weights that keep activations near one in size, by the order of the model's parameters."""
+    """Weights that keep activations near one in size, by the parameters' order; bf16 numbers in any dtype."""
     for index, (name, weight) in enumerate(model.named_parameters()):
         generator = torch.Generator(weight.device).manual_seed(index)
         if weight.dim() == 1:
             values = torch.rand(weight.shape, generator=generator, device=weight.device) + 0.5
-            weight.data.copy_(values if "norm" in name else values - 1.0)
+            weight.data.copy_((values if "norm" in name else values - 1.0).bfloat16())
             continue
         # Experts one by one: the random numbers of a bank of them would be larger than the bank.
         for part in weight.data if weight.dim() == 3 else [weight.data]:
             scale = (2.0 if "embed" in name or "head" in name else 1.0) * part.shape[-1] ** -0.5
-            part.copy_(torch.randn(part.shape, generator=generator, device=part.device, dtype=part.dtype) * scale)
+            part.copy_(torch.randn(part.shape, generator=generator, device=part.device, dtype=torch.bfloat16) * scale)
 
 
 def _wait_for(path: Path) -> list[list[int]]:

@@ -8,9 +8,9 @@ Needs a GPU, vLLM, and the lab's models: `$LABMODELS`, a folder with a folder fo
 `bench_vllm.py`. Each engine is a process of its own; those that are only compared may run side by side (`--jobs`).
 
 agree   16 prompts of 5 to 700 tokens, 64 tokens each: vLLM without compilation decodes greedily, the others are made to
-        emit the same tokens. Per contender: how far its log-probabilities of them are from those, and how often another
-        token was the likeliest. Fails where terrazzo is further away than vLLM's default by more than a tenth, in the
-        mean over all steps.
+        emit the same tokens. Per contender: how far its log-probabilities of them are from those, how far from those in
+        fp32, and how often another token was the likeliest. Fails where terrazzo is further away than vLLM's default by
+        more than a tenth, in the mean over all steps.
 time    decode steps at several batch sizes, prefill of 2048 tokens, start. Only after the same model agreed, unless
         `--time` alone is asked for.
 """
@@ -73,15 +73,19 @@ def agree(models: Sequence[str], graphs: Sequence[str], jobs: int, work: Path) -
     """How far each contender's log-probabilities are from those of vLLM without compilation.
 
     Returns:
-        Per model, contender and kind of graphs: max_difference, mean_difference (nats), likeliest (share of steps at
-        which the likeliest token is the same), start_s, said; or `failed`, the end of what the engine wrote.
+        Per model, contender and kind of graphs: max_difference and mean_difference from eager and mean_from_fp32 (nats;
+        the last not a number where no engine of fp32 runs), likeliest (share of steps at which the likeliest token is
+        the same), start_s, said; or `failed`, the end of what the engine wrote.
     """
-    eager = [Run(model, "eager") for model in models]
-    others = [Run(m, c, g) for m in models for g in graphs for c in ("default", "terrazzo")]
-    # The others wait for tokens, so what makes them comes first.
+    # The others wait for eager's tokens, so that comes first.
+    runs = [Run(model, contender) for contender in ("eager", "fp32") for model in models]
+    runs += [Run(m, c, g) for m in models for g in graphs for c in ("default", "terrazzo")]
     with ThreadPoolExecutor(jobs) as pool:
-        found = dict(zip([*eager, *others], pool.map(lambda run: _engine(run, work), [*eager, *others]), strict=True))
-    return [{**vars(run), **_distance(made, found[Run(run.model, "eager")])} for run, made in found.items()]
+        found = dict(zip(runs, pool.map(lambda run: _engine(run, work), runs), strict=True))
+    return [
+        {**vars(run), **_distance(made, found[Run(run.model, "eager")], found[Run(run.model, "fp32")])}
+        for run, made in found.items()
+    ]
 
 
 def _engine(run: Run, work: Path) -> dict[str, Any]:
@@ -109,23 +113,29 @@ def _process(command: list[str], run: Run, work: Path, out: Path) -> dict[str, A
     return json.loads(out.read_text())
 
 
-def _distance(found: dict[str, Any], eager: dict[str, Any]) -> dict[str, Any]:
+def _distance(found: dict[str, Any], eager: dict[str, Any], exact: dict[str, Any]) -> dict[str, Any]:
     for one in (found, eager):
         if "failed" in one:
             return {"failed": one["failed"]}
-    gaps, same = [], []
-    for ours, theirs in zip(found["results"], eager["results"], strict=True):
-        if ours["tokens"] != theirs["tokens"]:
-            return {"failed": "it did not emit the tokens that it was made to emit"}
-        gaps += [abs(a - b) for a, b in zip(ours["logprobs"], theirs["logprobs"], strict=True)]
-        same += [a == b for a, b in zip(ours["likeliest"], theirs["likeliest"], strict=True)]
+    if any(ours["tokens"] != theirs["tokens"] for ours, theirs in zip(found["results"], eager["results"], strict=True)):
+        return {"failed": "it did not emit the tokens that it was made to emit"}
+    gaps = _gaps(found, eager)
+    pairs = zip(found["results"], eager["results"], strict=True)
+    same = [a == b for ours, theirs in pairs for a, b in zip(ours["likeliest"], theirs["likeliest"], strict=True)]
     return {
         "max_difference": max(gaps),
         "mean_difference": fmean(gaps),
+        "mean_from_fp32": float("nan") if "failed" in exact else fmean(_gaps(found, exact)),
         "likeliest": fmean(same),
         "start_s": found["start_s"],
         "said": [line for line in found["said"] if "terrazzo" in line],
     }
+
+
+def _gaps(found: dict[str, Any], other: dict[str, Any]) -> list[float]:
+    """How far apart two engines' log-probabilities are, step by step."""
+    pairs = zip(found["results"], other["results"], strict=True)
+    return [abs(a - b) for ours, theirs in pairs for a, b in zip(ours["logprobs"], theirs["logprobs"], strict=True)]
 
 
 def failures(results: Sequence[dict[str, Any]]) -> list[str]:
@@ -172,7 +182,7 @@ def agreement_table(results: Sequence[dict[str, Any]]) -> Table:
     made = Table(title="log-probabilities of the same tokens, against vLLM without compilation", title_justify="left")
     for column in ("model", "graphs", "contender"):
         made.add_column(column, no_wrap=True)
-    for column in ("largest", "mean", "likeliest token the same", "start, s"):
+    for column in ("largest", "mean", "likeliest the same", "mean from fp32", "start, s"):
         made.add_column(column, justify="right")
     for r in results:
         row = [r["model"], r["graphs"], r["contender"]]
@@ -180,7 +190,7 @@ def agreement_table(results: Sequence[dict[str, Any]]) -> Table:
             made.add_row(*row, "[red]failed[/]")
             continue
         numbers = f"{r['max_difference']:.4f}", f"{r['mean_difference']:.5f}", f"{r['likeliest']:.1%}"
-        made.add_row(*row, *numbers, f"{r['start_s']:.0f}")
+        made.add_row(*row, *numbers, f"{r['mean_from_fp32']:.5f}", f"{r['start_s']:.0f}")
     return made
 
 

@@ -48,7 +48,7 @@ def lab(monkeypatch, tmp_path):
 
     def with_gaps(**gaps):
         engine = tmp_path / "engine.py"
-        engine.write_text(STAND_IN.format(gaps={"eager": 0.0, "default": 0.1, **gaps}))
+        engine.write_text(STAND_IN.format(gaps={"eager": 0.0, "fp32": -0.02, "default": 0.1, **gaps}))
         monkeypatch.setattr(vllm_lab, "ENGINE", engine)
         bench = tmp_path / "bench.py"
         bench.write_text(BENCH)
@@ -68,10 +68,10 @@ def screen(table):
 @pytest.mark.parametrize("jobs", [1, 4])
 def test_each_contender_is_measured_against_eager(lab, jobs):
     results = agree(["a", "b"], ["FULL_AND_PIECEWISE", "NONE"], jobs, lab(terrazzo=0.08))
-    assert len(results) == 2 * (1 + 2 * 2)
+    assert len(results) == 2 * (2 + 2 * 2)
     ours = next(r for r in results if (r["model"], r["contender"], r["graphs"]) == ("b", "terrazzo", "NONE"))
     assert ours["max_difference"] == pytest.approx(0.08) and ours["mean_difference"] == pytest.approx(0.04)
-    assert ours["likeliest"] == 1.0
+    assert ours["mean_from_fp32"] == pytest.approx(0.05) and ours["likeliest"] == 1.0
     assert not failures(results) + further(results)
     assert "0.0800" in screen(agreement_table(results))
 
@@ -126,5 +126,5 @@ def test_everything_as_json(lab, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["vllm_lab", "--models", "a", "--json", "--work", str(work / "logs")])
     assert vllm_lab.main() == 0
     found = json.loads(capsys.readouterr().out)
-    assert [len(found[part]) for part in ("agree", "time")] == [3, 4]
+    assert [len(found[part]) for part in ("agree", "time")] == [4, 4]
     assert (work / "logs" / "a-terrazzo-FULL_AND_PIECEWISE.log").exists()
