@@ -6,7 +6,9 @@ Found by name, so that none of those projects need be installed. A call becomes 
     vllm_ir::<op>.maybe_inplace         the same: its inputs are given away and not used after it
     torch._C._autograd._get_data_attr   `parameter.data`: the parameter's memory, without its history
 
-The definitions round where vLLM's native implementations do, as those decide what a model computes.
+Norms are in fp32 and rounded once, at the end, as Inductor leaves them. The native implementations round once more, to
+the weight's dtype before the product with it; with that rounding the log-probabilities of Llama-3.1-8B cut to 4 layers
+were 1.45 times as far from vLLM's without compilation as Inductor's are (H100, bf16, 2026-11-25).
 Source: vLLM 0.22.1, `vllm/ir/ops/layernorm.py`.
 """
 
@@ -42,7 +44,7 @@ def _normed(x: Tensor, weight: Tensor | None, epsilon: float, variance_size: int
     """Root-mean-square norm of fp32 rows; the variance is that of their first `variance_size` elements."""
     part = x if variance_size is None else x[..., :variance_size]
     x = x * torch.rsqrt(part.pow(2).mean(dim=-1, keepdim=True) + epsilon)
-    return x if weight is None else x.to(weight.dtype) * weight
+    return x if weight is None else x * weight.to(torch.float32)
 
 
 def _rms_norm(x: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None) -> Tensor:

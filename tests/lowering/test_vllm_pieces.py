@@ -46,13 +46,15 @@ def test_equal_pieces_share_their_plans():
 @pytest.mark.parametrize("variance_size", [None, 5])
 @pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_norms_round_where_vllm_does(dtype, weighted, variance_size):
-    x, residual = odd(3, 9, dtype=dtype), odd(3, 9, dtype=dtype, seed=1)
-    weight = odd(9, dtype=dtype, seed=2) if weighted else None
-    others = weight, 1e-5, variance_size
+def test_norms_are_vllms_with_a_single_rounding(dtype, weighted, variance_size):
+    x, residual = odd(64, 96, dtype=dtype), odd(64, 96, dtype=dtype, seed=1)
+    weight = odd(96, dtype=dtype, seed=2) if weighted else None
+    others = 1e-5, variance_size
+    wide = None if weight is None else weight.float()
     alone, fused = meaning(OPS.rms_norm), meaning(OPS.fused_add_rms_norm.maybe_inplace)
-    compare(alone(x, *others), vllm_pieces.rms_norm(x, *others))
-    compare(fused(x, residual, *others), vllm_pieces.fused_add_rms_norm(x, residual, *others))
+    compare(alone(x, weight, *others), vllm_pieces.rms_norm(x.float(), wide, *others).to(dtype))
+    normed, total = vllm_pieces.fused_add_rms_norm(x.float(), residual.float(), wide, *others)
+    compare(fused(x, residual, weight, *others), (normed.to(dtype), total.to(dtype)))
 
 
 @pytest.mark.parametrize("op", [OPS.fused_add_rms_norm, OPS.fused_add_rms_norm.maybe_inplace])
