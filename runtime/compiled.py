@@ -15,11 +15,10 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import sympy
 import torch
 import triton
 from torch import fx
@@ -30,108 +29,16 @@ from ..kernels.target import Target
 from ..lowering.emit import Plan
 from ..lowering.errors import Unsupported, UserError
 from ..lowering.intake import Examples, held
-from ..lowering.ir import Trace
 from ..lowering.options import Options
-from ..lowering.pipeline import plan as make_plan
-from ..lowering.pipeline import trace as make_trace
-from ..lowering.ranged import Regime, regimes
-from ..lowering.size import Undecided, Whole
-from ..lowering.specialize import failed_guard
+from ..lowering.ranged import Regime
 from .fingerprint import fingerprint
-from .load import load
+from .lowered import Loaded, Lowered, Runner
 from .warm import warm
 
 log = logging.getLogger("terrazzo")
 
-Runner = Callable[..., Any]
-
-
 # What a kernel that does not compile raises.
 UNCOMPILED = (triton.CompilationError, triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError)
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A plan and its `call`."""
-
-    plan: Plan
-    call: Runner
-
-
-@dataclass
-class _Lowered:
-    """What equal pieces share: the trace for all sizes, traces for sizes whose guards failed, plans."""
-
-    graph: fx.GraphModule
-    examples: Examples
-    options: Options
-    symbolic: Trace | None = None
-    refusal: Unsupported | None = None
-    plans: dict[tuple[Any, ...], Loaded] = field(default_factory=dict)
-    ranges: dict[tuple[Any, ...], tuple[tuple[Regime, Loaded | None], ...]] = field(default_factory=dict)
-    warmed: set[tuple[Any, ...]] = field(default_factory=set)
-
-    def traced(self) -> Trace:
-        """The trace for all sizes; a piece that cannot be traced is not tried twice."""
-        if self.refusal is not None:
-            raise self.refusal
-        if self.symbolic is None:
-            try:
-                self.symbolic = make_trace(self.graph, self.examples)
-            except Unsupported as cause:
-                self.refusal = cause
-                raise
-        return self.symbolic
-
-    def trace(self, binding: dict[sympy.Symbol, Whole]) -> tuple[Trace, dict[sympy.Symbol, Whole]]:
-        """A trace that holds for these sizes, and the binding of its own symbols."""
-        symbolic = self.traced()
-        own = _rebind(symbolic, self.examples, binding)
-        failed = failed_guard(symbolic, own)
-        if failed is None:
-            return symbolic, own
-        if not all(isinstance(size, int) for size in binding.values()):
-            raise Undecided(f"the trace holds for {failed} only")
-        return make_trace(self.graph, self.examples, binding), {}  # type: ignore[arg-type]
-
-    def loaded(self, sizes: tuple[int, ...], misaligned: frozenset[str]) -> Loaded:
-        """The plan for these sizes and alignments."""
-        key = sizes, misaligned
-        if key not in self.plans:
-            made = self.planned(sizes, ", ".join(map(str, sizes)) or "fixed", misaligned)
-            self.plans[key] = Loaded(made, load(made))
-        return self.plans[key]
-
-    def planned(self, sizes: Sequence[Whole], said: str, misaligned: Collection[str]) -> Plan:
-        """The plan for these sizes, one of which may stand for a range."""
-        traced, own = self.trace(dict(zip(self.examples.symbols(), sizes, strict=True)))
-        title = f"Piece of {len(self.graph.graph.nodes)} nodes, sizes {said}."
-        return make_plan(traced, own, self.options, title=title, misaligned=misaligned)
-
-    def regimes(self, lo: int, hi: int, misaligned: frozenset[str]) -> tuple[tuple[Regime, Loaded | None], ...]:
-        """The plans that serve a range, for these alignments."""
-        key = lo, hi, misaligned
-        if key not in self.ranges:
-
-            def make(size: Whole) -> Plan:
-                if isinstance(size, int):
-                    return self.loaded((size,), misaligned).plan
-                return self.planned((size,), f"{size.span.lo} to {size.span.hi}", misaligned)
-
-            found = regimes(make, lo, hi)
-            self.ranges[key] = tuple((r, Loaded(r.plan, load(r.plan)) if r.plan else None) for r in found)
-        return self.ranges[key]
-
-
-def planned_range(graph: fx.GraphModule, examples: Examples, lo: int, hi: int, options: Options) -> tuple[Regime, ...]:
-    """The regimes of a piece over a range of sizes, planned and not compiled, for aligned inputs."""
-    return tuple(regime for regime, _ in _Lowered(graph, examples, options).regimes(lo, hi, frozenset()))
-
-
-def _rebind(trace: Trace, examples: Examples, binding: dict[sympy.Symbol, Whole]) -> dict[sympy.Symbol, Whole]:
-    """Sizes by the trace's own symbols, which stand at the same places of the arguments."""
-    places = {place: binding[s] for s, place in examples.symbols().items()}
-    return {s: places[place] for s, place in trace.symbols.items()}
 
 
 @dataclass(frozen=True)
@@ -143,7 +50,7 @@ class _Regimes:
     regimes: tuple[Regime, ...]
 
 
-_SHARED: dict[tuple[str, Options], _Lowered] = {}
+_SHARED: dict[tuple[str, Options], Lowered] = {}
 
 
 class CompiledPiece:
@@ -164,7 +71,7 @@ class CompiledPiece:
         self._places = list(self.examples.symbols().values())
         self._tensors = [i for i, v in enumerate(self.examples.values) if isinstance(v, torch.Tensor)]
         self._names: list[str] = []
-        self._lowered: _Lowered | None = None
+        self._lowered: Lowered | None = None
         self._runs: dict[tuple[Any, ...], Runner] = {}
         self._range: tuple[int, int] | None = None
         self._regimes: dict[tuple[int, ...], _Regimes] = {}
@@ -242,10 +149,12 @@ class CompiledPiece:
             own, names = self._alignment(lowered, misaligned)
             found = lowered.regimes(*self._range, names)
             served = [(made.plan, made.call, r.lo, r.hi) for r, made in found if made is not None]
-            if not lowered.options.target.interpreted:
+            key = *self._range, names
+            if not lowered.options.target.interpreted and key not in lowered.warmed:
                 devices = [v.device for v in self.examples.values if isinstance(v, torch.Tensor)]
                 device = next((d for d in devices if d.type == "cuda"), torch.device("cuda"))
                 warm(served, device, names)
+                lowered.warmed.add(key)
             runs = [None if loaded is None else self._bound(loaded, own) for _, loaded in found]
             made = _Regimes([r.hi for r, _ in found], runs, tuple(r for r, _ in found))
         except (Unsupported, *UNCOMPILED) as cause:
@@ -294,9 +203,7 @@ class CompiledPiece:
             return self._fall_back(cause)
         return self._bound(loaded, own, args)
 
-    def _alignment(
-        self, lowered: _Lowered, misaligned: Sequence[int]
-    ) -> tuple[dict[str, torch.Tensor], frozenset[str]]:
+    def _alignment(self, lowered: Lowered, misaligned: Sequence[int]) -> tuple[dict[str, torch.Tensor], frozenset[str]]:
         """The tensors that the piece holds, by the name they have in the plans, and what of all is not aligned."""
         # By order: an equal piece may hold its tensors under other names.
         own = dict(zip(held(lowered.graph), held(self.graph).values(), strict=True))
@@ -326,11 +233,11 @@ class CompiledPiece:
 
         return checked
 
-    def _shared(self, args: Sequence[Any]) -> _Lowered:
+    def _shared(self, args: Sequence[Any]) -> Lowered:
         if self._lowered is None:
             options = self._options or options_for(args)
             digest = fingerprint(self.graph, self.examples)
-            lowered = _Lowered(self.graph, self.examples, options)
+            lowered = Lowered(self.graph, self.examples, options)
             self._lowered = lowered if digest is None else _SHARED.setdefault((digest, options), lowered)
             # In the plans an equal piece's arguments have the names of the first.
             self._names = [n.name for n in self._lowered.graph.graph.nodes if n.op == "placeholder"]

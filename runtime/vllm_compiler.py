@@ -1,16 +1,17 @@
 """terrazzo as the compiler of today's vLLM (`CompilerInterface`): pieces in, callables out.
 
-vLLM asks for each piece once per range of token counts and once per single size; all of a piece's callables are one
-`SizedPiece`, which chooses by the size that runs:
+vLLM asks for each piece once per range of token counts (all that a step may have, by default) and once per single size;
+all of a piece's callables are one `SizedPiece`, which chooses by the size that runs:
 
 | size | runs |
 |---|---|
-| in `compile_sizes`; in `cudagraph_capture_sizes` while vLLM still captures | its plan, made at its first call |
-| another | the piece's graph |
+| in a range | the plan of its regime: all of them are made, compiled and loaded when vLLM asks for the range |
+| in `compile_sizes`, or captured, where its range has no plan | its own plan, made at its first call |
+| another, or an input at an alignment not seen before vLLM serves | the piece's graph |
 | any, of a piece that cannot be lowered | the piece's graph, after one warning |
 
-vLLM runs each of those sizes on real arguments before it captures or serves it, so nothing is compiled later: not in a
-capture, and not for a request. Graphs are vLLM's own affair: a plan runs inside them as it does outside.
+vLLM runs each size that it names on real arguments before it captures or serves it, so nothing is compiled later: not
+in a capture, and not for a request. Graphs are vLLM's own affair: a plan runs inside them as it does outside.
 
 `VllmCompiler` derives from vLLM's interface and is made when it is first asked for; importing this module does not
 import vLLM.
@@ -22,7 +23,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -66,19 +66,28 @@ class Compiler:
         """Told where vLLM keeps what it compiled."""
 
     def compile(
-        self, graph: fx.GraphModule, example_inputs: Sequence[Any], *where: Any, **others: Any
+        self,
+        graph: fx.GraphModule,
+        example_inputs: Sequence[Any],
+        compiler_config: Any,
+        compile_range: Any,
+        key: str | None = None,
     ) -> tuple[Callable[..., Any], None]:
         """The piece's callable, the same one for every range and size, and no handle.
 
         Args:
             graph: the piece; its placeholders carry symbolic `example_value`s.
             example_inputs: read where a placeholder carries none.
-            where, others: configuration, range and key, which differ between versions; what runs is chosen by size.
+            compiler_config: Inductor's affair.
+            compile_range: from `start` to `end`, both included.
+            key: what vLLM calls the result.
         """
         piece = next((p for p in self.pieces if p.graph is graph), None)
         if piece is None:
             piece = SizedPiece(graph, example_inputs, self)
             self.pieces.append(piece)
+        if compile_range.start < compile_range.end:
+            piece.serve(compile_range.start, compile_range.end)
         return piece, None
 
     def may_compile(self, tokens: int) -> bool:
@@ -88,20 +97,18 @@ class Compiler:
         captured = tokens in (self.config.cudagraph_capture_sizes or ())
         return captured and vllm_compat.still_capturing()
 
-    def made(self, piece: SizedPiece, tokens: int | None, seconds: float) -> None:
-        """Told of every plan that is made; says once, when the last piece has its first, what it all came to."""
-        self.seconds += seconds
+    def met(self, piece: SizedPiece, tokens: int | None) -> None:
+        """Told of every piece's first call; says, at the last one's, what it all came to."""
         if piece is not self.pieces[-1]:
             return
-        counts = [p.counts() for p in self.pieces]
+        counts = [p.counts(tokens) for p in self.pieces]
         kernels, foreign = (sum(c[i] for c in counts) for i in range(2))
         kinds = len({id(p.piece.plans) for p in self.pieces})
-        vllm_compat.say_once(
-            logging.INFO,
-            self,
-            f"terrazzo: {len(self.pieces)} pieces ({kinds} different) compiled for {tokens or 'all'} tokens in "
-            f"{self.seconds:.1f} s: {kernels} kernels, {foreign} ops as themselves. Other sizes follow as vLLM reaches "
-            "them.",
+        graphs = counts.count((0, 0))
+        vllm_compat.logger().info(
+            "terrazzo: %d pieces (%d different) compiled in %.1f s; at %s tokens %d kernels, %d ops as themselves%s",
+            *(len(self.pieces), kinds, self.seconds, tokens or "any number of", kernels, foreign),
+            f", {graphs} pieces as their graphs" if graphs else "",
         )
 
 
@@ -110,35 +117,46 @@ class SizedPiece:
 
     def __init__(self, graph: fx.GraphModule, example_inputs: Sequence[Any], compiler: Compiler) -> None:
         self.graph, self.compiler = graph, compiler
-        start = time.perf_counter()
         self.piece = CompiledPiece(graph, example_inputs)
         values = self.piece.examples.values
         self._size = next((i for i, v in enumerate(values) if isinstance(v, torch.SymInt)), None)
         self._tried: set[int | None] = set()
-        self._failed = False
+        self._met = self._failed = False
+
+    def serve(self, lo: int, hi: int) -> None:
+        """Make plans for every size of a range now."""
+        start = time.perf_counter()
         # vLLM compiles inside Dynamo, whose own fake tensors have nothing to do with those of a trace.
         with tracing(None), unset_fake_temporarily():
-            self._guarded(self.piece.prepare)
-        compiler.seconds += time.perf_counter() - start
+            self._guarded(lambda: self.piece.ranged(lo, hi))
+        self.compiler.seconds += time.perf_counter() - start
 
     def __call__(self, *args: Any) -> Any:
         """Run the piece; returns what its graph returns."""
-        run = self.piece.known(args)
+        run = self.piece.known(args) if self._met else None
         return run(*args) if run is not None else self._choose(args)(*args)
 
     def _choose(self, args: tuple[Any, ...]) -> Callable[..., Any]:
-        """What runs on arguments for which no plan was made yet."""
+        """What runs on arguments of a first call, and on those for which no plan was made yet."""
         tokens = args[self._size] if self._size is not None else None
+        run = self.piece.known(args) or self._own(args, tokens) or self.graph.forward
+        if not self._met:
+            self._met = True
+            self.compiler.met(self, tokens)
+        return run
+
+    def _own(self, args: tuple[Any, ...], tokens: int | None) -> Callable[..., Any] | None:
+        """A plan for this very size, where now is the time to make it."""
         if self._failed or tokens in self._tried or not (tokens is None or self.compiler.may_compile(tokens)):
-            return self.graph.forward
+            return None
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            return self.graph.forward
+            return None
         # Once for each: what differs in another size or in alignment only would be compiled while requests wait.
         self._tried.add(tokens)
         start = time.perf_counter()
         run = self._guarded(lambda: self.piece.at(args))
-        self.compiler.made(self, tokens, time.perf_counter() - start)
-        return run or self.graph.forward
+        self.compiler.seconds += time.perf_counter() - start
+        return run
 
     def _guarded(self, step: Callable[[], Any]) -> Any:
         """What the step returns; None, with one warning, when it fails: vLLM serves the piece's graph then."""
@@ -153,9 +171,9 @@ class SizedPiece:
             error.__traceback__ = None
             return None
 
-    def counts(self) -> tuple[int, int]:
-        """Kernels, and ops as themselves, of the plan made first."""
-        loaded = next(iter(self.piece.plans.values()), None)
-        launches = loaded.plan.schedule.launches() if loaded is not None else []
+    def counts(self, tokens: int | None) -> tuple[int, int]:
+        """Kernels, and ops as themselves, of the plan for this size; both 0 where the graph runs."""
+        plan = self.piece.serving(*(() if tokens is None else (tokens,)))
+        launches = plan.schedule.launches() if plan is not None else []
         ours = sum(bool(k.family) for k in launches)
         return ours, len(launches) - ours

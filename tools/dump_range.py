@@ -19,7 +19,7 @@ from terrazzo.lowering.intake import Examples
 from terrazzo.lowering.options import Options
 from terrazzo.lowering.ranged import Regime
 from terrazzo.lowering.select import Kernel
-from terrazzo.runtime.compiled import planned_range
+from terrazzo.runtime.lowered import planned_range
 from terrazzo.runtime.warm import telling
 from terrazzo.tools.dump_compile import Stats, compile_launch, launches
 from terrazzo.tools.dump_plan import label

@@ -25,7 +25,7 @@ from vllm.config import CompilationConfig, VllmConfig, set_current_vllm_config
 from vllm.forward_context import set_forward_context
 
 from terrazzo.lowering import dialect
-from terrazzo.runtime import compiled, vllm_compat
+from terrazzo.runtime import compiled, lowered, vllm_compat
 
 HIDDEN, INNER, LAYERS, WORDS = 32, 48, 3, 64
 PIECES = LAYERS + 1
@@ -191,7 +191,7 @@ def test_what_cannot_be_lowered_is_served_by_its_graph(said, monkeypatch):
     def fail(*args, **others):
         raise ValueError("broken")
 
-    monkeypatch.setattr(compiled, "make_trace", fail)
+    monkeypatch.setattr(lowered, "make_trace", fail)
     agree(served(compile_sizes=[4]), plain(), [16, 4])
     assert sum("broken" in m for m in said.messages) == PIECES
 
