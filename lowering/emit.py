@@ -20,6 +20,8 @@ from torch.utils._sympy.printers import PythonPrinter
 from .choices import Choice, at_size
 from .emit_expr import HELPERS, Body, short_names
 from .emit_loop import looped_body
+from .errors import UserError
+from .facts import Facts
 from .group import Group
 from .ir import Output, Ref, Scalar, map_tree
 from .schedule import Schedule, Step
@@ -34,15 +36,29 @@ class Plan:
 
     Args:
         source: the module's text.
-        schedule: what it was written from.
+        facts: what its runner needs to know.
+        stages: what it was written from; None for a plan from the cache.
         objects: what the text cannot hold, by position.
         constants: tensors the piece holds, by input name.
     """
 
     source: str
-    schedule: Schedule
+    facts: Facts
+    stages: Schedule | None = None
     objects: tuple[Any, ...] = ()
     constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def schedule(self) -> Schedule:
+        """What the plan was written from.
+
+        Raises:
+            UserError: it comes from the cache.
+        """
+        if self.stages is None:
+            raise UserError("a plan from the cache", "it has no stages to look at", stage="emit",
+                            remedy="Look at a piece that was compiled without a cache.")  # fmt: skip
+        return self.stages
 
 
 def emit(schedule: Schedule, title: str) -> Plan:
@@ -61,7 +77,7 @@ def emit(schedule: Schedule, title: str) -> Plan:
     )
     text = text.replace("\n\n\n\n\n", "\n\n\n").rstrip() + "\n"
     constants = {i.name: i.value for i in schedule.values.inputs if i.kind == "constant"}
-    return Plan(text, schedule, tuple(writer.objects), constants)
+    return Plan(text, Facts.of(schedule), schedule, tuple(writer.objects), constants)
 
 
 class _Writer:

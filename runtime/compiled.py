@@ -31,6 +31,7 @@ from ..lowering.errors import Unsupported, UserError
 from ..lowering.intake import Examples, held
 from ..lowering.options import Options
 from ..lowering.ranged import Regime
+from .cache import Shelf
 from .fingerprint import fingerprint
 from .lowered import Loaded, Lowered, Runner
 from .warm import warm
@@ -60,12 +61,18 @@ class CompiledPiece:
         graph: torch-level or ATen FX; its placeholders carry `example_value` or `val`, or examples are given.
         example_inputs: what the arguments look like, where the placeholders do not say.
         options: what to compile for; by default the device of the arguments.
+        shelf: where plans for ranges are kept from one process to the next; by default nowhere.
     """
 
     def __init__(
-        self, graph: fx.GraphModule, example_inputs: Sequence[Any] | None = None, *, options: Options | None = None
+        self,
+        graph: fx.GraphModule,
+        example_inputs: Sequence[Any] | None = None,
+        *,
+        options: Options | None = None,
+        shelf: Shelf | None = None,
     ) -> None:
-        self.graph = graph
+        self.graph, self.shelf = graph, shelf
         self.examples = Examples.of(graph, example_inputs)
         self._options = options
         self._places = list(self.examples.symbols().values())
@@ -171,9 +178,7 @@ class CompiledPiece:
             return "runs as the graph it was"
         parts = []
         for (sizes, _), loaded in (self._lowered.plans if self._lowered else {}).items():
-            launches = loaded.plan.schedule.launches()
-            ours = sum(bool(k.family) for k in launches)
-            parts.append(f"{sizes or 'fixed'}: {ours} kernels, {len(launches) - ours} ops as themselves")
+            parts.append(f"{sizes or 'fixed'}: {_counted(loaded.plan)}")
         for served in self._regimes.values():
             parts += [_said(regime) for regime in served.regimes]
         return "; ".join(parts) or "not called yet"
@@ -216,7 +221,7 @@ class CompiledPiece:
         run = _runner(loaded, constants)
         if args is not None:
             run = self._warmed(run, loaded, args)
-        written = {name for name, _ in loaded.plan.schedule.values.mutations}
+        written = loaded.plan.facts.mutated
         return self._apart(run, [i for i in self._tensors if self._names[i] in written]) if written else run
 
     def _apart(self, run: Runner, written: list[int]) -> Runner:
@@ -237,7 +242,7 @@ class CompiledPiece:
         if self._lowered is None:
             options = self._options or options_for(args)
             digest = fingerprint(self.graph, self.examples)
-            lowered = Lowered(self.graph, self.examples, options)
+            lowered = Lowered(self.graph, self.examples, options, digest, self.shelf)
             self._lowered = lowered if digest is None else _SHARED.setdefault((digest, options), lowered)
             # In the plans an equal piece's arguments have the names of the first.
             self._names = [n.name for n in self._lowered.graph.graph.nodes if n.op == "placeholder"]
@@ -252,11 +257,10 @@ class CompiledPiece:
         """
         if self._lowered is None or self._lowered.options.target.interpreted:
             return run
-        written = {name for name, _ in loaded.plan.schedule.values.mutations}
+        written = loaded.plan.facts.mutated
         trial = [a.clone() if name in written else a for name, a in zip(self._names, args, strict=True)]
-        foreign = any(k.group.kind == "extern" for k in loaded.plan.schedule.launches())
         try:
-            if not foreign:
+            if not loaded.plan.facts.foreign:
                 # Ops that run as themselves would run on memory nobody filled: their plans compile one by one.
                 with compiling_together():
                     run(*trial)
@@ -298,7 +302,7 @@ def options_for(args: Sequence[Any]) -> Options:
 
 def _runner(loaded: Loaded, constants: tuple[torch.Tensor, ...]) -> Runner:
     """The plan's call with constants appended and its result in the piece's own structure."""
-    call, structure = loaded.call, loaded.plan.schedule.values.structure
+    call, structure = loaded.call, loaded.plan.facts.structure
     flat = structure == pytree.tree_structure((0,) * structure.num_leaves)
     if flat:
         return call if not constants else lambda *args: call(*args, *constants)
@@ -311,6 +315,8 @@ def _said(regime: Regime) -> str:
     """A regime in a few words."""
     if regime.plan is None:
         return f"{regime}: planned one by one, as {regime.why}"
-    launches = regime.plan.schedule.launches()
-    ours = sum(bool(k.family) for k in launches)
-    return f"{regime}: {ours} kernels, {len(launches) - ours} ops as themselves"
+    return f"{regime}: {_counted(regime.plan)}"
+
+
+def _counted(plan: Plan) -> str:
+    return f"{plan.facts.kernels} kernels, {plan.facts.foreign} ops as themselves"

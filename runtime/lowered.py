@@ -22,7 +22,9 @@ from ..lowering.pipeline import trace as make_trace
 from ..lowering.ranged import Regime, regimes
 from ..lowering.size import Undecided, Whole
 from ..lowering.specialize import failed_guard
+from .cache import Shelf, key
 from .load import load
+from .stored import from_json, to_json
 
 Runner = Callable[..., Any]
 
@@ -42,6 +44,7 @@ class Lowered:
     Args:
         graph, examples: of the first of them.
         options: what is compiled for.
+        digest, shelf: the fingerprint, and where plans for ranges are kept under it; either may be missing.
         symbolic, refusal: the trace for all sizes, or why there is none; neither until it was tried.
         plans: by sizes and misaligned inputs.
         ranges, warmed: the regimes of each range and misaligned inputs; those whose kernels are compiled.
@@ -50,6 +53,8 @@ class Lowered:
     graph: fx.GraphModule
     examples: Examples
     options: Options
+    digest: str | None = None
+    shelf: Shelf | None = None
     symbolic: Trace | None = None
     refusal: Unsupported | None = None
     plans: dict[tuple[Any, ...], Loaded] = field(default_factory=dict)
@@ -95,17 +100,40 @@ class Lowered:
 
     def regimes(self, lo: int, hi: int, misaligned: frozenset[str]) -> tuple[tuple[Regime, Loaded | None], ...]:
         """The plans that serve a range, for these alignments."""
-        key = lo, hi, misaligned
-        if key not in self.ranges:
+        asked = lo, hi, misaligned
+        if asked not in self.ranges:
+            found = self._kept(*asked) or self._made(*asked)
+            self.ranges[asked] = tuple((r, Loaded(r.plan, load(r.plan)) if r.plan else None) for r in found)
+        return self.ranges[asked]
 
-            def make(size: Whole) -> Plan:
-                if isinstance(size, int):
-                    return self.loaded((size,), misaligned).plan
-                return self.planned((size,), f"{size.span.lo} to {size.span.hi}", misaligned)
+    def _made(self, lo: int, hi: int, misaligned: frozenset[str]) -> tuple[Regime, ...]:
+        """The regimes, planned and, where there is a shelf, kept."""
 
-            found = regimes(make, lo, hi)
-            self.ranges[key] = tuple((r, Loaded(r.plan, load(r.plan)) if r.plan else None) for r in found)
-        return self.ranges[key]
+        def make(size: Whole) -> Plan:
+            if isinstance(size, int):
+                return self.loaded((size,), misaligned).plan
+            return self.planned((size,), f"{size.span.lo} to {size.span.hi}", misaligned)
+
+        found = regimes(make, lo, hi)
+        if self.shelf is not None and self.digest is not None:
+            said = to_json(found)
+            if said is not None:
+                self.shelf.write(self._key(lo, hi, misaligned), said)
+        return found
+
+    def _kept(self, lo: int, hi: int, misaligned: frozenset[str]) -> tuple[Regime, ...] | None:
+        """The regimes as another process kept them."""
+        if self.shelf is None or self.digest is None:
+            return None
+        said = self.shelf.read(self._key(lo, hi, misaligned))
+        found = None if said is None else from_json(said)
+        # Plans know their arguments by name, and an equal piece may have others.
+        names = [n.name for n in self.graph.graph.nodes if n.op == "placeholder"]
+        known = all([a.name for a in r.plan.facts.arguments] == names for r in found or () if r.plan is not None)
+        return found if known else None
+
+    def _key(self, lo: int, hi: int, misaligned: frozenset[str]) -> str:
+        return key(self.digest, lo, hi, sorted(misaligned), self.options)
 
 
 def planned_range(graph: fx.GraphModule, examples: Examples, lo: int, hi: int, options: Options) -> tuple[Regime, ...]:

@@ -25,6 +25,7 @@ import hashlib
 import importlib.metadata
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from torch._guards import tracing
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from . import vllm_compat
+from .cache import Shelf
 from .compiled import CompiledPiece
 
 
@@ -54,6 +56,7 @@ class Compiler:
     def __init__(self) -> None:
         self.config: Any = None
         self.pieces: list[SizedPiece] = []
+        self.shelf: Shelf | None = None
         self.seconds = 0.0
 
     def compute_hash(self, vllm_config: Any) -> str:
@@ -63,7 +66,8 @@ class Compiler:
         return hashlib.sha256(" ".join(versions).encode()).hexdigest()
 
     def initialize_cache(self, cache_dir: str, disable_cache: bool = False, prefix: str = "") -> None:
-        """Told where vLLM keeps what it compiled."""
+        """Told where vLLM keeps what it compiled: plans go to a folder of their own there."""
+        self.shelf = None if disable_cache else Shelf(Path(cache_dir) / self.name)
 
     def compile(
         self,
@@ -72,8 +76,8 @@ class Compiler:
         compiler_config: Any,
         compile_range: Any,
         key: str | None = None,
-    ) -> tuple[Callable[..., Any], None]:
-        """The piece's callable, the same one for every range and size, and no handle.
+    ) -> tuple[Callable[..., Any], tuple[str, str] | None]:
+        """The piece's callable, the same one for every range and size, and a handle: key, and where plans are kept.
 
         Args:
             graph: the piece; its placeholders carry symbolic `example_value`s.
@@ -88,7 +92,19 @@ class Compiler:
             self.pieces.append(piece)
         if compile_range.start < compile_range.end:
             piece.serve(compile_range.start, compile_range.end)
-        return piece, None
+        return piece, (key, str(self.shelf.folder)) if key and self.shelf is not None else None
+
+    def load(
+        self,
+        handle: Any,
+        graph: fx.GraphModule,
+        example_inputs: Sequence[Any],
+        graph_index: int,
+        compile_range: Any,
+    ) -> Callable[..., Any]:
+        """What `compile` gave, by a handle of an earlier process. Plans are found by what they compute, whatever the
+        handle says; those that are gone or damaged are made anew, so this never fails where `compile` would not."""
+        return self.compile(graph, example_inputs, None, compile_range)[0]
 
     def may_compile(self, tokens: int) -> bool:
         """Whether this size gets a plan of its own, and now is the time to make it."""
@@ -117,7 +133,7 @@ class SizedPiece:
 
     def __init__(self, graph: fx.GraphModule, example_inputs: Sequence[Any], compiler: Compiler) -> None:
         self.graph, self.compiler = graph, compiler
-        self.piece = CompiledPiece(graph, example_inputs)
+        self.piece = CompiledPiece(graph, example_inputs, shelf=compiler.shelf)
         values = self.piece.examples.values
         self._size = next((i for i, v in enumerate(values) if isinstance(v, torch.SymInt)), None)
         self._tried: set[int | None] = set()
@@ -174,6 +190,4 @@ class SizedPiece:
     def counts(self, tokens: int | None) -> tuple[int, int]:
         """Kernels, and ops as themselves, of the plan for this size; both 0 where the graph runs."""
         plan = self.piece.serving(*(() if tokens is None else (tokens,)))
-        launches = plan.schedule.launches() if plan is not None else []
-        ours = sum(bool(k.family) for k in launches)
-        return ours, len(launches) - ours
+        return (plan.facts.kernels, plan.facts.foreign) if plan is not None else (0, 0)

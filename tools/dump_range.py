@@ -121,7 +121,7 @@ def _compiled(found: Sequence[Regime], options: Options) -> tuple[Stats, ...]:
     reports: dict[Any, Any] = {}
     stats: dict[Any, Stats] = {}
     for regime, plan in [(r, r.plan) for r in found if r.plan is not None]:
-        for size in telling(plan, regime.lo, regime.hi):
+        for size in telling(plan.facts, regime.lo, regime.hi):
             for launch in launches(plan, options.target, size):
                 before = len(reports)
                 made = compile_launch(launch, options.target.arch, known=reports)

@@ -215,14 +215,15 @@ launch.Kernel.__call__ = note
 
 def binaries(plan, call, size):
     made.clear()
-    call(*hollow(plan, size))
+    call(*hollow(plan.facts, size))
     return set(made)
 
 missing = []
 for graph in [pieces(name)[1].graph for name in ("llama-3.2-1b", "gpt2")]:
     for regime in planned_range(graph, Examples.of(graph, None), 2, 2100, Options(target)):
         call = load(regime.plan)
-        there = set().union(*(binaries(regime.plan, call, size) for size in telling(regime.plan, regime.lo, regime.hi)))
+        told = telling(regime.plan.facts, regime.lo, regime.hi)
+        there = set().union(*(binaries(regime.plan, call, size) for size in told))
         sizes = sorted({*range(regime.lo, min(regime.hi, 40)), *range(regime.lo, regime.hi, 137), regime.hi})
         missing += [size for size in sizes if not binaries(regime.plan, call, size) <= there]
 print(json.dumps(missing))

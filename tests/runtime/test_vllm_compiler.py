@@ -46,12 +46,12 @@ def model():
     return pieces("llama-3.2-1b", tiny=True)
 
 
-def compiler(compile_sizes=(), capture_sizes=()):
-    """A compiler that knows its configuration."""
+def compiler(compile_sizes=(), capture_sizes=(), folder=None):
+    """A compiler that knows its configuration, and where vLLM keeps what it compiled."""
     made = Compiler()
     config = SimpleNamespace(compile_sizes=list(compile_sizes), cudagraph_capture_sizes=list(capture_sizes))
     made.compute_hash(SimpleNamespace(compilation_config=config))
-    made.initialize_cache("nowhere", False, "backbone")
+    made.initialize_cache(str(folder), folder is None, "backbone")
     return made
 
 
@@ -182,6 +182,21 @@ def test_a_piece_that_fails_runs_as_its_graph_with_one_warning(model, device, mo
     assert "1 pieces as their graphs" in said.messages[-1]
     warnings = [r.getMessage() for r in said.records if r.levelno == logging.WARNING]
     assert len(warnings) == 1 and ("broken" in warnings[0] or "is odd" in warnings[0])
+
+
+def test_a_second_start_loads_by_the_handles_of_the_first(model, device, monkeypatch, tmp_path):
+    piece = model[1]
+    _, handle = compiler(folder=tmp_path).compile(piece.graph, [], {}, RANGE, "artifact")
+    assert handle == ("artifact", str(tmp_path / "terrazzo"))
+    monkeypatch.setattr(compiled, "_SHARED", {})
+    monkeypatch.setattr(lowered, "make_plan", None)
+    same(compiler(folder=tmp_path).load(handle, piece.graph, [], 1, RANGE), piece, 5, device)
+
+
+def test_without_vllms_cache_nothing_is_kept(model, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert compiler().compile(model[1].graph, [], {}, RANGE, "artifact")[1] is None
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_piece_without_a_size_is_compiled_at_its_first_call(device):

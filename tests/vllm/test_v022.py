@@ -174,14 +174,16 @@ def test_named_sizes_run_kernels_and_nothing_as_itself(said):
     assert line.startswith(f"terrazzo: {PIECES} pieces (3 different)") and " 0 ops as themselves" in line
 
 
-def test_a_second_start_loads_dynamos_graph_and_compiles_it(said):
+def test_a_second_start_loads_dynamos_graph_and_the_plans(said, monkeypatch):
     agree(served(compile_sizes=[4]), plain(), [16, 4])
     first = summary(said)
     said.clear()
     compiled._SHARED.clear()
     vllm_compat._said.clear()
+    monkeypatch.setattr(lowered, "make_trace", None)
     before = compilation_counter.clone()
     agree(served(compile_sizes=[4]), plain(), [16, 4])
+    assert any("Directly load the compiled graph(s) for compile range (1, 2048)" in m for m in said.messages)
     assert compilation_counter.num_aot_artifacts_loaded - before.num_aot_artifacts_loaded == 1
     kernels = [line.partition("s: ")[2] for line in (first, summary(said))]
     assert kernels[0] == kernels[1]
