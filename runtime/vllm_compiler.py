@@ -55,6 +55,7 @@ class Compiler:
 
     def __init__(self) -> None:
         self.config: Any = None
+        self.most = 1
         self.pieces: list[SizedPiece] = []
         self.shelf: Shelf | None = None
         self.seconds = 0.0
@@ -62,6 +63,7 @@ class Compiler:
     def compute_hash(self, vllm_config: Any) -> str:
         """What of us decides what is compiled: vLLM's caches are apart for each. Called before the first piece."""
         self.config = vllm_config.compilation_config
+        self.most = vllm_config.scheduler_config.max_num_batched_tokens
         versions = [f"{name} {importlib.metadata.version(name)}" for name in ("terrazzo", "torch", "triton")]
         return hashlib.sha256(" ".join(versions).encode()).hexdigest()
 
@@ -83,14 +85,16 @@ class Compiler:
             graph: the piece; its placeholders carry symbolic `example_value`s.
             example_inputs: read where a placeholder carries none.
             compiler_config: Inductor's affair.
-            compile_range: from `start` to `end`, both included.
+            compile_range: `start` to `end`, both included; in vLLM 0.12 a size, or None for all that a step may have.
             key: what vLLM calls the result.
         """
         piece = next((p for p in self.pieces if p.graph is graph), None)
         if piece is None:
             piece = SizedPiece(graph, example_inputs, self)
             self.pieces.append(piece)
-        if compile_range.start < compile_range.end:
+        if compile_range is None:
+            piece.serve(1, self.most)
+        elif not isinstance(compile_range, int) and compile_range.start < compile_range.end:
             piece.serve(compile_range.start, compile_range.end)
         return piece, (key, str(self.shelf.folder)) if key and self.shelf is not None else None
 

@@ -3,7 +3,7 @@
 One class serves both generations of vLLM; each calls what it knows:
 
     0.9.1 - 0.10.0   `get_piecewise_backend_cls`   the class that runs every piece: dispatcher.PiecewiseBackend
-    later            `get_compile_backend`         the compiler of every piece: vllm_compiler.VllmCompiler
+    0.12 and later   `get_compile_backend`         the compiler of every piece: vllm_compiler.VllmCompiler
 
 and both let a platform settle what the configuration leaves open. A compiler other than Inductor gets opaque, mutating
 ops from vLLM unless told otherwise: here layers take their native forms, so that pieces stay fusable. What terrazzo
@@ -53,6 +53,7 @@ def _platform() -> Any:
 
         @classmethod
         def apply_config_platform_defaults(cls, vllm_config: Any) -> None:
+            # Called by vLLMs whose own platforms have it.
             super().apply_config_platform_defaults(vllm_config)
             settle(vllm_config)
 
@@ -69,6 +70,8 @@ def _platform() -> Any:
             super().check_and_update_config(vllm_config)
             if hasattr(CudaPlatform, "get_piecewise_backend_cls"):
                 cls.refused = settle_protocol(vllm_config)
+            elif not hasattr(CudaPlatform, "apply_config_platform_defaults"):
+                settle_late(vllm_config)
 
     if not any(hasattr(CudaPlatform, hook) for hook in ("get_piecewise_backend_cls", "get_compile_backend")):
         _say("is installed, but this version of vLLM lets no platform bring a compiler: it compiles with its own.")
@@ -87,16 +90,7 @@ def compiles(vllm_config: Any) -> bool:
 def settle(vllm_config: Any) -> None:
     """Settle what the configuration leaves open, and hand it back to vLLM where terrazzo is not the one to compile."""
     config = vllm_config.compilation_config
-    if config.backend != COMPILER:
-        _say(f"is not used: compilation_config.backend is {config.backend!r}.", logging.INFO)
-        return
-    why = refusal(vllm_config)
-    if why is not None:
-        config.backend = "inductor"
-        _say(f"is not used: {why}. vLLM compiles with its own compiler.")
-        return
-    if not compiles(vllm_config):
-        _say("has nothing to compile: compilation is off in this configuration.", logging.INFO)
+    if not _ours(vllm_config, refusal(vllm_config)):
         return
     for switch in ("use_inductor_graph_partition",):
         _turn_off(config, switch)
@@ -108,6 +102,32 @@ def settle(vllm_config: Any) -> None:
         config.ir_enable_torch_wrap = True
     # Such an artifact holds Inductor's code for every piece; without one a warm start compiles through our cache.
     os.environ.setdefault("VLLM_USE_MEGA_AOT_ARTIFACT", "0")
+
+
+def settle_late(vllm_config: Any) -> None:
+    """The same for vLLMs that ask their platform only once everything is settled (0.12): what the user left open cannot
+    be told from what vLLM then chose for a compiler that is not Inductor, all custom ops."""
+    config = vllm_config.compilation_config
+    why = refusal(vllm_config)
+    if why is None and config.use_inductor_graph_partition:
+        why = "use_inductor_graph_partition leaves the cutting to Inductor"
+    if _ours(vllm_config, why):
+        config.custom_ops[:] = ["none" if op == "all" else op for op in config.custom_ops]
+
+
+def _ours(vllm_config: Any, why: str | None) -> bool:
+    """Whether terrazzo compiles; where not, it says so, and a refusal hands the configuration back to vLLM."""
+    config = vllm_config.compilation_config
+    if config.backend != COMPILER:
+        _say(f"is not used: compilation_config.backend is {config.backend!r}.", logging.INFO)
+    elif why is not None:
+        config.backend = "inductor"
+        _say(f"is not used: {why}. vLLM compiles with its own compiler.")
+    elif not compiles(vllm_config):
+        _say("has nothing to compile: compilation is off in this configuration.", logging.INFO)
+    else:
+        return True
+    return False
 
 
 def settle_protocol(vllm_config: Any) -> str | None:

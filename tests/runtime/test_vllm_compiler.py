@@ -50,7 +50,8 @@ def compiler(compile_sizes=(), capture_sizes=(), folder=None):
     """A compiler that knows its configuration, and where vLLM keeps what it compiled."""
     made = Compiler()
     config = SimpleNamespace(compile_sizes=list(compile_sizes), cudagraph_capture_sizes=list(capture_sizes))
-    made.compute_hash(SimpleNamespace(compilation_config=config))
+    limits = SimpleNamespace(max_num_batched_tokens=24)
+    made.compute_hash(SimpleNamespace(compilation_config=config, scheduler_config=limits))
     made.initialize_cache(str(folder), folder is None, "backbone")
     return made
 
@@ -96,6 +97,15 @@ def test_a_range_serves_its_sizes_and_compiles_nothing_more(model, device, captu
     for tokens in (32, 8, 3, 2, 4, 8, 1):
         same(run, model[1], tokens, device)
     assert run.piece.serving(32) is not None
+
+
+def test_sizes_and_none_in_place_of_ranges_as_vllm_0_12_gives_them(model, device, capturing, monkeypatch):
+    made, graph = compiler(compile_sizes=[4]), model[1].graph
+    assert made.compile(graph, [], {}, None, "key")[0] is made.compile(graph, [], {}, 4, "key")[0]
+    (run,) = made.pieces
+    assert run.piece.serving(24) is not None and run.piece.serving(25) is None
+    monkeypatch.setattr(lowered, "make_plan", None)
+    same(run, model[1], 4, device)
 
 
 @pytest.fixture
@@ -211,7 +221,8 @@ def test_a_piece_without_a_size_is_compiled_at_its_first_call(device):
 
 
 def test_versions_and_configurations_have_hashes_of_their_own(monkeypatch):
-    config = SimpleNamespace(compilation_config=None)
+    limits = SimpleNamespace(max_num_batched_tokens=24)
+    config = SimpleNamespace(compilation_config=None, scheduler_config=limits)
     before = Compiler().compute_hash(config)
     assert before == Compiler().compute_hash(config)
     monkeypatch.setattr(vllm_compiler.importlib.metadata, "version", lambda name: "another")

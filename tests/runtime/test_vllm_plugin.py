@@ -31,10 +31,6 @@ def vllm_with(monkeypatch, **hooks):
 
     class Base:
         @classmethod
-        def apply_config_platform_defaults(cls, vllm_config):
-            vllm_config.seen = True
-
-        @classmethod
         def check_and_update_config(cls, vllm_config):
             vllm_config.checked = True
 
@@ -42,6 +38,8 @@ def vllm_with(monkeypatch, **hooks):
         def get_default_ir_op_priority(cls, vllm_config):
             return ["vllm_c", "native"]
 
+    if hooks.pop("early", True):
+        Base.apply_config_platform_defaults = classmethod(lambda cls, vllm_config: setattr(vllm_config, "seen", True))
     for name, value in hooks.items():
         setattr(Base, name, classmethod(lambda cls, value=value: value))
     priority = SimpleNamespace(with_default=lambda order: order)
@@ -178,6 +176,25 @@ def test_passes_of_inductor_are_turned_off_with_one_line(said, switch):
     assert getattr(holder, switch) is False
     assert ours.compilation_config.custom_ops == ["none"]
     assert [switch in m for m in said.messages] == [True]
+
+
+def test_a_vllm_that_asks_late_gets_native_layers(monkeypatch, said):
+    platform = platform_with(monkeypatch, get_compile_backend="inductor", early=False)
+    ours = config(custom_ops=["all", "-rms_norm"], use_inductor_graph_partition=False)
+    for _ in range(2):
+        platform.check_and_update_config(ours)
+    assert ours.checked and ours.compilation_config.custom_ops == ["none", "-rms_norm"]
+    assert not said.messages
+
+
+@pytest.mark.parametrize("given", [{"use_inductor_graph_partition": True}, {"lora_config": object()}, {"mode": 0}])
+def test_what_cannot_be_settled_late_is_left_to_vllm(monkeypatch, said, given):
+    platform = platform_with(monkeypatch, get_compile_backend="inductor", early=False)
+    theirs = config(custom_ops=["all"], **given)
+    platform.check_and_update_config(theirs)
+    assert theirs.compilation_config.custom_ops == ["all"]
+    assert theirs.compilation_config.backend == (COMPILER if "mode" in given else "inductor")
+    assert len(said.messages) == 1
 
 
 @pytest.mark.parametrize(("inductor", "custom_ops"), [(False, ["none"]), (True, [])])
