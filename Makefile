@@ -46,7 +46,7 @@ fuzz: $(STAMP)
 conformance-models: $(STAMP)
 	$(PYTHON) -m terrazzo.tools.conformance_models $(MODELS)
 
-# The real Python of vLLM 0.10.0 drives PiecewiseBackend; makes .venv-vllm for it.
+# The real Python of vLLM 0.10.0 and 0.22.1 drives terrazzo; makes .venv-vllm-VERSION for each.
 test-vllm: $(STAMP)
 	bash tests/vllm/run.sh
 

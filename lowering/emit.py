@@ -21,6 +21,8 @@ from .affine import Bounded, Div, Mod
 from .choices import Choice, at_size
 from .emit_expr import Body, short_names
 from .emit_loop import looped_body
+from .errors import UserError
+from .facts import Facts
 from .functions import HELPERS
 from .group import Group
 from .ir import Output, Ref, Scalar, Spec, map_tree
@@ -36,15 +38,29 @@ class Plan:
 
     Args:
         source: the module's text.
-        schedule: what it was written from.
+        facts: what its runner needs to know.
+        stages: what it was written from; None for a plan from the cache.
         objects: what the text cannot hold, by position.
         constants: tensors the piece holds, by input name.
     """
 
     source: str
-    schedule: Schedule
+    facts: Facts
+    stages: Schedule | None = None
     objects: tuple[Any, ...] = ()
     constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def schedule(self) -> Schedule:
+        """What the plan was written from.
+
+        Raises:
+            UserError: it comes from the cache.
+        """
+        if self.stages is None:
+            raise UserError("a plan from the cache", "it has no stages to look at", stage="emit",
+                            remedy="Look at a piece that was compiled without a cache.")  # fmt: skip
+        return self.stages
 
 
 def emit(schedule: Schedule, title: str) -> Plan:
@@ -63,7 +79,7 @@ def emit(schedule: Schedule, title: str) -> Plan:
     )
     text = text.replace("\n\n\n\n\n", "\n\n\n").rstrip() + "\n"
     constants = {i.name: i.value for i in schedule.values.inputs if i.kind == "constant"}
-    return Plan(text, schedule, tuple(writer.objects), constants)
+    return Plan(text, Facts.of(schedule), schedule, tuple(writer.objects), constants)
 
 
 class _Writer:

@@ -34,6 +34,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils import _pytree as pytree
 
 from .decompositions import table
+from .dialect import meaning
 from .errors import TerrazzoError, Unsupported
 from .ir import Dim, Trace
 from .record import Recorded, attribute
@@ -219,7 +220,7 @@ class _Interpreter(fx.Interpreter):
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is operator.getitem and isinstance(args[0], torch.Tensor):
             return _indexed(*args)
-        return super().call_function(target, args, kwargs)
+        return super().call_function(meaning(target) or target, args, kwargs)
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         module = self.fetch_attr(target)

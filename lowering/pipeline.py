@@ -1,6 +1,7 @@
 """The stages, in order. This list is all there is:
 
-    intake        the piece as functional ATen with symbolic sizes                 intake.py, decompositions.py
+    intake        the piece as functional ATen with symbolic sizes                 intake.py, dialect.py,
+                                                                                   decompositions.py
     canonicalize  what says nothing is gone                                        canonicalize.py
     specialize    symbols become integers, guards are evaluated                    specialize.py
     define        each node an expression per element, views become offsets        define.py, rules_*.py

@@ -15,11 +15,10 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import sympy
 import torch
 import triton
 from torch import fx
@@ -30,95 +29,17 @@ from ..kernels.target import Target
 from ..lowering.emit import Plan
 from ..lowering.errors import Unsupported, UserError
 from ..lowering.intake import Examples, held
-from ..lowering.ir import Trace
 from ..lowering.options import Options
-from ..lowering.pipeline import plan as make_plan
-from ..lowering.pipeline import trace as make_trace
-from ..lowering.ranged import Regime, regimes
-from ..lowering.size import Undecided, Whole
-from ..lowering.specialize import failed_guard
+from ..lowering.ranged import Regime
+from .cache import Shelf
 from .fingerprint import fingerprint
-from .load import load
+from .lowered import Loaded, Lowered, Runner
 from .warm import warm
 
 log = logging.getLogger("terrazzo")
 
-Runner = Callable[..., Any]
-
-
 # What a kernel that does not compile raises.
 UNCOMPILED = (triton.CompilationError, triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError)
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A plan and its `call`."""
-
-    plan: Plan
-    call: Runner
-
-
-@dataclass
-class _Lowered:
-    """What equal pieces share: the trace for all sizes, traces for sizes whose guards failed, plans."""
-
-    graph: fx.GraphModule
-    examples: Examples
-    options: Options
-    symbolic: Trace | None = None
-    plans: dict[tuple[Any, ...], Loaded] = field(default_factory=dict)
-    ranges: dict[tuple[Any, ...], tuple[tuple[Regime, Loaded | None], ...]] = field(default_factory=dict)
-
-    def trace(self, binding: dict[sympy.Symbol, Whole]) -> tuple[Trace, dict[sympy.Symbol, Whole]]:
-        """A trace that holds for these sizes, and the binding of its own symbols."""
-        if self.symbolic is None:
-            self.symbolic = make_trace(self.graph, self.examples)
-        own = _rebind(self.symbolic, self.examples, binding)
-        failed = failed_guard(self.symbolic, own)
-        if failed is None:
-            return self.symbolic, own
-        if not all(isinstance(size, int) for size in binding.values()):
-            raise Undecided(f"the trace holds for {failed} only")
-        return make_trace(self.graph, self.examples, binding), {}  # type: ignore[arg-type]
-
-    def loaded(self, sizes: tuple[int, ...], misaligned: frozenset[str]) -> Loaded:
-        """The plan for these sizes and alignments."""
-        key = sizes, misaligned
-        if key not in self.plans:
-            made = self.planned(sizes, ", ".join(map(str, sizes)) or "fixed", misaligned)
-            self.plans[key] = Loaded(made, load(made))
-        return self.plans[key]
-
-    def planned(self, sizes: Sequence[Whole], said: str, misaligned: Collection[str]) -> Plan:
-        """The plan for these sizes, one of which may stand for a range."""
-        traced, own = self.trace(dict(zip(self.examples.symbols(), sizes, strict=True)))
-        title = f"Piece of {len(self.graph.graph.nodes)} nodes, sizes {said}."
-        return make_plan(traced, own, self.options, title=title, misaligned=misaligned)
-
-    def regimes(self, lo: int, hi: int, misaligned: frozenset[str]) -> tuple[tuple[Regime, Loaded | None], ...]:
-        """The plans that serve a range, for these alignments."""
-        key = lo, hi, misaligned
-        if key not in self.ranges:
-
-            def make(size: Whole) -> Plan:
-                if isinstance(size, int):
-                    return self.loaded((size,), misaligned).plan
-                return self.planned((size,), f"{size.span.lo} to {size.span.hi}", misaligned)
-
-            found = regimes(make, lo, hi)
-            self.ranges[key] = tuple((r, Loaded(r.plan, load(r.plan)) if r.plan else None) for r in found)
-        return self.ranges[key]
-
-
-def planned_range(graph: fx.GraphModule, examples: Examples, lo: int, hi: int, options: Options) -> tuple[Regime, ...]:
-    """The regimes of a piece over a range of sizes, planned and not compiled, for aligned inputs."""
-    return tuple(regime for regime, _ in _Lowered(graph, examples, options).regimes(lo, hi, frozenset()))
-
-
-def _rebind(trace: Trace, examples: Examples, binding: dict[sympy.Symbol, Whole]) -> dict[sympy.Symbol, Whole]:
-    """Sizes by the trace's own symbols, which stand at the same places of the arguments."""
-    places = {place: binding[s] for s, place in examples.symbols().items()}
-    return {s: places[place] for s, place in trace.symbols.items()}
 
 
 @dataclass(frozen=True)
@@ -130,7 +51,7 @@ class _Regimes:
     regimes: tuple[Regime, ...]
 
 
-_SHARED: dict[tuple[str, Options], _Lowered] = {}
+_SHARED: dict[tuple[str, Options], Lowered] = {}
 
 
 class CompiledPiece:
@@ -140,18 +61,24 @@ class CompiledPiece:
         graph: torch-level or ATen FX; its placeholders carry `example_value` or `val`, or examples are given.
         example_inputs: what the arguments look like, where the placeholders do not say.
         options: what to compile for; by default the device of the arguments.
+        shelf: where plans for ranges are kept from one process to the next; by default nowhere.
     """
 
     def __init__(
-        self, graph: fx.GraphModule, example_inputs: Sequence[Any] | None = None, *, options: Options | None = None
+        self,
+        graph: fx.GraphModule,
+        example_inputs: Sequence[Any] | None = None,
+        *,
+        options: Options | None = None,
+        shelf: Shelf | None = None,
     ) -> None:
-        self.graph = graph
+        self.graph, self.shelf = graph, shelf
         self.examples = Examples.of(graph, example_inputs)
         self._options = options
         self._places = list(self.examples.symbols().values())
         self._tensors = [i for i, v in enumerate(self.examples.values) if isinstance(v, torch.Tensor)]
         self._names: list[str] = []
-        self._lowered: _Lowered | None = None
+        self._lowered: Lowered | None = None
         self._runs: dict[tuple[Any, ...], Runner] = {}
         self._range: tuple[int, int] | None = None
         self._regimes: dict[tuple[int, ...], _Regimes] = {}
@@ -168,15 +95,26 @@ class CompiledPiece:
             A function of the piece's arguments at these sizes, which returns what the piece returns. Outputs come from
             the caching allocator (aliases of inputs excepted), so a caller may capture it in a CUDA graph.
         """
-        sizes = tuple(args[p] if d is None else args[p].shape[d] for p, d in self._places)
-        misaligned = tuple(i for i in self._tensors if args[i].data_ptr() & 15)
-        key = sizes, misaligned
+        key = self._key(args)
         run = self._runs.get(key)
         if run is None:
-            run = self._in_range(sizes, misaligned)
+            run = self._in_range(*key)
         if run is None:
-            run = self._runs[key] = self._compile(sizes, misaligned, args)
+            run = self._runs[key] = self._compile(*key, args)
         return run
+
+    def known(self, args: Sequence[Any]) -> Runner | None:
+        """What `at` gives where nothing has to be compiled for it; None elsewhere."""
+        sizes, misaligned = key = self._key(args)
+        run = self._runs.get(key)
+        if run is None and misaligned in self._regimes:
+            run = self._in_range(sizes, misaligned)
+        return run
+
+    def _key(self, args: Sequence[Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Sizes, and inputs that are not aligned."""
+        sizes = tuple(args[p] if d is None else args[p].shape[d] for p, d in self._places)
+        return sizes, tuple(i for i in self._tensors if args[i].data_ptr() & 15)
 
     def ranged(self, lo: int, hi: int) -> tuple[Regime, ...]:
         """Plans for every number of tokens from `lo` to `hi`, made and compiled now, for aligned inputs.
@@ -219,10 +157,12 @@ class CompiledPiece:
             own, names = self._alignment(lowered, misaligned)
             found = lowered.regimes(*self._range, names)
             served = [(made.plan, made.call, r.lo, r.hi) for r, made in found if made is not None]
-            if not lowered.options.target.interpreted:
+            key = *self._range, names
+            if not lowered.options.target.interpreted and key not in lowered.warmed:
                 devices = [v.device for v in self.examples.values if isinstance(v, torch.Tensor)]
                 device = next((d for d in devices if d.type == "cuda"), torch.device("cuda"))
                 warm(served, device, names)
+                lowered.warmed.add(key)
             runs = [None if loaded is None else self._bound(loaded, own) for _, loaded in found]
             made = _Regimes([r.hi for r, _ in found], runs, tuple(r for r, _ in found))
         except (Unsupported, *UNCOMPILED) as cause:
@@ -239,9 +179,7 @@ class CompiledPiece:
             return "runs as the graph it was"
         parts = []
         for (sizes, _), loaded in (self._lowered.plans if self._lowered else {}).items():
-            launches = loaded.plan.schedule.launches()
-            ours = sum(bool(k.family) for k in launches)
-            parts.append(f"{sizes or 'fixed'}: {ours} kernels, {len(launches) - ours} ops as themselves")
+            parts.append(f"{sizes or 'fixed'}: {_counted(loaded.plan)}")
         for served in self._regimes.values():
             parts += [_said(regime) for regime in served.regimes]
         return "; ".join(parts) or "not called yet"
@@ -271,9 +209,7 @@ class CompiledPiece:
             return self._fall_back(cause)
         return self._bound(loaded, own, args)
 
-    def _alignment(
-        self, lowered: _Lowered, misaligned: Sequence[int]
-    ) -> tuple[dict[str, torch.Tensor], frozenset[str]]:
+    def _alignment(self, lowered: Lowered, misaligned: Sequence[int]) -> tuple[dict[str, torch.Tensor], frozenset[str]]:
         """The tensors that the piece holds, by the name they have in the plans, and what of all is not aligned."""
         # By order: an equal piece may hold its tensors under other names.
         own = dict(zip(held(lowered.graph), held(self.graph).values(), strict=True))
@@ -286,9 +222,9 @@ class CompiledPiece:
         run = _runner(loaded, constants)
         if args is not None:
             run = self._warmed(run, loaded, args)
-        if loaded.plan.schedule.values.absolute:
+        if loaded.plan.facts.absolute:
             run = self._at_start(run, constants)
-        written = {name for name, _ in loaded.plan.schedule.values.mutations}
+        written = loaded.plan.facts.mutated
         return self._apart(run, [i for i in self._tensors if self._names[i] in written]) if written else run
 
     def _apart(self, run: Runner, written: list[int]) -> Runner:
@@ -315,11 +251,11 @@ class CompiledPiece:
 
         return checked
 
-    def _shared(self, args: Sequence[Any]) -> _Lowered:
+    def _shared(self, args: Sequence[Any]) -> Lowered:
         if self._lowered is None:
             options = self._options or options_for(args)
             digest = fingerprint(self.graph, self.examples)
-            lowered = _Lowered(self.graph, self.examples, options)
+            lowered = Lowered(self.graph, self.examples, options, digest, self.shelf)
             self._lowered = lowered if digest is None else _SHARED.setdefault((digest, options), lowered)
             # In the plans an equal piece's arguments have the names of the first.
             self._names = [n.name for n in self._lowered.graph.graph.nodes if n.op == "placeholder"]
@@ -334,11 +270,10 @@ class CompiledPiece:
         """
         if self._lowered is None or self._lowered.options.target.interpreted:
             return run
-        written = {name for name, _ in loaded.plan.schedule.values.mutations}
+        written = loaded.plan.facts.mutated
         trial = [a.clone() if name in written else a for name, a in zip(self._names, args, strict=True)]
-        foreign = any(k.group.kind == "extern" for k in loaded.plan.schedule.launches())
         try:
-            if not foreign:
+            if not loaded.plan.facts.foreign:
                 # Ops that run as themselves would run on memory nobody filled: their plans compile one by one.
                 with compiling_together():
                     run(*trial)
@@ -380,7 +315,7 @@ def options_for(args: Sequence[Any]) -> Options:
 
 def _runner(loaded: Loaded, constants: tuple[torch.Tensor, ...]) -> Runner:
     """The plan's call with constants appended and its result in the piece's own structure."""
-    call, structure = loaded.call, loaded.plan.schedule.values.structure
+    call, structure = loaded.call, loaded.plan.facts.structure
     flat = structure == pytree.tree_structure((0,) * structure.num_leaves)
     if flat:
         return call if not constants else lambda *args: call(*args, *constants)
@@ -393,6 +328,8 @@ def _said(regime: Regime) -> str:
     """A regime in a few words."""
     if regime.plan is None:
         return f"{regime}: planned one by one, as {regime.why}"
-    launches = regime.plan.schedule.launches()
-    ours = sum(bool(k.family) for k in launches)
-    return f"{regime}: {ours} kernels, {len(launches) - ours} ops as themselves"
+    return f"{regime}: {_counted(regime.plan)}"
+
+
+def _counted(plan: Plan) -> str:
+    return f"{plan.facts.kernels} kernels, {plan.facts.foreign} ops as themselves"

@@ -1,9 +1,9 @@
 """A plan's text becomes callable.
 
-The text is executed in a module of its own and never read from a directory, so nobody else's code can run here; its
-lines are known to `linecache`, so that Triton finds the bodies' source and tracebacks show it. Bodies with equal text
-are one and the same object in a process: kernels for two token counts that differ in nothing but their arguments share
-one binary.
+The text is executed in a module of its own. It was made in this process, or comes from a cache that nobody else may
+write to (cache.py), so nobody else's code can run here. Its lines are known to `linecache`, so that Triton finds the
+bodies' source and tracebacks show it. Bodies with equal text are one and the same object in a process: kernels for two
+token counts that differ in nothing but their arguments share one binary.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What terrazzo touches of vLLM 0.9.1 – 0.10.0, each through one function that also works without vLLM.
+"""What terrazzo touches of vLLM, each through one function that also works without vLLM.
 
 vLLM is never imported first: when `vllm` is not in `sys.modules` nobody is there to be told, and every function below
 does nothing or answers what vLLM's own default is. Its modules are looked up at each call, never kept, so it does not
@@ -51,6 +51,11 @@ def end_compilation(vllm_backend: Any, vllm_config: Any) -> None:
     monitor = _vllm("compilation.monitor")
     if monitor is not None:
         monitor.end_monitoring_torch_compile(vllm_config)
+
+
+def still_capturing() -> bool:
+    """Say whether vLLM may yet capture CUDA graphs: until then it does not serve. True where it does not say."""
+    return getattr(_vllm("compilation.monitor"), "cudagraph_capturing_enabled", True)
 
 
 def count(counter: str) -> None:

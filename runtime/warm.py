@@ -12,6 +12,7 @@ there is.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -21,18 +22,21 @@ import torch
 from ..kernels import workspace
 from ..kernels.launch import compiling_together
 from ..lowering.emit import Plan
-from ..lowering.ir import Input
+from ..lowering.facts import Argument, Facts
 from ..lowering.size import Size
 
+log = logging.getLogger("terrazzo")
+
 META = torch.device("meta")
-# Sizes after which the divisibility of what is linear in the size by 16 repeats.
-PERIOD = 16
 
 
 def warm(
     served: Iterable[tuple[Plan, Callable[..., Any], int, int]], device: torch.device, misaligned: Collection[str] = ()
 ) -> None:
     """Compile and load what these plans launch at any size of their ranges.
+
+    Ops that run as themselves are called on arguments without memory as well. Where one of them cannot be, the kernels
+    of its plan are compiled at the plan's first calls.
 
     Args:
         served: plans, each with its call and its smallest and largest size.
@@ -44,39 +48,43 @@ def warm(
     """
     with compiling_together() as noted, torch.no_grad():
         for plan, call, lo, hi in served:
-            for size in telling(plan, lo, hi):
-                call(*hollow(plan, size, misaligned))
+            try:
+                for size in telling(plan.facts, lo, hi):
+                    call(*hollow(plan.facts, size, misaligned))
+            except Exception as cause:
+                if not plan.facts.foreign:
+                    raise
+                said = "a plan with %d ops as themselves compiles its kernels at its first calls: %s: %s"
+                log.info(said, plan.facts.foreign, type(cause).__name__, cause)
     for kernel, args in noted:
         kernel.precompile(*args)
     workspace.reserve(device, META)
 
 
-def telling(plan: Plan, lo: int, hi: int) -> list[int]:
+def telling(facts: Facts, lo: int, hi: int) -> list[int]:
     """Sizes at which a plan for the range from `lo` to `hi` launches every binary it ever launches."""
-    kernels = plan.schedule.launches()
-    period = PERIOD if any(isinstance(g.cols, Size) for k in kernels for g in k.segments) else 1
-    bounds = sorted({bound for k in kernels for bound, _ in k.by_size if lo <= bound < hi} | {lo - 1, hi})
+    bounds = sorted({bound for bound in facts.bounds if lo <= bound < hi} | {lo - 1, hi})
     found: set[int] = set()
     for below, last in pairwise(bounds):
-        found |= {*range(below + 1, min(below + period, last) + 1), *range(max(below + 1, last - period + 1), last + 1)}
+        first = range(below + 1, min(below + facts.period, last) + 1)
+        found |= {*first, *range(max(below + 1, last - facts.period + 1), last + 1)}
     return sorted(found)
 
 
-def hollow(plan: Plan, size: int, misaligned: Collection[str] = ()) -> list[Any]:
+def hollow(facts: Facts, size: int, misaligned: Collection[str] = ()) -> list[Any]:
     """Arguments of a plan's call at a size, without memory."""
-    return [_argument(given, size, given.name in misaligned) for given in plan.schedule.values.inputs]
+    return [_hollow(argument, size, argument.name in misaligned) for argument in facts.arguments]
 
 
-def _argument(given: Input, size: int, misaligned: bool) -> Any:
-    if given.spec is None:
-        return _at((given.value,), size)[0]
-    spec = given.spec
-    shape, stride = _at(spec.shape, size), _at(spec.stride, size)
+def _hollow(argument: Argument, size: int, misaligned: bool) -> Any:
+    if argument.dtype is None:
+        return _at((argument.value,), size)[0]
+    shape, stride = _at(argument.shape, size), _at(argument.stride, size)
     if not misaligned:
-        return torch.empty_strided(shape, stride, dtype=spec.dtype, device=META)
+        return torch.empty_strided(shape, stride, dtype=argument.dtype, device=META)
     # Without memory an address is the offset alone.
     last = sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
-    return torch.empty(2 + max(last, 0), dtype=spec.dtype, device=META).as_strided(shape, stride, 1)
+    return torch.empty(2 + max(last, 0), dtype=argument.dtype, device=META).as_strided(shape, stride, 1)
 
 
 def _at(numbers: Sequence[Any], size: int) -> list[Any]:

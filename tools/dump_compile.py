@@ -87,7 +87,7 @@ def launches(plan: Plan, target: Target, size: int = 0) -> list[Launch]:
         module[variable] = named(module[variable], kernel.name, kernel.family)
     with _recording(note, target), torch.no_grad():
         try:
-            call(*hollow(plan, size))
+            call(*hollow(plan.facts, size))
         except (NotImplementedError, RuntimeError) as cause:
             fact = f"after {current[-1][0] if current else 'the start'} an op cannot run without values: {cause}"
             raise Unsupported("a plan without memory", fact, stage="tools.dump_compile") from cause

@@ -19,7 +19,7 @@ from terrazzo.lowering.intake import Examples
 from terrazzo.lowering.options import Options
 from terrazzo.lowering.ranged import Regime
 from terrazzo.lowering.select import Kernel
-from terrazzo.runtime.compiled import planned_range
+from terrazzo.runtime.lowered import planned_range
 from terrazzo.runtime.warm import telling
 from terrazzo.tools.dump_compile import Stats, compile_launch, launches
 from terrazzo.tools.dump_plan import label
@@ -121,7 +121,7 @@ def _compiled(found: Sequence[Regime], options: Options) -> tuple[Stats, ...]:
     reports: dict[Any, Any] = {}
     stats: dict[Any, Stats] = {}
     for regime, plan in [(r, r.plan) for r in found if r.plan is not None]:
-        for size in telling(plan, regime.lo, regime.hi):
+        for size in telling(plan.facts, regime.lo, regime.hi):
             for launch in launches(plan, options.target, size):
                 before = len(reports)
                 made = compile_launch(launch, options.target.arch, known=reports)

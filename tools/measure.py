@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from terrazzo.kernels.target import Target
 from terrazzo.lowering.cost import flops, traffic
 from terrazzo.lowering.errors import InternalError
-from terrazzo.runtime.compiled import Loaded
+from terrazzo.runtime.lowered import Loaded
 from terrazzo.tools.models.fakes import TensorSpec, symbols_of
 from terrazzo.tools.models.fill import draw
 from terrazzo.tools.models.piece import Piece

@@ -8,7 +8,7 @@ from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 from terrazzo.lowering.errors import UserError
-from terrazzo.runtime import backend, compiled
+from terrazzo.runtime import backend, compiled, lowered
 from terrazzo.runtime.compiled import CompiledPiece
 
 WIDTH = 24
@@ -46,8 +46,8 @@ def traces(monkeypatch):
         bound.append(binding is not None)
         return make_trace(graph, examples, binding, **kwargs)
 
-    make_trace = compiled.make_trace
-    monkeypatch.setattr(compiled, "make_trace", counted)
+    make_trace = lowered.make_trace
+    monkeypatch.setattr(lowered, "make_trace", counted)
     return bound
 
 

@@ -17,7 +17,7 @@ from terrazzo.lowering import pipeline
 from terrazzo.lowering.errors import Unsupported
 from terrazzo.lowering.intake import Examples, intake
 from terrazzo.lowering.specialize import failed_guard
-from terrazzo.runtime import compiled
+from terrazzo.runtime import lowered
 from terrazzo.runtime.compiled import CompiledPiece
 from terrazzo.tools.models.fakes import SizeSpec, TensorSpec, with_fakes
 
@@ -212,13 +212,13 @@ def test_what_is_returned_shares_what_it_shares_in_eager() -> None:
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Collects the bindings of traces: None for one with symbolic sizes."""
     bindings: list[Any] = []
-    real = compiled.make_trace
+    real = lowered.make_trace
 
     def trace(graph: Any, examples: Any, binding: Any = None, *rest: Any) -> Any:
         bindings.append(dict(binding) if binding is not None else None)
         return real(graph, examples, binding, *rest)
 
-    monkeypatch.setattr(compiled, "make_trace", trace)
+    monkeypatch.setattr(lowered, "make_trace", trace)
     return bindings
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 
 from terrazzo.lowering.errors import Unsupported
-from terrazzo.runtime import compiled
+from terrazzo.runtime import compiled, lowered
 from terrazzo.runtime.compiled import CompiledPiece, options_for
 from terrazzo.tools.models import pieces
 
@@ -43,8 +43,8 @@ def at_offset(offset, *shape, device):
 
 def test_a_plan_per_size_from_one_trace(middle, device, monkeypatch):
     traced = []
-    make_trace = compiled.make_trace
-    monkeypatch.setattr(compiled, "make_trace", lambda *args: traced.append(args[2:]) or make_trace(*args))
+    make_trace = lowered.make_trace
+    monkeypatch.setattr(lowered, "make_trace", lambda *args: traced.append(args[2:]) or make_trace(*args))
     piece = CompiledPiece(middle.graph)
     for size in (2, 3, 2, 5):
         piece(*middle.make_inputs(size, device))
@@ -54,8 +54,8 @@ def test_a_plan_per_size_from_one_trace(middle, device, monkeypatch):
 
 def test_a_size_of_one_is_traced_for_itself(middle, device, monkeypatch):
     bound = []
-    make_trace = compiled.make_trace
-    monkeypatch.setattr(compiled, "make_trace", lambda *args: bound.extend(args[2:]) or make_trace(*args))
+    make_trace = lowered.make_trace
+    monkeypatch.setattr(lowered, "make_trace", lambda *args: bound.extend(args[2:]) or make_trace(*args))
     CompiledPiece(middle.graph)(*middle.make_inputs(1, device))
     assert [list(binding.values()) for binding in bound] == [[1]]
 
@@ -109,7 +109,7 @@ def test_what_cannot_be_lowered_runs_as_it_was_and_says_why_once(device, monkeyp
     def refuse(*args):
         raise Unsupported("node mul_3", "it is unlucky", stage="define", source="model.py:7")
 
-    monkeypatch.setattr(compiled, "make_trace", refuse)
+    monkeypatch.setattr(lowered, "make_trace", refuse)
     graph = graph_of(lambda x: torch.tanh(x * 2), 1)
     piece = CompiledPiece(graph, [torch.zeros(3, 4)])
     with caplog.at_level(logging.WARNING, "terrazzo"):
@@ -133,7 +133,7 @@ def test_shapes_that_depend_on_data_fall_back_and_are_right(device, caplog):
 
 
 def test_a_defect_is_not_hidden_by_a_fall_back(device, monkeypatch):
-    monkeypatch.setattr(compiled, "make_trace", lambda *args: 1 / 0)
+    monkeypatch.setattr(lowered, "make_trace", lambda *args: 1 / 0)
     x = torch.randn(3, device=device)
     with pytest.raises(ZeroDivisionError):
         CompiledPiece(graph_of(torch.relu, 1), [x])(x)

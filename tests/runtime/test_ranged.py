@@ -14,7 +14,7 @@ from torch import fx
 
 from terrazzo.kernels.launch import Kernel
 from terrazzo.lowering.errors import Unsupported, UserError
-from terrazzo.runtime import compiled
+from terrazzo.runtime import compiled, lowered
 from terrazzo.runtime.compiled import CompiledPiece
 from terrazzo.tools.models import pieces
 from terrazzo.tools.piece_check import check_sizes
@@ -38,13 +38,13 @@ def middle():
 def planning(monkeypatch):
     """The sizes planned for, in order; a plan for a range as its first and last size."""
     sizes = []
-    make_plan = compiled.make_plan
+    make_plan = lowered.make_plan
 
     def noting(traced, binding, *args, **more):
         sizes.extend(v if isinstance(v, int) else (v.span.lo, v.span.hi) for v in binding.values())
         return make_plan(traced, binding, *args, **more)
 
-    monkeypatch.setattr(compiled, "make_plan", noting)
+    monkeypatch.setattr(lowered, "make_plan", noting)
     return sizes
 
 
@@ -157,7 +157,7 @@ def test_a_piece_that_cannot_be_lowered_says_so_once(middle, device, monkeypatch
     def refuse(*args):
         raise Unsupported("node mul_3", "it is unlucky", stage="define")
 
-    monkeypatch.setattr(compiled, "make_trace", refuse)
+    monkeypatch.setattr(lowered, "make_trace", refuse)
     piece = CompiledPiece(middle.graph)
     with caplog.at_level(logging.WARNING, "terrazzo"):
         (found,) = piece.ranged(2, 40)
@@ -198,7 +198,7 @@ from terrazzo.kernels import launch
 from terrazzo.kernels.target import Target
 from terrazzo.lowering.intake import Examples
 from terrazzo.lowering.options import Options
-from terrazzo.runtime.compiled import planned_range
+from terrazzo.runtime.lowered import planned_range
 from terrazzo.runtime.load import load
 from terrazzo.runtime.warm import hollow, telling
 from terrazzo.tools.models import pieces
@@ -215,14 +215,15 @@ launch.Kernel.__call__ = note
 
 def binaries(plan, call, size):
     made.clear()
-    call(*hollow(plan, size))
+    call(*hollow(plan.facts, size))
     return set(made)
 
 missing = []
 for graph in [pieces(name)[1].graph for name in ("llama-3.2-1b", "gpt2")]:
     for regime in planned_range(graph, Examples.of(graph, None), 2, 2100, Options(target)):
         call = load(regime.plan)
-        there = set().union(*(binaries(regime.plan, call, size) for size in telling(regime.plan, regime.lo, regime.hi)))
+        told = telling(regime.plan.facts, regime.lo, regime.hi)
+        there = set().union(*(binaries(regime.plan, call, size) for size in told))
         sizes = sorted({*range(regime.lo, min(regime.hi, 40)), *range(regime.lo, regime.hi, 137), regime.hi})
         missing += [size for size in sizes if not binaries(regime.plan, call, size) <= there]
 print(json.dumps(missing))

@@ -1,0 +1,130 @@
+"""The comparison inside vLLM: what it starts, what counts as agreement, what it shows. Engines are stand-ins."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+
+import pytest
+from rich.console import Console
+
+from terrazzo.tools import vllm_lab
+from terrazzo.tools.vllm_lab import Run, agree, agreement_table, environment, failures, further, time_table, times
+
+# Stands for an engine: what it is asked for, turned into results `gap` away from eager's.
+STAND_IN = """
+import json, os, sys, time
+asked = json.loads(sys.argv[1])
+name = asked["contender"]
+gap = {gaps}[name]
+if gap is None:
+    sys.exit("out of memory")
+if name == "eager":
+    open(asked["tokens"], "w").close()
+while not os.path.exists(asked["tokens"]):
+    time.sleep(0.01)
+assert (os.environ["VLLM_PLUGINS"] == "terrazzo") == (name == "terrazzo")
+result = {{"tokens": [7, 9], "logprobs": [-1.0 - gap, -2.0], "likeliest": [7, 9 if gap < 1 else 8]}}
+json.dump({{"start_s": 3.0, "said": [f"{{name}} compiled"], "results": [result]}}, open(asked["out"], "w"))
+"""
+
+BENCH = """
+import json, sys
+options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+found = {"init_s": 20.0}
+if "--no-bench" not in sys.argv:
+    found["decode"] = {b: {"step_ms": 5.0} for b in options["--batches"].split(",")}
+    found["gpu"] = {b: {"gpu_us_per_step": 4500.0} for b in options["--batches"].split(",")}
+    found["gpu"]["prefill2048"] = {"gpu_us": 43000.0}
+    found["prefill2048_ms"] = {"min": 45.0}
+json.dump(found, open(options["--res"], "w"))
+"""
+
+
+@pytest.fixture
+def lab(monkeypatch, tmp_path):
+    """A lab whose engines are as far from eager as the mapping says; None for one that dies."""
+
+    def with_gaps(**gaps):
+        engine = tmp_path / "engine.py"
+        engine.write_text(STAND_IN.format(gaps={"eager": 0.0, "fp32": -0.02, "default": 0.1, **gaps}))
+        monkeypatch.setattr(vllm_lab, "ENGINE", engine)
+        bench = tmp_path / "bench.py"
+        bench.write_text(BENCH)
+        monkeypatch.setenv("LABMODELS", str(tmp_path / "models"))
+        monkeypatch.setenv("LABBENCH", str(bench))
+        return tmp_path
+
+    return with_gaps
+
+
+def screen(table):
+    shown = io.StringIO()
+    Console(width=140, file=shown).print(table)
+    return shown.getvalue()
+
+
+@pytest.mark.parametrize("jobs", [1, 4])
+def test_each_contender_is_measured_against_eager(lab, jobs):
+    results = agree(["a", "b"], ["FULL_AND_PIECEWISE", "NONE"], jobs, lab(terrazzo=0.08))
+    assert len(results) == 2 * (2 + 2 * 2)
+    ours = next(r for r in results if (r["model"], r["contender"], r["graphs"]) == ("b", "terrazzo", "NONE"))
+    assert ours["max_difference"] == pytest.approx(0.08) and ours["mean_difference"] == pytest.approx(0.04)
+    assert ours["mean_from_fp32"] == pytest.approx(0.05) and ours["likeliest"] == 1.0
+    assert not failures(results) + further(results)
+    assert "0.0800" in screen(agreement_table(results))
+
+
+def test_further_from_eager_than_vllms_default_is_a_failure(lab):
+    results = agree(["a"], ["NONE"], 2, lab(terrazzo=1.5))
+    assert further(results) == ["a NONE: mean difference 0.75, vLLM's default has 0.05"]
+    assert results[-1]["likeliest"] == 0.5
+
+
+def test_what_is_not_a_number_agrees_with_nothing(lab):
+    results = agree(["a"], ["NONE"], 2, lab(terrazzo=0.0))
+    assert not further(results)
+    results[-1]["mean_difference"] = float("nan")
+    assert len(further(results)) == 1
+
+
+def test_an_engine_that_dies_is_a_failure_with_its_last_words(lab):
+    results = agree(["a"], ["NONE"], 2, lab(terrazzo=None))
+    (line,) = failures(results)
+    assert "out of memory" in line and line.startswith("a terrazzo NONE")
+    assert "failed" in screen(agreement_table(results))
+
+
+def test_no_two_engines_share_a_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    ours, theirs = (environment(Run("a", c), tmp_path) for c in ("terrazzo", "default"))
+    assert ours["VLLM_PLUGINS"] == "terrazzo" and theirs["VLLM_PLUGINS"] == ""
+    for name in ("VLLM_CACHE_ROOT", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
+        assert ours[name] != theirs[name]
+
+
+def test_times_are_shown_side_by_side(lab):
+    results = times(["a"], "1,8", lab())
+    assert [(r["contender"], r["start"]) for r in results] == [
+        ("default", "cold"), ("default", "warm"), ("terrazzo", "cold"), ("terrazzo", "warm")
+    ]  # fmt: skip
+    shown = screen(time_table(results))
+    assert shown.count("5.00 / 4.50") == 4 and "45.0 / 43.0" in shown and shown.count("20") >= 4
+
+
+def test_without_a_lab_it_says_what_is_missing(monkeypatch):
+    for name in ("LABMODELS", "LABBENCH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys, "argv", ["vllm_lab"])
+    with pytest.raises(vllm_lab.UserError, match="LABMODELS, LABBENCH"):
+        vllm_lab.main()
+
+
+def test_everything_as_json(lab, monkeypatch, capsys):
+    work = lab(terrazzo=0.0)
+    monkeypatch.setattr(sys, "argv", ["vllm_lab", "--models", "a", "--json", "--work", str(work / "logs")])
+    assert vllm_lab.main() == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [len(found[part]) for part in ("agree", "time")] == [4, 4]
+    assert (work / "logs" / "a-terrazzo-FULL_AND_PIECEWISE.log").exists()

@@ -1,0 +1,180 @@
+"""One vLLM engine in this process: its log-probabilities of given tokens, as JSON. Run by `vllm_lab.py`.
+
+    python tools/vllm_engine.py '{"model": DIR, "contender": "eager", "tokens": FILE, "out": FILE}'
+
+Weights are drawn here, the same for every engine: vLLM's own dummies are so small that every token is as likely as
+every other. The engine named `eager` decodes greedily and leaves its tokens in the file `tokens`; the others wait for
+it and are made to emit the same, so that at every step all see the same context. The engine named `fp32` has the same
+weights in fp32 and compiles nothing: it stands for the exact result. Prompts of 5 to 700 tokens come at once, and a
+step takes at most 1024: prefill and decode mix.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from terrazzo.lowering.errors import UserError
+
+NEW_TOKENS = 64
+PROMPTS = (5, 11, 16, 23, 32, 57, 64, 100, 128, 199, 256, 333, 400, 512, 611, 700)
+WAIT_S = 300
+
+
+def main(asked: dict[str, Any]) -> dict[str, Any]:
+    """Starts the engine, fills its weights, decodes.
+
+    Returns:
+        seconds to start, the log lines of terrazzo, tokens, and per prompt and step: the token's log-probability and
+        the likeliest token.
+    """
+    said: list[str] = []
+    start = time.perf_counter()
+    with _listening(said):
+        engine = _engine(asked)
+        seconds = time.perf_counter() - start
+        engine.apply_model(fill)
+        forced = None if asked["contender"] == "eager" else _wait_for(Path(asked["tokens"]))
+        results = _decode(engine, forced)
+    if forced is None:
+        part = Path(asked["tokens"] + ".part")
+        part.write_text(json.dumps([r["tokens"] for r in results]))
+        part.rename(asked["tokens"])
+    return {"start_s": seconds, "said": said, "results": results}
+
+
+def _engine(asked: dict[str, Any]) -> Any:
+    from vllm import LLM
+
+    options: dict[str, Any] = {"enforce_eager": True} if asked["contender"] in ("eager", "fp32") else {}
+    if asked.get("graphs"):
+        options["compilation_config"] = {"cudagraph_mode": asked["graphs"]}
+    return LLM(
+        model=asked["model"],
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        dtype="float32" if asked["contender"] == "fp32" else "bfloat16",
+        max_model_len=2048,
+        max_num_batched_tokens=1024,
+        max_num_seqs=16,
+        enable_prefix_caching=False,
+        async_scheduling=False,
+        kv_cache_memory_bytes=4 << 30,
+        gpu_memory_utilization=0.05,
+        seed=0,
+        logits_processors=[_forcing()],
+        **options,
+    )
+
+
+def _forcing() -> type:
+    """A processor of logits that leaves a request the token it is to emit next, by `extra_args["forced"]`."""
+    from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
+
+    class Forcing(AdapterLogitsProcessor):
+        def is_argmax_invariant(self) -> bool:
+            return False
+
+        def new_req_logits_processor(self, params: Any) -> Any:
+            forced: list[int] = (params.extra_args or {}).get("forced", [])
+
+            def force(emitted: list[int], logits: torch.Tensor) -> torch.Tensor:
+                only = torch.full_like(logits, float("-inf"))
+                only[forced[len(emitted)]] = 0.0
+                return only
+
+            return force if forced else None
+
+    return Forcing
+
+
+@torch.inference_mode()
+def fill(model: torch.nn.Module) -> None:
+    """Weights that keep activations near one in size, by the parameters' order; bf16 numbers in any dtype."""
+    for index, (name, weight) in enumerate(model.named_parameters()):
+        generator = torch.Generator(weight.device).manual_seed(index)
+        if weight.dim() == 1:
+            values = torch.rand(weight.shape, generator=generator, device=weight.device) + 0.5
+            weight.data.copy_((values if "norm" in name else values - 1.0).bfloat16())
+            continue
+        # Experts one by one: the random numbers of a bank of them would be larger than the bank.
+        for part in weight.data if weight.dim() == 3 else [weight.data]:
+            scale = (2.0 if "embed" in name or "head" in name else 1.0) * part.shape[-1] ** -0.5
+            part.copy_(torch.randn(part.shape, generator=generator, device=part.device, dtype=torch.bfloat16) * scale)
+
+
+def _wait_for(path: Path) -> list[list[int]]:
+    end = time.monotonic() + WAIT_S
+    while not path.exists():
+        if time.monotonic() > end:
+            raise UserError("the engine", f"no tokens came in {WAIT_S} s", stage="tools", remedy=f"Look for {path}.")
+        time.sleep(0.2)
+    return json.loads(path.read_text())
+
+
+def _decode(engine: Any, forced: list[list[int]] | None) -> list[dict[str, Any]]:
+    from vllm import SamplingParams
+
+    vocab = engine.llm_engine.vllm_config.model_config.get_vocab_size()
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(10, vocab - 10, (n,), generator=generator).tolist() for n in PROMPTS]
+    settings = [
+        SamplingParams(
+            max_tokens=NEW_TOKENS,
+            temperature=0.0,
+            ignore_eos=True,
+            detokenize=False,
+            logprobs=1,
+            extra_args={"forced": tokens},
+        )
+        for tokens in forced or [[]] * len(prompts)
+    ]
+    made = engine.generate([{"prompt_token_ids": p} for p in prompts], settings, use_tqdm=False)
+    found = []
+    for output in (o.outputs[0] for o in made):
+        steps = list(zip(output.token_ids, output.logprobs, strict=True))
+        likeliest = [max((k.logprob, token) for token, k in known.items())[1] for _, known in steps]
+        logprobs = [known[token].logprob for token, known in steps]
+        found.append({"tokens": list(output.token_ids), "logprobs": logprobs, "likeliest": likeliest})
+    return found
+
+
+@contextmanager
+def _listening(said: list[str]) -> Iterator[None]:
+    """Inside, what vLLM and terrazzo log about compiling is kept."""
+
+    class Keeping(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            line = record.getMessage()
+            if any(word in line for word in ("terrazzo", "ompil", "raph capturing", "init engine")):
+                said.append(line[:400])
+
+    handler, loggers = Keeping(), [logging.getLogger(name) for name in ("vllm", "terrazzo")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+
+
+if __name__ == "__main__":
+    # In this process, so that weights can be drawn and log lines heard; before vLLM is imported.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+    order = json.loads(sys.argv[1])
+    found = main(order)
+    Path(order["out"]).write_text(json.dumps(found))
+    sys.stdout.flush()
+    # vLLM's threads may hold the process at its end.
+    os._exit(0)

@@ -1,0 +1,271 @@
+"""vLLM with terrazzo against vLLM as it comes: do they say the same, and how fast.
+
+    python tools/vllm_lab.py                                    both, on the lab's models
+    python tools/vllm_lab.py --agree --models llama-3.1-8b-l4 --graphs FULL_AND_PIECEWISE,PIECEWISE,NONE --jobs 6
+    python tools/vllm_lab.py --time --models llama-3.1-8b --batches 1,8 --json
+
+Needs a GPU, vLLM, and the lab's models: `$LABMODELS`, a folder with a folder for each, and `$LABBENCH`, its
+`bench_vllm.py`. Each engine is a process of its own; those that are only compared may run side by side (`--jobs`).
+
+agree   16 prompts of 5 to 700 tokens, 64 tokens each: vLLM without compilation decodes greedily, the others are made to
+        emit the same tokens. Per contender: how far its log-probabilities of them are from those, how far from those in
+        fp32, and how often another token was the likeliest. Fails where terrazzo is further away than vLLM's default by
+        more than a tenth, in the mean over all steps.
+time    decode steps at several batch sizes, prefill of 2048 tokens, start. Only after the same model agreed, unless
+        `--time` alone is asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from terrazzo.lowering.errors import UserError
+
+MODELS = ("llama-3.1-8b", "llama-3.2-1b", "qwen3-8b", "qwen3-30b-a3b")
+GRAPHS = ("FULL_AND_PIECEWISE", "PIECEWISE", "NONE")
+BATCHES = "1,8,32,128"
+ENGINE = Path(__file__).with_name("vllm_engine.py")
+# How much further from eager than vLLM's default, in the mean, counts as worse: sums in another order differ by chance.
+SLACK = 1.1
+TIMEOUT_S = 900
+
+
+@dataclass(frozen=True)
+class Run:
+    """One engine: a model, who compiles it, and with which CUDA graphs."""
+
+    model: str
+    contender: str
+    graphs: str = ""
+
+    @property
+    def name(self) -> str:
+        return "-".join(filter(None, (self.model, self.contender, self.graphs)))
+
+
+def environment(run: Run, work: Path) -> dict[str, str]:
+    """The environment an engine starts in: only terrazzo's has its plugin, and each has caches of its own."""
+    cache = work / "cache" / run.name
+    caches = {
+        "VLLM_CACHE_ROOT": cache,
+        "TRITON_CACHE_DIR": cache / "triton",
+        "TORCHINDUCTOR_CACHE_DIR": cache / "torch",
+    }
+    plugins = "terrazzo" if run.contender == "terrazzo" else ""
+    return {**os.environ, **{name: str(folder) for name, folder in caches.items()}, "VLLM_PLUGINS": plugins}
+
+
+def agree(models: Sequence[str], graphs: Sequence[str], jobs: int, work: Path) -> list[dict[str, Any]]:
+    """How far each contender's log-probabilities are from those of vLLM without compilation.
+
+    Returns:
+        Per model, contender and kind of graphs: max_difference and mean_difference from eager and mean_from_fp32 (nats;
+        the last not a number where no engine of fp32 runs), likeliest (share of steps at which the likeliest token is
+        the same), start_s, said; or `failed`, the end of what the engine wrote.
+    """
+    # The others wait for eager's tokens, so that comes first.
+    runs = [Run(model, contender) for contender in ("eager", "fp32") for model in models]
+    runs += [Run(m, c, g) for m in models for g in graphs for c in ("default", "terrazzo")]
+    with ThreadPoolExecutor(jobs) as pool:
+        found = dict(zip(runs, pool.map(lambda run: _engine(run, work), runs), strict=True))
+    return [
+        {**vars(run), **_distance(made, found[Run(run.model, "eager")], found[Run(run.model, "fp32")])}
+        for run, made in found.items()
+    ]
+
+
+def _engine(run: Run, work: Path) -> dict[str, Any]:
+    """What one engine found."""
+    out = work / f"{run.name}.json"
+    order = {"model": str(Path(os.environ["LABMODELS"]) / run.model), "contender": run.contender, "graphs": run.graphs}
+    order |= {"tokens": str(work / f"{run.model}.tokens"), "out": str(out)}
+    return _process([str(ENGINE), json.dumps(order)], run, work, out)
+
+
+def _process(command: list[str], run: Run, work: Path, out: Path) -> dict[str, Any]:
+    log = work / f"{run.name}.log"
+    with log.open("w") as file:
+        code = subprocess.run(
+            # Safe paths: a tool of ours must not be found where vLLM imports somebody else's module.
+            [sys.executable, "-P", *command],
+            env=environment(run, work),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            timeout=TIMEOUT_S,
+            check=False,
+        ).returncode
+    if code or not out.exists():
+        return {"failed": f"exit status {code}; {log}: " + "\n".join(log.read_text().splitlines()[-12:])}
+    return json.loads(out.read_text())
+
+
+def _distance(found: dict[str, Any], eager: dict[str, Any], exact: dict[str, Any]) -> dict[str, Any]:
+    for one in (found, eager):
+        if "failed" in one:
+            return {"failed": one["failed"]}
+    if any(ours["tokens"] != theirs["tokens"] for ours, theirs in zip(found["results"], eager["results"], strict=True)):
+        return {"failed": "it did not emit the tokens that it was made to emit"}
+    gaps = _gaps(found, eager)
+    pairs = zip(found["results"], eager["results"], strict=True)
+    same = [a == b for ours, theirs in pairs for a, b in zip(ours["likeliest"], theirs["likeliest"], strict=True)]
+    return {
+        "max_difference": max(gaps),
+        "mean_difference": fmean(gaps),
+        "mean_from_fp32": float("nan") if "failed" in exact else fmean(_gaps(found, exact)),
+        "likeliest": fmean(same),
+        "start_s": found["start_s"],
+        "said": [line for line in found["said"] if "terrazzo" in line],
+    }
+
+
+def _gaps(found: dict[str, Any], other: dict[str, Any]) -> list[float]:
+    """How far apart two engines' log-probabilities are, step by step."""
+    pairs = zip(found["results"], other["results"], strict=True)
+    return [abs(a - b) for ours, theirs in pairs for a, b in zip(ours["logprobs"], theirs["logprobs"], strict=True)]
+
+
+def failures(results: Sequence[dict[str, Any]]) -> list[str]:
+    """Engines that failed."""
+    return [f"{r['model']} {r['contender']} {r['graphs']}: {r['failed']}" for r in results if "failed" in r]
+
+
+def further(results: Sequence[dict[str, Any]]) -> list[str]:
+    """Where terrazzo is further from eager than vLLM's default."""
+    found = []
+    sound = [r for r in results if "failed" not in r]
+    default = {(r["model"], r["graphs"]): r["mean_difference"] for r in sound if r["contender"] == "default"}
+    for r in sound:
+        other = default.get((r["model"], r["graphs"]))
+        if r["contender"] != "terrazzo" or other is None:
+            continue
+        # Written so that what is not a number fails.
+        if not r["mean_difference"] <= SLACK * other:
+            gap = f"mean difference {r['mean_difference']:.3g}, vLLM's default has {other:.3g}"
+            found.append(f"{r['model']} {r['graphs']}: {gap}")
+    return found
+
+
+def times(models: Sequence[str], batches: str, work: Path) -> list[dict[str, Any]]:
+    """The lab's benchmark for each contender, cold and then warm, one engine at a time."""
+    results = []
+    for model in models:
+        for run in (Run(model, "default"), Run(model, "terrazzo")):
+            for start in ("cold", "warm"):
+                results.append({**vars(run), "start": start, **_bench(run, batches, start, work)})
+    return results
+
+
+def _bench(run: Run, batches: str, start: str, work: Path) -> dict[str, Any]:
+    out = work / f"{run.name}-{start}.jsonl"
+    command = [os.environ["LABBENCH"], "--model", str(Path(os.environ["LABMODELS"]) / run.model), "--mode", "default"]
+    command += ["--tag", f"{run.name}-{start}", "--batches", batches, "--res", str(out), "--prof-dir", str(work)]
+    # A warm start is looked at for its start alone.
+    return _process(command + ["--no-bench"] * (start == "warm"), run, work, out)
+
+
+def agreement_table(results: Sequence[dict[str, Any]]) -> Table:
+    """One row per engine."""
+    made = Table(title="log-probabilities of the same tokens, against vLLM without compilation", title_justify="left")
+    for column in ("model", "graphs", "contender"):
+        made.add_column(column, no_wrap=True)
+    for column in ("largest", "mean", "likeliest the same", "mean from fp32", "start, s"):
+        made.add_column(column, justify="right")
+    for r in results:
+        row = [r["model"], r["graphs"], r["contender"]]
+        if "failed" in r:
+            made.add_row(*row, "[red]failed[/]")
+            continue
+        numbers = f"{r['max_difference']:.4f}", f"{r['mean_difference']:.5f}", f"{r['likeliest']:.1%}"
+        made.add_row(*row, *numbers, f"{r['mean_from_fp32']:.5f}", f"{r['start_s']:.0f}")
+    return made
+
+
+def time_table(results: Sequence[dict[str, Any]]) -> Table:
+    """One row per model and contender: ms of a decode step and its GPU time, of a prefill, and seconds to start."""
+    batches = list(dict.fromkeys(b for r in results for b in r.get("decode", {})))
+    made = Table(title="ms per step / of it on the GPU; start in s", title_justify="left")
+    made.add_column("model", no_wrap=True)
+    made.add_column("contender", no_wrap=True)
+    for column in (*(f"B={b}" for b in batches), "prefill 2048", "start cold", "warm"):
+        made.add_column(column, justify="right", no_wrap=True)
+    by = {(r["model"], r["contender"], r["start"]): r for r in results}
+    for (model, contender, start), r in by.items():
+        if start != "cold":
+            continue
+        if "failed" in r:
+            made.add_row(model, contender, "[red]failed[/]")
+            continue
+        row = [f"{r['decode'][b]['step_ms']:.2f} / {r['gpu'][b]['gpu_us_per_step'] / 1e3:.2f}" for b in batches]
+        row.append(f"{r['prefill2048_ms']['min']:.1f} / {r['gpu']['prefill2048']['gpu_us'] / 1e3:.1f}")
+        warm = by.get((model, contender, "warm"), {})
+        made.add_row(model, contender, *row, f"{r['init_s']:.0f}", f"{warm['init_s']:.0f}" if "init_s" in warm else "-")
+    return made
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--agree", action="store_true", help="only whether they agree")
+    parser.add_argument("--time", action="store_true", help="only times")
+    parser.add_argument("--models", default=",".join(MODELS), help="folders of $LABMODELS, comma-separated")
+    parser.add_argument("--graphs", default=GRAPHS[0], help=f"of {', '.join(GRAPHS)}, comma-separated")
+    parser.add_argument("--batches", default=BATCHES, help="decode batch sizes to time, comma-separated")
+    parser.add_argument("--jobs", type=int, default=2, help="engines side by side while they are only compared")
+    parser.add_argument("--work", type=Path, help="folder for logs and caches; by default one that goes away")
+    parser.add_argument("--json", action="store_true", help="results as JSON")
+    options = parser.parse_args()
+    if unknown := set(options.graphs.split(",")) - set(GRAPHS):
+        parser.error(f"unknown kinds of graphs {sorted(unknown)}; there are {', '.join(GRAPHS)}")
+    return options
+
+
+def main() -> int:
+    options = _arguments()
+    missing = [name for name in ("LABMODELS", "LABBENCH") if name not in os.environ]
+    if missing:
+        raise UserError("vllm_lab", f"{', '.join(missing)} is not set", stage="tools", remedy="See the tool's header.")
+    models, both = options.models.split(","), options.agree == options.time
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        work = options.work or Path(folder)
+        work.mkdir(parents=True, exist_ok=True)
+        if both or options.agree:
+            found["agree"] = agree(models, options.graphs.split(","), options.jobs, work)
+        wrong = failures(found.get("agree", [])) + further(found.get("agree", []))
+        if (both and not wrong) or (options.time and not options.agree):
+            found["time"] = times(models, options.batches, work)
+            wrong += failures(found["time"])
+    _report(found, wrong, options.json)
+    return int(bool(wrong))
+
+
+def _report(found: dict[str, Any], wrong: Sequence[str], as_json: bool) -> None:
+    for line in wrong:
+        print(line, file=sys.stderr)
+    if as_json:
+        print(json.dumps(found))
+        return
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    if "agree" in found:
+        console.print(agreement_table(found["agree"]))
+        for line in dict.fromkeys(line for r in found["agree"] for line in r.get("said", [])):
+            console.print(line, highlight=False)
+    if "time" in found:
+        console.print(time_table(found["time"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
