@@ -16,6 +16,7 @@ import torch
 
 from . import gemm_persistent
 from .gemm import GemmProblem, reference, tma_obstacle
+from .gemm_persistent_table import vendor_us
 from .jobs import CompileJob
 from .target import Target
 
@@ -52,8 +53,7 @@ def supports(problem: GemmProblem) -> str | None:
 
 def choose(problem: GemmProblem, target: Target) -> tuple[Config, str]:
     """Return the config and why."""
-    us = gemm_persistent.vendor_us(problem)
-    how = "estimated" if us is None else "measured (between its neighbours)"
+    how = "estimated" if vendor_us(problem) is None else "measured (between its neighbours)"
     return Config(), f"{how} {estimate_us(problem, Config(), target):.1f} us with the gap before it"
 
 
@@ -61,7 +61,7 @@ def estimate_us(problem: GemmProblem, config: Config, target: Target) -> float:
     """Return what was measured, in between linear in m; else the model."""
     if target.interpreted:
         return float("inf")
-    us = gemm_persistent.vendor_us(problem) if target.arch == 90 else None
+    us = vendor_us(problem) if target.arch == 90 else None
     if us is None:
         share = target.sm_count / gemm_persistent.MEASURED_SM_COUNT
         sustained = problem.flops / (gemm_persistent.SUSTAINED_FLOPS * share)

@@ -10,7 +10,6 @@ graph       on CUDA: captured and replayed, the same bits; replayed on other inp
 
 from __future__ import annotations
 
-import logging
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -95,8 +94,8 @@ def check_piece(piece: Piece, compiled: CompiledPiece, size: int, device: torch.
     """
     result = Result(piece.model, piece.kind, size)
     try:
-        with torch.no_grad(), _listening() as said:
-            _Check(piece, compiled, size, device, result, said).all()
+        with torch.no_grad():
+            _Check(piece, compiled, size, device, result).all()
     except Exception as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{frame.filename.rpartition('/')[2]}:{frame.lineno}"
@@ -111,7 +110,6 @@ class _Check:
     size: int
     device: torch.device
     result: Result
-    said: list[str]
 
     def __post_init__(self) -> None:
         specs = self.piece.specs()
@@ -175,7 +173,7 @@ class _Check:
     def _count(self) -> None:
         plan = self.compiled.serving(self.size)
         if plan is None or "graph it was" in self.compiled.summary():
-            self._fail("; ".join(["not compiled: it runs as the graph it was", *self.said]))
+            self._fail(f"not compiled: it runs as the graph it was: {self.compiled.refusal}")
             return
         launches = plan.schedule.launches()
         self.result.kernels = sum(bool(k.family) for k in launches)
@@ -254,22 +252,6 @@ def sharing(outcome: wide.Outcome) -> list[str]:
             owner, start = known[storage]
             lines.append(f"{name} is {owner} + {tensor.data_ptr() - start}")
     return lines
-
-
-@contextmanager
-def _listening() -> Iterator[list[str]]:
-    """Warnings of terrazzo's log while inside: they hold the cause of a fallback."""
-    said: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("terrazzo")
-    propagates, logger.propagate = logger.propagate, False
-    logger.addHandler(handler)
-    try:
-        yield said
-    finally:
-        logger.removeHandler(handler)
-        logger.propagate = propagates
 
 
 @contextmanager

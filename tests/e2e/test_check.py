@@ -38,7 +38,7 @@ def sabotaged(compiled, change):
 
         return call
 
-    return SimpleNamespace(at=at, serving=compiled.serving, summary=compiled.summary)
+    return SimpleNamespace(at=at, serving=compiled.serving, summary=compiled.summary, refusal=compiled.refusal)
 
 
 def scaled(outputs, args, call):

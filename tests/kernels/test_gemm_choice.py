@@ -9,6 +9,7 @@ import torch
 
 from terrazzo.kernels import gemm_persistent, gemm_simple, gemm_skinny, gemm_vendor, workspace
 from terrazzo.kernels.gemm import GemmProblem, lookup, measured, pick, reference, tma_obstacle
+from terrazzo.kernels.gemm_persistent_table import vendor_us
 from terrazzo.kernels.target import Target
 from terrazzo.lowering.errors import Unsupported
 
@@ -151,11 +152,11 @@ def test_what_was_not_taken_is_named_with_its_time() -> None:
 
 def test_the_vendors_time_lies_between_its_measurements() -> None:
     row = gemm_persistent.CONFIGS[4096, 14336, False]
-    assert gemm_persistent.vendor_us(plain(512, 4096, 14336)) == row[512].vendor_us
-    between = gemm_persistent.vendor_us(plain(384, 4096, 14336))
+    assert vendor_us(plain(512, 4096, 14336)) == row[512].vendor_us
+    between = vendor_us(plain(384, 4096, 14336))
     assert between == pytest.approx((row[256].vendor_us + row[512].vendor_us) / 2)
-    assert gemm_persistent.vendor_us(plain(16384, 4096, 14336)) == pytest.approx(2 * row[8192].vendor_us)
-    assert gemm_persistent.vendor_us(plain(512, 4097, 14336)) is None
+    assert vendor_us(plain(16384, 4096, 14336)) == pytest.approx(2 * row[8192].vendor_us)
+    assert vendor_us(plain(512, 4097, 14336)) is None
 
 
 def test_a_size_between_two_measured_ones_is_weighed_by_its_waves() -> None:

@@ -1,0 +1,132 @@
+"""Configs of the persistent GEMM as they were measured, each with cuBLAS beside it in the same run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .gemm import GemmProblem, measured, row_of
+
+# The m of CONFIGS' rows; the last row serves everything above it too.
+BUCKETS = (128, 256, 512, 1024, 2048, 8192)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile sizes and pipeline of one launch.
+
+    Args:
+        block_m, block_n, block_k: output tile and depth per pipeline step.
+        stages: tiles in flight.
+        warps: 4 or 8.
+        group_m: rows of tiles walked together.
+        programs_per_sm: resident programs per multiprocessor.
+        flatten: one pipeline over tiles and depth.
+        parts: runs of columns that the epilogue takes one after the other; 1, 2 or 4.
+        extra_n: columns of a second accumulator beside the first, so that a tile may be 128 + 64 wide; unpaired only.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    stages: int
+    warps: int
+    group_m: int = 8
+    programs_per_sm: int = 1
+    flatten: bool = False
+    parts: int = 1
+    extra_n: int = 0
+
+    @property
+    def width(self) -> int:
+        """Columns of one tile."""
+        return self.block_n + self.extra_n
+
+    def __str__(self) -> str:
+        how = f"{' flatten' if self.flatten else ''}{f' in {self.parts} parts' if self.parts > 1 else ''}"
+        tile = f"{self.block_m}x{self.width}x{self.block_k}"
+        return f"{tile} stages {self.stages} warps {self.warps} group {self.group_m} x{self.programs_per_sm}{how}"
+
+
+EVIDENCE = "NVIDIA H200, torch 2.11, triton 3.6, bf16, 2026-11-24"
+
+# Each row is the best at exactly that m of what `tools/tune_gemm.py` tries, and serves the m below it too.
+CONFIGS = measured(
+    Config,
+    """
+    N     K accs    m   bm  bn  bk  st  wp  gm  ps  fl  pt  ex      us  cuBLAS
+ 2048  2048  one  128   64  64 128   6   4   8   1   0   1   0     6.0     6.8
+ 2048  2048  one  256   64  64 128   6   4   8   1   0   1   0     6.2     6.3
+ 2048  2048  one  512   64 128 128   4   4   8   1   0   1   0     8.5     8.7
+ 2048  2048  one 1024   64 256  64   5   4   8   1   0   1   0    13.1    12.9
+ 2048  2048  one 2048  128 256  64   3   8  16   1   1   1   0    23.1    23.1
+ 2048  2048  one 8192  128 256  64   4   8   8   1   1   2   0   104.7   106.1
+ 2048  8192  one  128   64  64 128   6   4   8   1   0   1   0    16.8    16.4
+ 2048  8192  one  256   64  64 128   6   4   8   1   0   1   0    17.6    21.2
+ 2048  8192  one  512   64 128  64   8   4   8   1   0   1   0    27.5    30.3
+ 2048  8192  one 1024  128 128  64   6   8   8   1   0   1   0    47.4    46.1
+ 2048  8192  one 2048  128 256  64   3   8   8   1   1   1   0    87.6    87.0
+ 2048  8192  one 8192  128 256  64   3   8   8   1   0   1   0   389.9   402.1
+ 3072  2048  one  128   64  64 128   6   4   8   1   0   1   0     6.7     7.0
+ 3072  2048  one  256   64 128 128   4   4   8   1   0   1   0     8.4     7.5
+ 3072  2048  one  512   64 128  64   6   4   8   1   0   1  64    12.0    10.5
+ 3072  2048  one 1024  128 128  64   4   8   8   1   0   1  64    19.9    18.5
+ 3072  2048  one 2048  128 128  64   5   8   8   1   1   1   0    43.7    41.1
+ 3072  2048  one 8192  128 256  64   3   8   8   1   1   1   0   154.7   154.4
+ 4096  4096  one  128   64  64 128   6   4   8   1   0   1   0    11.6    13.3
+ 4096  4096  one  256   64 128  64   8   4   8   1   0   1   0    15.0    16.5
+ 4096  4096  one  512  128 128  64   6   8   8   1   0   1   0    26.2    26.0
+ 4096  4096  one 1024  128 256  64   4   8   8   1   1   1   0    49.6    49.7
+ 4096  4096  one 2048  128 256  64   4   8   8   1   1   1   0   102.6   103.2
+ 4096  4096  one 8192  128 256  64   4   8   8   1   1   1   0   398.2   396.6
+ 4096 12288  one  128   64  64 128   6   4   8   1   0   1   0    30.9    33.0
+ 4096 12288  one  256   64 128  64   8   4   8   1   0   1   0    42.0    42.0
+ 4096 12288  one  512  128 128  64   6   8   8   1   0   1   0    70.0    68.2
+ 4096 12288  one 1024  128 256  64   4   8   8   1   1   1   0   134.8   134.8
+ 4096 12288  one 2048  128 256  64   4   8   8   1   1   1   0   270.6   270.4
+ 4096 12288  one 8192  128 256  64   3   8   8   1   0   1   0  1051.3  1097.3
+ 4096 14336  one  128   64  64 128   6   4   8   1   0   1   0    34.7    36.9
+ 4096 14336  one  256   64 128  64   8   4   8   1   0   1   0    47.5    47.7
+ 4096 14336  one  512  128 128  64   6   8   8   1   0   1   0    85.2    85.1
+ 4096 14336  one 1024  128 256  64   4   8   8   1   1   1   0   147.3   147.6
+ 4096 14336  one 2048  128 256  64   4   8   8   1   1   1   0   320.5   320.3
+ 4096 14336  one 8192  128 256  64   3   8  16   1   1   1   0  1338.8  1343.0
+ 6144  4096  one  128   64 128  64   8   4   8   1   0   1   0    17.1    16.4
+ 6144  4096  one  256   64 128  64   6   4   8   1   0   1  64    22.9    21.0
+ 6144  4096  one  512  128 128  64   4   8   8   1   0   1  64    38.4    35.8
+ 6144  4096  one 1024  128 128  64   6   8   8   1   0   1   0    73.8    69.6
+ 6144  4096  one 2048  128 256  64   4   8   8   1   1   1   0   135.2   136.2
+ 6144  4096  one 8192  128 256  64   4   8   8   1   1   1   0   597.8   593.6
+ 8192  2048 pair  128   64  64  64   4   4   8   2   0   1   0    20.5    20.9
+ 8192  2048 pair  256  128 128  64   4   8   8   1   1   2   0    26.1    26.0
+ 8192  2048 pair  512  128 128  64   4   8   8   1   1   2   0    50.3    49.1
+ 8192  2048 pair 1024  128 128  64   4   8   8   1   1   2   0   108.6   107.6
+ 8192  2048 pair 2048  128 128  64   4   8   8   1   1   2   0   190.2   185.2
+ 8192  2048 pair 8192  128 128  64   4   8   8   1   1   2   0   830.9   821.0
+12288  4096 pair  128   64  64 128   4   4   8   1   0   1   0    65.1    54.7
+12288  4096 pair  256  128  64  64   5   8   8   1   1   1   0    86.4    75.1
+12288  4096 pair  512  128 128  64   4   8   8   1   1   2   0   136.3   136.5
+12288  4096 pair 1024  128 128  64   3   8   8   1   1   2   0   265.8   265.6
+12288  4096 pair 2048  128 128  64   4   8   8   1   1   2   0   563.6   553.1
+12288  4096 pair 8192  128 128  64   3   8   8   1   1   1   0  2701.5  2678.5
+14336  4096 pair  128  128  64  64   4   4   8   2   0   1   0    71.5    66.8
+14336  4096 pair  256  128 128  64   4   8   8   1   1   2   0    93.8    96.5
+14336  4096 pair  512   64 128  64   5   4   8   1   0   1   0   175.9   158.1
+14336  4096 pair 1024  128 128  64   3   8   8   1   1   2   0   305.5   304.9
+14336  4096 pair 2048  128 128  64   4   8   8   1   1   2   0   699.4   680.0
+14336  4096 pair 8192  128 128  64   3   8   8   1   1   2   0  2837.0  2818.5
+""",
+)
+
+
+def vendor_us(problem: GemmProblem) -> float | None:
+    """Return cuBLAS's time beside the measurements: between their m linear in m, beyond them in proportion."""
+    row = row_of(CONFIGS, problem)
+    if not row or problem.paired:
+        return None
+    below = max((m for m in row if m <= problem.m), default=None)
+    above = min((m for m in row if m >= problem.m), default=None)
+    if below is None or above is None:
+        last = row[below or above]  # type: ignore[index]
+        return last.vendor_us * (problem.m / below if below else 1.0)
+    share = (problem.m - below) / (above - below) if above > below else 0.0
+    return row[below].vendor_us * (1 - share) + row[above].vendor_us * share
