@@ -6,6 +6,7 @@ imported.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import subprocess
@@ -47,5 +48,9 @@ def device() -> torch.device:
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
-    """Gives every test the same random numbers whatever ran before it."""
+    """Gives every test the same random numbers and a log that is heard, whatever ran before it."""
     torch.manual_seed(0)
+    # Libraries that configure logging switch loggers off that exist already.
+    log = logging.getLogger("terrazzo")
+    log.disabled, log.propagate = False, True
+    log.setLevel(logging.NOTSET)
