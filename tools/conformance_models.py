@@ -15,10 +15,8 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import operator
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,7 +25,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from terrazzo.lowering.values import Extern
+from terrazzo.tools.coverage import Coverage
 from terrazzo.tools.device import HERE, screen
 from terrazzo.tools.oracle import judge
 from terrazzo.tools.tiny_models import TABLE, architecture, model
@@ -171,20 +169,16 @@ def leaves(value: Any, path: str = "") -> dict[str, torch.Tensor]:
 
 def _count(result: Result, pieces: Sequence[Any]) -> None:
     """Graphs, plans, and which ops run as themselves."""
-    found: Counter[str] = Counter()
-    reasons: dict[str, str] = {}
     result.graphs = len(pieces)
     compiled = [one for piece in pieces for one in getattr(piece, "pieces", {0: piece}).values()]
+    found = Coverage()
     for loaded in {id(plan): plan for piece in compiled for plan in piece.plans.values()}.values():
-        values = loaded.plan.schedule.values
         result.plans += 1
-        result.nodes += sum(node.op is not operator.getitem for node in values.ops)
-        for made in values.definitions.values():
-            if isinstance(made, Extern):
-                found[made.node.target] += 1
-                reasons.setdefault(made.node.target, made.why)
-    result.themselves = found.total()
-    result.ops = {op: (count, reasons[op]) for op, count in found.most_common()}
+        found.add(loaded.plan.schedule.values)
+    own = {op: (reasons.total(), reasons.most_common(1)[0][0]) for op, reasons in found.passed.items()}
+    result.ops = dict(sorted(own.items(), key=lambda item: (-item[1][0], item[0])))
+    result.themselves = sum(count for count, _ in own.values())
+    result.nodes = found.lowered.total() + result.themselves
 
 
 def check_all(names: Sequence[str], dtype: str) -> Iterator[Result]:

@@ -15,13 +15,14 @@ from terrazzo.tools import conformance_models, tiny_models
 from terrazzo.tools.conformance_models import MARKS, Result, check, leaves, main, page
 
 SIZES = ((2, 7), (3, 9))
-# What may run as itself in them: attention's products, convolutions, and routing.
+# What may run as itself in them: attention, convolutions, and the choice of experts with their product.
+ATTENTION = "aten._scaled_dot_product_flash_attention_for_cpu.default"
 OWN = {
-    "llama": {"aten.bmm.default"},
-    "bert": {"aten.bmm.default"},
+    "llama": {ATTENTION},
+    "bert": {ATTENTION},
     "mixtral": {
-        "aten.bmm.default", "aten.topk.default", "aten.sort.default", "aten.histc.default", "aten.cumsum.default",
-        "aten.index_put.default", "transformers.grouped_mm_fallback.default", "aten._grouped_mm.default",
+        ATTENTION, "aten.topk.default", "aten.sort.default", "aten.histc.default",
+        "transformers.grouped_mm_fallback.default",
     },
     "convnext": {"aten.convolution.default"},
 }  # fmt: skip
