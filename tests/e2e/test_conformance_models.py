@@ -77,8 +77,8 @@ def test_a_wrong_result_is_seen(monkeypatch):
 
 def test_a_graph_that_was_not_compiled_is_seen(monkeypatch):
     small(monkeypatch, Broken())
-    monkeypatch.setattr(torch._dynamo.config, "capture_dynamic_output_shape_ops", True)
-    found = check("small", sizes=SIZES[:1])
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        found = check("small", sizes=SIZES[:1])
     assert not found.ok and not found.failures and "depends on data" in found.dropped[0]
 
 
