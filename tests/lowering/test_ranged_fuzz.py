@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from terrazzo.runtime.compiled import CompiledPiece
 
-from .equal import compare, copied, odd
+from .equal import compare, copied, doubled, odd
+from .test_fuzz import DRAWS
 from .test_ranged import symbolic
 
 EXAMPLES = int(os.environ.get("TERRAZZO_FUZZ", "180")) // 15
@@ -57,12 +58,14 @@ def token_programs(draw: Callable[[Any], Any]) -> str:
         lines.append(f"v{number} = {draw(st.sampled_from(LINES)).format(a=a, b=b)}")
         values.append(f"v{number}")
     returned = draw(st.sampled_from([values[-1], f"{values[-1]}, {values[-2]}"]))
-    return "\n    ".join(["def fn(x, y, ids, w, wide, bias):", *lines, f"return {returned},"])
+    # One argument alone holds the number of tokens: it is one symbol, however little the lines use.
+    start = ["y = x.flip(1) * 0.5", "ids = (x[:, 0] > 0).long() + 3"]
+    return "\n    ".join(["def fn(x, w, wide, bias):", *start, *lines, f"return {returned},"])
 
 
-def arguments(size: int) -> list[torch.Tensor]:
-    ids = torch.arange(size) * 5 % 8
-    return [odd(size, 8, seed=size), odd(size, 8, seed=1), ids, odd(8, 8, seed=2) / 4, odd(8, 16, seed=3) / 4, odd(8)]
+def arguments(size: int, seed: int = 0) -> list[torch.Tensor]:
+    x = odd(size, 8, seed=100 * seed + size)
+    return [x, odd(8, 8, seed=2) / 4, odd(8, 16, seed=3) / 4, odd(8)]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -77,17 +80,28 @@ def test_random_programs_over_tokens(code: str) -> None:
     piece = CompiledPiece(symbolic(scope["fn"], arguments(23)))
     found = piece.ranged(SIZES[0], SIZES[-1])
     planned = set(piece.plans)
-    served = [size for r in found if r.plan is not None for size in SIZES if r.lo <= size <= r.hi]
     for size in SIZES:
-        given = iter(by_name(piece, copied(arguments(size))))
-        args = [size if isinstance(v, torch.SymInt) else next(given) for v in piece.examples.values]
-        compare(tuple(piece(*args)), scope["fn"](*copied(arguments(size))), close=True)
-    assert not planned & {((s,), frozenset()) for s in served if len(found) == 1}
+        right(piece, scope["fn"], size)
+    served = {size for r in found if r.plan is not None for size in SIZES if r.lo <= size <= r.hi}
     assert {sizes[0] for sizes, _ in set(piece.plans) - planned}.isdisjoint(served), "a size was planned at its call"
+
+
+def right(piece: CompiledPiece, fn: Callable[..., Any], size: int) -> None:
+    """Asserts that the piece does what the function does; what errs too much is drawn again, as in test_fuzz.py."""
+    for seed in range(DRAWS):
+        ours, theirs, exactly = (copied(arguments(size, seed)) for _ in range(3))
+        given = iter(by_name(piece, ours))
+        args = [size if isinstance(v, torch.SymInt) else next(given) for v in piece.examples.values]
+        results = tuple(piece(*args)), fn(*theirs), fn(*doubled(exactly))
+        try:
+            return compare(*results)
+        except AssertionError as wrong:
+            if seed == DRAWS - 1 or "max error" not in str(wrong):
+                raise
 
 
 def by_name(piece: CompiledPiece, values: list[torch.Tensor]) -> list[torch.Tensor]:
     """The arguments in the order in which the graph takes those it uses."""
-    held = dict(zip(("x", "y", "ids", "w", "wide", "bias"), values, strict=True))
+    held = dict(zip(("x", "w", "wide", "bias"), values, strict=True))
     names = [n.name for n in piece.graph.graph.nodes if n.op == "placeholder"]
     return [held[n.strip("_").removeprefix("l_")] for n in names if n.strip("_").removeprefix("l_") in held]
