@@ -182,7 +182,7 @@ def diagonal_scatter(d: Definer, node: Node) -> None:
 @rule(aten.flip)
 def flip(d: Definer, node: Node) -> None:
     shape = _layout(node).shape
-    axes = {a % len(shape) for a in node.args[1]}
+    axes = {a % max(len(shape), 1) for a in node.args[1]}
     at = [
         Affine((), s - 1) - i if n in axes else i for n, (i, s) in enumerate(zip(variables(shape), shape, strict=True))
     ]

@@ -86,6 +86,8 @@ def test_random_programs(program: Program) -> None:
         (lambda x: x[::2].clone().narrow(0, 3, 1) * 2, (odd(7, 0),)),
         (lambda x: x[::2].clone().narrow(0, 3, 1) * 2, (odd(0).expand(7, 0),)),
         (lambda x, y: (x.expand(4, 3).clone()[1:, 1] * 2, x.expand(4, 3).add(y)[2]), (odd(3), odd(1))),
+        # A single number has no dimension to be flipped along, and may be all the same.
+        (lambda x: x.abs().flip(-1) * 2, (odd(),)),
         # A comparison of two single numbers was a number in the interpreter.
         (lambda x, y: (x <= x) | y, (odd(1, 1), odd(3, 4, dtype=torch.bool))),
     ],

@@ -81,9 +81,8 @@ def test_resampling(mode: str, size: tuple[int, int]) -> None:
     same(lambda x: F.interpolate(x, size, mode=mode), odd(2, 3, 7, 8))
 
 
-@pytest.mark.parametrize("padding", ["zeros", "border", "reflection"])
-def test_sampling_at_places(padding: str) -> None:
-    same(lambda x, g: F.grid_sample(x, g, padding_mode=padding, align_corners=False), odd(2, 3, 7, 8), odd(2, 4, 5, 2))
+def test_sampling_at_places() -> None:
+    same(lambda x, g: F.grid_sample(x, g, padding_mode="reflection", align_corners=False), odd(2, 3, 7, 8), odd(2, 4, 5, 2))
 
 
 def test_batch_norm() -> None:
