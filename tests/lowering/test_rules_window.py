@@ -82,7 +82,8 @@ def test_resampling(mode: str, size: tuple[int, int]) -> None:
 
 
 def test_sampling_at_places() -> None:
-    same(lambda x, g: F.grid_sample(x, g, padding_mode="reflection", align_corners=False), odd(2, 3, 7, 8), odd(2, 4, 5, 2))
+    x, grid = odd(2, 3, 7, 8), odd(2, 4, 5, 2)
+    same(lambda x, g: F.grid_sample(x, g, padding_mode="reflection", align_corners=False), x, grid)
 
 
 def test_batch_norm() -> None:
