@@ -210,8 +210,8 @@ def pick(problem: GemmProblem, target: Target) -> tuple[str, Any, str]:
     Raises:
         Unsupported: no family takes the dtype.
     """
-    best: tuple[float, str, Any, str] | None = None
-    refused, slower = [], []
+    timed: list[tuple[float, str, Any, str]] = []
+    refused = []
     for name in FAMILIES:
         family = importlib.import_module(f".{name}", __package__)
         # Tensor descriptors are TMA only from Hopper on.
@@ -221,14 +221,12 @@ def pick(problem: GemmProblem, target: Target) -> tuple[str, Any, str]:
             refused.append(f"not {name}: {reason}")
             continue
         config, why = family.choose(problem, target)
-        us = family.estimate_us(problem, config, target)
-        slower.append((us, name))
-        if best is None or us < best[0]:
-            best = (us, name, config, why)
-    if best is None:
+        timed.append((family.estimate_us(problem, config, target), name, config, why))
+    if not timed:
         raise Unsupported("GEMM", "; ".join(refused), stage="kernels.gemm", remedy="The op runs as itself.")
-    rest = [f"{name} would take {us:.1f} us" for us, name in slower if name != best[1]]
-    return best[1], best[2], "; ".join([best[3], *rest, *refused])
+    _, best, config, why = min(timed, key=lambda entry: entry[0])
+    slower = [f"{name} would take {us:.1f} us" for us, name, _, _ in timed if name != best]
+    return best, config, "; ".join([why, *slower, *refused])
 
 
 @triton.jit

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from .gemm import GemmProblem, measured, row_of
 
-# The m of CONFIGS' rows; the last row serves everything above it too.
+# The m of CONFIGS' rows.
 BUCKETS = (128, 256, 512, 1024, 2048, 8192)
 
 
@@ -49,7 +49,8 @@ class Config:
 
 EVIDENCE = "NVIDIA H200, torch 2.11, triton 3.6, bf16, 2026-11-24"
 
-# Each row is the best at exactly that m of what `tools/tune_gemm.py` tries, and serves the m below it too.
+# Each row is the best at exactly that m of what `tools/tune_gemm.py` tried; between them `choose` weighs the rows of an
+# N and K by the waves that their configs need.
 CONFIGS = measured(
     Config,
     """

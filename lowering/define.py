@@ -93,9 +93,9 @@ class Definer:
         self.shared_views: dict[str, View] = {}
         # Values that tracing gave gaps between their elements, with that geometry; in ours they have none.
         self.spread: dict[str, Layout] = {}
-        # Where results start in the storage that tracing gave them (a copy of a view may keep its offset): ours, at 0.
         specs = [*(i.spec for i in trace.inputs), *(n.spec for n in trace.nodes)]
         self.device = home(s.device for s in specs if isinstance(s, Spec))
+        # Where results start in the storage that tracing gave them (a copy of a view may keep its offset): ours, at 0.
         self.offsets = {n.name: integer(n.spec.offset) for n in trace.nodes if isinstance(n.spec, Spec)}
         for entry in trace.inputs:
             if entry.spec is not None:

@@ -6,9 +6,10 @@ Found by name, so that none of those projects need be installed. A call becomes 
     vllm_ir::<op>.maybe_inplace         the same: its inputs are given away and not used after it
     torch._C._autograd._get_data_attr   `parameter.data`: the parameter's memory, without its history
 
-Norms are in fp32 and rounded once, at the end, as Inductor leaves them. The native implementations round once more, to
-the weight's dtype before the product with it; with that rounding the log-probabilities of Llama-3.1-8B cut to 4 layers
-were 1.45 times as far from vLLM's without compilation as Inductor's are (H100, bf16, 2026-11-25).
+Norms are in fp32 and rounded once, at the end. The native implementations round once more, to the weight's dtype before
+the product with it. With that rounding the log-probabilities of Llama-3.1-8B cut to 4 layers were 1.45 times as far
+from vLLM's without compilation as Inductor's are (H100, bf16, 2026-11-25); that neither vLLM's kernels nor Inductor
+round there is inferred from such distances, not read in their code.
 Source: vLLM 0.22.1, `vllm/ir/ops/layernorm.py`.
 """
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -144,6 +144,22 @@ def apply(fn: str, *args: Expr, dtype: torch.dtype) -> Expr:
     if all(isinstance(a, Const) for a in args):
         return _folded(fn, args, dtype)  # type: ignore[arg-type]
     return Apply(dtype, fn=fn, args=args)
+
+
+def all_of(checks: Iterable[Expr | None]) -> Expr | None:
+    """That every check holds; None, which always holds, stands for no check."""
+    held: Expr | None = None
+    for check in checks:
+        if check is not None:
+            held = check if held is None else apply("bitwise_and", held, check, dtype=torch.bool)
+    return held
+
+
+def only_where(held: Expr | None, inside: Expr, outside: Expr) -> Expr:
+    """`inside`, read only where `held`, elsewhere `outside`; `inside` everywhere when `held` is None."""
+    if held is None:
+        return inside
+    return apply("where", held, Masked(inside.dtype, cond=held, body=inside), outside, dtype=inside.dtype)
 
 
 # Functions whose name in torch is another.

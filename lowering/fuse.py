@@ -158,12 +158,13 @@ class _State:
             _, a, b, version_a, version_b = heapq.heappop(self.heap)
             if (self.version.get(a), self.version.get(b)) != (version_a, version_b):
                 continue
-            if not self.cycle(a, b) and not self.cycle(b, a):
+            joined = self.graph.has_edge(a, b)
+            # No path leads against an edge; siblings may have one either way.
+            if not self.cycle(a, b) and (joined or not self.cycle(b, a)):
                 return a, b
-            if not self.graph.has_edge(a, b):
-                continue
-            # A path between the two can only vanish into one of them, and that brings the edge up again.
-            self.refusals[a, b] = "another kernel between the two reads the first and feeds the second"
+            if joined:
+                # A path between the two can only vanish into one of them, and that brings the edge up again.
+                self.refusals[a, b] = "another kernel between the two reads the first and feeds the second"
         return None
 
     def cycle(self, a: int, b: int) -> bool:

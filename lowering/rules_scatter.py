@@ -15,7 +15,7 @@ import torch
 from .affine import Affine, Indirect, bounded, variables
 from .define import Definer, at_flat, rule
 from .errors import Unsupported
-from .expr import Expr, Masked, apply, cast, const, index
+from .expr import Expr, all_of, apply, cast, const, index, only_where
 from .ir import Node, Ref
 from .rules_pointwise import arithmetic, operands_as_they_are, promoted
 from .rules_reduce import reduce_to
@@ -49,21 +49,6 @@ def _last(d: Definer, node: Node, hit: Expr, at: Affine, shape: Sequence[int], c
 def _some(number: Expr, count: int) -> Affine:
     """A candidate's number as an index; the first candidate's where there is none."""
     return Affine.of(Indirect(apply("maximum", number, const(0, WORD), dtype=WORD), count))
-
-
-def _both(checks: Sequence[Expr | None]) -> Expr | None:
-    held: Expr | None = None
-    for check in checks:
-        if check is not None:
-            held = check if held is None else apply("bitwise_and", held, check, dtype=torch.bool)
-    return held
-
-
-def _where(held: Expr | None, inside: Expr, outside: Expr) -> Expr:
-    """`inside`, read only where `held`, elsewhere `outside`."""
-    if held is None:
-        return inside
-    return apply("where", held, Masked(inside.dtype, cond=held, body=inside), outside, dtype=inside.dtype)
 
 
 class _Scatter:
@@ -102,7 +87,7 @@ class _Scatter:
         """Whether the candidate writes here, and where it stands."""
         place, checks = self._within(self.at[-1])
         match = apply("eq", cast(self.d.read(self.which, place), WORD), index(self.at[self.axis]), dtype=torch.bool)
-        return _where(_both(checks), match, const(False, torch.bool)), place
+        return only_where(all_of(checks), match, const(False, torch.bool)), place
 
     def kept(self) -> Expr:
         return self.d.read(self.target, self.at[:-1])
@@ -115,7 +100,7 @@ class _Scatter:
         number = self.d.read(writer, self.at[:-1])
         place, _ = self._within(_some(number, self.count))
         written = apply("ge", number, const(0, WORD), dtype=torch.bool)
-        self.d.map(self.node, _where(written, self.read(place), self.kept()))
+        self.d.map(self.node, only_where(written, self.read(place), self.kept()))
 
     def combine(self, kind: str, include: bool) -> None:
         """`kind` of what is written here and, with `include`, what was here: sum, prod, mean, max, min or any."""
@@ -127,7 +112,7 @@ class _Scatter:
         dtype = arithmetic(self.layout.dtype)
         hit, place = self.hit()
         neutral = _neutral(kind, dtype)
-        value = _where(hit, cast(self.read(place), dtype), neutral)
+        value = only_where(hit, cast(self.read(place), dtype), neutral)
         found = _search(d, node, "found", "sum" if kind == "mean" else kind, value, self.shape, self.count)
         total = d.read(found, self.at[:-1])
         writers = None
@@ -244,7 +229,7 @@ class _IndexPut:
         for dim, where in zip(self.places, at, strict=True):
             value = wrapped_value(self.d.read_broadcast(self.which[dim], inner), self.shape[dim])
             checks.append(apply("eq", value, index(where), dtype=torch.bool))
-        held = _both(checks)
+        held = all_of(checks)
         assert held is not None
         return held
 
@@ -262,7 +247,7 @@ class _IndexPut:
         number = self.d.read(writer, [at[dim] for dim in self.places])
         written = apply("ge", number, const(0, WORD), dtype=torch.bool)
         value = self.value(_some(number, self.count), at)
-        self.d.map(self.node, _where(written, value, self.d.read(self.target, at)))
+        self.d.map(self.node, only_where(written, value, self.d.read(self.target, at)))
 
     def accumulate(self) -> None:
         dtype = arithmetic(self.layout.dtype)
@@ -270,7 +255,7 @@ class _IndexPut:
         kind = "any" if dtype == torch.bool else "sum"
         domain = variables((*self.shape, self.count))
         hit = self.hit(domain[-1], [domain[dim] for dim in self.places])
-        value = _where(hit, cast(self.value(domain[-1], domain[:-1]), dtype), _neutral(kind, dtype))
+        value = only_where(hit, cast(self.value(domain[-1], domain[:-1]), dtype), _neutral(kind, dtype))
         found = _search(self.d, self.node, "found", kind, value, self.shape, self.count)
         at = variables(self.shape)
         kept = cast(self.d.read(self.target, at), dtype)

@@ -10,7 +10,7 @@ import torch
 from .affine import Affine, Indirect, bounded, variables
 from .define import Definer, rule
 from .errors import Unsupported
-from .expr import Expr, Masked, apply, cast, const, index
+from .expr import Expr, Masked, all_of, apply, cast, const, index, only_where
 from .ir import Node
 from .values import Empty, Layout
 
@@ -30,9 +30,7 @@ def in_range(position: Affine, low: int, high: int) -> Expr | None:
         checks.append(apply("ge", index(position), const(low, torch.int64), dtype=torch.bool))
     if hi >= high:
         checks.append(apply("lt", index(position), const(high, torch.int64), dtype=torch.bool))
-    if len(checks) == 2:
-        return apply("bitwise_and", *checks, dtype=torch.bool)
-    return checks[0] if checks else None
+    return all_of(checks)
 
 
 # Every element tries every part of a cat or stack: beyond this many, a copy per part costs less.
@@ -100,29 +98,17 @@ def pad(d: Definer, node: Node) -> None:
     amounts = list(node.args[1])
     value = node.args[2] if len(node.args) > 2 else 0
     at = list(variables(layout.shape))
-    checks: list[Expr] = []
+    checks: list[Expr | None] = []
     rank = len(at)
     for pair in range(len(amounts) // 2):
         dim = rank - 1 - pair
         shifted = at[dim] - amounts[2 * pair]
-        check = in_range(shifted, 0, source.shape[dim])
-        if check is not None:
-            checks.append(check)
+        checks.append(in_range(shifted, 0, source.shape[dim]))
         at[dim] = bounded(shifted, source.shape[dim])
     if source.numel == 0:
         d.map(node, cast(d.number(value), layout.dtype))
         return
-    _fill_outside(d, node, checks, d.read(node.args[0], at), cast(d.number(value), layout.dtype))
-
-
-def _fill_outside(d: Definer, node: Node, checks: list[Expr], inside: Expr, outside: Expr) -> None:
-    if not checks:
-        d.map(node, inside)
-        return
-    held = checks[0]
-    for check in checks[1:]:
-        held = apply("bitwise_and", held, check, dtype=torch.bool)
-    d.map(node, apply("where", held, Masked(inside.dtype, cond=held, body=inside), outside, dtype=inside.dtype))
+    d.map(node, only_where(all_of(checks), d.read(node.args[0], at), cast(d.number(value), layout.dtype)))
 
 
 @rule(aten.slice_scatter)
@@ -140,14 +126,14 @@ def slice_scatter(d: Definer, node: Node) -> None:
         d.map(node, kept)
         return
     check = in_range(shifted, 0, (size - 1) * step + 1)
-    checks = [check] if check is not None else []
+    checks = [check]
     inner = list(at)
     if step == 1:
         inner[axis] = bounded(shifted, size)
     else:
         inner[axis] = bounded(shifted.floordiv(step), size)
         checks.append(apply("eq", index(shifted.mod(step)), const(0, torch.int64), dtype=torch.bool))
-    _fill_outside(d, node, checks, cast(d.read(given["src"], inner), layout.dtype), kept)
+    d.map(node, only_where(all_of(checks), cast(d.read(given["src"], inner), layout.dtype), kept))
 
 
 @rule(aten.select_scatter)
@@ -176,7 +162,7 @@ def diagonal_scatter(d: Definer, node: Node) -> None:
     mine = apply("eq", index(at[two] - at[one]), const(offset, torch.int64), dtype=torch.bool)
     along = bounded(at[one] + min(offset, 0), source.shape[-1])
     place = [a for n, a in enumerate(at) if n not in (one, two)]
-    _fill_outside(d, node, [mine], cast(d.read(given["src"], [*place, along]), layout.dtype), kept)
+    d.map(node, only_where(mine, cast(d.read(given["src"], [*place, along]), layout.dtype), kept))
 
 
 @rule(aten.flip)

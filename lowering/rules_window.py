@@ -12,7 +12,7 @@ import torch
 from .affine import Affine, bounded, variables
 from .define import Definer, rule
 from .errors import Unsupported
-from .expr import Expr, Masked, apply, cast, const, index
+from .expr import Expr, all_of, apply, cast, const, index, only_where
 from .ir import Node, Ref
 from .rules_pointwise import arithmetic
 from .rules_reduce import reduce_to
@@ -44,18 +44,8 @@ class Windows:
         return self.choose(cast(d.read(value, self.place), dtype), outside)
 
     def choose(self, inside: Expr, outside: Expr) -> Expr:
-        if self.held is None:
-            return inside
-        body = Masked(inside.dtype, cond=self.held, body=inside)
-        return apply("where", self.held, body, outside, dtype=inside.dtype)
-
-
-def _conjunction(checks: Sequence[Expr | None]) -> Expr | None:
-    held: Expr | None = None
-    for check in checks:
-        if check is not None:
-            held = check if held is None else apply("bitwise_and", held, check, dtype=torch.bool)
-    return held
+        """`inside` where there is an element of the source."""
+        return only_where(self.held, inside, outside)
 
 
 def _numbers(given: Any, rank: int, usual: Sequence[int] | int) -> list[int]:
@@ -89,7 +79,7 @@ def _sliding(
         inside, check = _within(where, source[lead + i])
         place.append(inside)
         checks.append(check)
-    return Windows(domain, tuple(place), _conjunction(checks))
+    return Windows(domain, tuple(place), all_of(checks))
 
 
 def _spread(result: Sequence[int], source: Sequence[int], rank: int) -> tuple[Windows, list[Affine]]:
@@ -110,7 +100,7 @@ def _spread(result: Sequence[int], source: Sequence[int], rank: int) -> tuple[Wi
             number = index(at[lead + rank + i])
             checks.append(apply("lt", number, index(end - start), dtype=torch.bool))
         place.append(bounded(start + at[lead + rank + i], size))
-    return Windows(domain, tuple(place), _conjunction(checks)), extents
+    return Windows(domain, tuple(place), all_of(checks)), extents
 
 
 def _axes(layout: Layout, windows: Windows) -> tuple[int, ...]:
@@ -210,7 +200,7 @@ def avg_pool_backward(d: Definer, node: Node) -> None:
         checks.append(check)
         if pool.stride[i] > 1:
             checks.append(apply("eq", index(distance.mod(pool.stride[i])), const(0, WORD), dtype=torch.bool))
-    windows = Windows(domain, tuple(place), _conjunction(checks))
+    windows = Windows(domain, tuple(place), all_of(checks))
     dtype = arithmetic(layout.dtype)
     share = _divided(cast(d.read(given["grad"], place), dtype), pool.count(place[lead:], layout.shape[lead:]))
     total = _reduced(d, node, "total", "sum", windows.choose(share, const(0, dtype)), layout, windows)

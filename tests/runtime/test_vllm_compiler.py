@@ -28,16 +28,21 @@ def said(monkeypatch, caplog):
     return caplog
 
 
+def stand_in(monkeypatch, name, **held):
+    """A module `vllm.compilation.<name>` that holds these, in a process without vLLM."""
+    for package in ("vllm", "vllm.compilation"):
+        monkeypatch.setitem(sys.modules, package, ModuleType(package))
+        sys.modules[package].__path__ = []
+    made = ModuleType(f"vllm.compilation.{name}")
+    vars(made).update(held)
+    monkeypatch.setitem(sys.modules, made.__name__, made)
+    return made
+
+
 @pytest.fixture
 def capturing(monkeypatch):
     """vLLM's word on whether it may still capture."""
-    monitor = ModuleType("vllm.compilation.monitor")
-    monitor.cudagraph_capturing_enabled = True
-    for name in ("vllm", "vllm.compilation"):
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-        sys.modules[name].__path__ = []
-    monkeypatch.setitem(sys.modules, monitor.__name__, monitor)
-    return monitor
+    return stand_in(monkeypatch, "monitor", cudagraph_capturing_enabled=True)
 
 
 @pytest.fixture(scope="module")
@@ -231,12 +236,7 @@ def test_versions_and_configurations_have_hashes_of_their_own(monkeypatch):
 
 def test_vllm_gets_a_compiler_of_its_own_kind(monkeypatch):
     interface = type("CompilerInterface", (), {"compile": None, "initialize_cache": None})
-    module = ModuleType("vllm.compilation.compiler_interface")
-    module.CompilerInterface = interface
-    for name in ("vllm", "vllm.compilation"):
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-        sys.modules[name].__path__ = []
-    monkeypatch.setitem(sys.modules, module.__name__, module)
+    stand_in(monkeypatch, "compiler_interface", CompilerInterface=interface)
     monkeypatch.delitem(vars(vllm_compiler), "VllmCompiler", raising=False)
     made = vllm_compiler.VllmCompiler()
     assert isinstance(made, interface) and isinstance(made, Compiler)
