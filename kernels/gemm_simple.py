@@ -170,9 +170,8 @@ def gemm_simple_kernel(
 
 
 def _stride_factor(strides: tuple[int, ...]) -> int:
-    """Largest of 16, 8, 4, 2, 1 that divides every stride that is not 1."""
-    wide = [stride for stride in strides if stride != 1]
-    return next(factor for factor in (16, 8, 4, 2, 1) if all(stride % factor == 0 for stride in wide))
+    """Largest of 16, 8, 4, 2, 1 that divides every stride."""
+    return next(factor for factor in (16, 8, 4, 2, 1) if all(stride % factor == 0 for stride in strides))
 
 
 def _constexprs(
@@ -208,7 +207,9 @@ class SimpleGemm:
     def kernel(self, x_strides: tuple[int, int, int], w_strides: tuple[int, int, int]) -> Kernel:
         """Return the binary for operands with such strides: which axis is dense, and what divides the others."""
         w_unit = "k" if w_strides[2] == 1 else "n" if w_strides[1] == 1 else ""
-        unit = (x_strides[2] == 1, w_unit, _stride_factor((*x_strides[:2], *w_strides)))
+        # Only the dense axis may have stride 1 and wide loads: rows that overlap have stride 1 too.
+        others = w_strides[:2] if w_unit == "k" else w_strides[::2] if w_unit == "n" else w_strides
+        unit = (x_strides[2] == 1, w_unit, _stride_factor((*x_strides[:2], *others)))
         if unit not in self._kernels:
             constexprs = _constexprs(self.problem, self.config, self.epilogue, self.prologue, unit)
             config = self.config

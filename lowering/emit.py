@@ -8,6 +8,7 @@ schedules give byte-equal text. What cannot be written as text (script objects, 
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -71,7 +72,7 @@ def emit(schedule: Schedule, title: str) -> Plan:
         title: the header's first line: which piece and which sizes.
     """
     writer = _Writer(schedule)
-    bodies = [writer.body(step.kernel) for step in schedule.steps if step.kernel.family]
+    bodies = [text for step in schedule.steps if step.kernel.family and (text := writer.body(step.kernel))]
     prepared = [writer.prepared(step.kernel) for step in schedule.steps if step.kernel.family]
     call = writer.call()
     text = "\n\n\n".join(
@@ -91,6 +92,8 @@ class _Writer:
         self.objects: list[Any] = []
         inputs = [i.name for i in self.values.inputs]
         self.names = short_names([*inputs, *self.values.definitions, *self.values.views])
+        self.bodies: dict[str, str] = {}  # function by what it does
+        self.body_of: dict[str, str] = {}  # function by the kernel's name
 
     # Module level.
 
@@ -125,15 +128,22 @@ class _Writer:
         return "\n".join(lines)
 
     def body(self, kernel: Kernel) -> str:
-        """The body function of a launch."""
+        """The body function of a launch; empty where an earlier launch has the same but for the names in it, as the
+        layers of a model do: then both share it, and what it compiles to."""
+        name = f"{self.names[kernel.name]}_body"
+        text = self.function(kernel, name)
+        self.body_of[kernel.name] = self.bodies.setdefault(_nameless(text), name)
+        return text if self.body_of[kernel.name] == name else ""
+
+    def function(self, kernel: Kernel, name: str) -> str:
         epilogue = kernel.group.contract is not None
         tensors = self.tensors(kernel)
         dtypes = {n: self.values.layouts[n].dtype for n in tensors}
         if is_looped(kernel):
-            body = looped_body(f"{self.names[kernel.name]}_body", kernel.group, tensors, dtypes, self.names)
+            body = looped_body(name, kernel.group, tensors, dtypes, self.names)
             return self.sizeless(kernel, body)
         parameters = "acc, acc2, m, n, mask, t" if epilogue else "SEGMENT: tl.constexpr, row, col, mask, t"
-        lines = ["@triton.jit", f"def {self.names[kernel.name]}_body({parameters}):"]
+        lines = ["@triton.jit", f"def {name}({parameters}):"]
         for number, group in enumerate(kernel.segments):
             inner = [f"# {line}" for line in self.sources(group)]
             used = {load.value for load in group.loads} | {s.value for s in group.stores}
@@ -192,7 +202,7 @@ class _Writer:
     def preparation(self, kernel: Kernel, choice: Choice, problem: Any) -> str:
         """A family's `prepare` for one choice."""
         settings = ", ".join(f"{k}={v!r}" for k, v in vars(choice.config).items())
-        parts = [f"{self.names[kernel.name]}_body", f"{choice.family}.Config({settings})"]
+        parts = [self.body_of[kernel.name], f"{choice.family}.Config({settings})"]
         if kernel.group.contract is not None:
             parts.append(f"GemmProblem({', '.join(f'{k}={v!r}' for k, v in vars(problem).items())})")
         elif any(map(self.wide, kernel.segments)):
@@ -343,6 +353,19 @@ class _Text(str):
 
     def __repr__(self) -> str:
         return str(self)
+
+
+def _nameless(function: str) -> str:
+    """A function's text without comments, its own name and those of its variables replaced by numbers."""
+    (tree,) = ast.parse(function).body
+    assert isinstance(tree, ast.FunctionDef)
+    variables = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
+    made = dict.fromkeys(node.id for node in variables if isinstance(node.ctx, ast.Store))
+    numbers = {name: f"_{number}" for number, name in enumerate(made)}
+    for node in variables:
+        node.id = numbers.get(node.id, node.id)
+    tree.name = "_"
+    return ast.unparse(tree)
 
 
 def _python(value: Any) -> str:

@@ -159,9 +159,7 @@ class CompiledPiece:
             served = [(made.plan, made.call, r.lo, r.hi) for r, made in found if made is not None]
             key = *self._range, names
             if not lowered.options.target.interpreted and key not in lowered.warmed:
-                devices = [v.device for v in self.examples.values if isinstance(v, torch.Tensor)]
-                device = next((d for d in devices if d.type == "cuda"), torch.device("cuda"))
-                warm(served, device, names)
+                warm(served, self._device(), names)
                 lowered.warmed.add(key)
             runs = [None if loaded is None else self._bound(loaded, own) for _, loaded in found]
             made = _Regimes([r.hi for r, _ in found], runs, tuple(r for r, _ in found))
@@ -207,7 +205,7 @@ class CompiledPiece:
             loaded = lowered.loaded(sizes, unaligned)
         except Unsupported as cause:
             return self._fall_back(cause)
-        return self._bound(loaded, own, args)
+        return self._bound(loaded, own, args, unaligned)
 
     def _alignment(self, lowered: Lowered, misaligned: Sequence[int]) -> tuple[dict[str, torch.Tensor], frozenset[str]]:
         """The tensors that the piece holds, by the name they have in the plans, and what of all is not aligned."""
@@ -216,12 +214,18 @@ class CompiledPiece:
         unaligned = {name for name, tensor in own.items() if tensor.data_ptr() & 15}
         return own, frozenset(unaligned | {self._names[i] for i in misaligned})
 
-    def _bound(self, loaded: Loaded, own: dict[str, torch.Tensor], args: Sequence[Any] | None = None) -> Runner:
+    def _bound(
+        self,
+        loaded: Loaded,
+        own: dict[str, torch.Tensor],
+        args: Sequence[Any] | None = None,
+        unaligned: frozenset[str] = frozenset(),
+    ) -> Runner:
         """The plan with the piece's own tensors, warmed on `args` where they are given, and safe from overlap."""
         constants = tuple(own.get(name, tensor) for name, tensor in loaded.plan.constants.items())
         run = _runner(loaded, constants)
         if args is not None:
-            run = self._warmed(run, loaded, args)
+            run = self._warmed(run, loaded, args, unaligned)
         if loaded.plan.facts.absolute:
             run = self._at_start(run, constants)
         written = loaded.plan.facts.mutated
@@ -261,7 +265,7 @@ class CompiledPiece:
             self._names = [n.name for n in self._lowered.graph.graph.nodes if n.op == "placeholder"]
         return self._lowered
 
-    def _warmed(self, run: Runner, loaded: Loaded, args: Sequence[Any]) -> Runner:
+    def _warmed(self, run: Runner, loaded: Loaded, args: Sequence[Any], unaligned: frozenset[str]) -> Runner:
         """One run on these arguments, so that nothing is left to compile or to allocate when the caller captures a
         graph.
 
@@ -270,17 +274,24 @@ class CompiledPiece:
         """
         if self._lowered is None or self._lowered.options.target.interpreted:
             return run
-        written = loaded.plan.facts.mutated
-        trial = [a.clone() if name in written else a for name, a in zip(self._names, args, strict=True)]
+        facts = loaded.plan.facts
+        trial = [_copy(a, facts.absolute) if name in facts.mutated else a for name, a in zip(self._names, args, strict=True)]
         try:
-            if not loaded.plan.facts.foreign:
-                # Ops that run as themselves would run on memory nobody filled: their plans compile one by one.
+            if facts.foreign:
+                # Ops that run as themselves must not read memory that nobody filled.
+                warm([(loaded.plan, loaded.call, 0, 0)], self._device(), unaligned)
+            else:
                 with compiling_together():
                     run(*trial)
             run(*trial)
         except UNCOMPILED as cause:
             return self._fall_back(cause)
         return run
+
+    def _device(self) -> torch.device:
+        """Where the plans' scratch memory is."""
+        devices = [v.device for v in self.examples.values if isinstance(v, torch.Tensor)]
+        return next((d for d in devices if d.type == "cuda"), torch.device("cuda"))
 
     def _fall_back(self, cause: Exception) -> Runner:
         if not self.refusal:
@@ -290,6 +301,17 @@ class CompiledPiece:
             )
         self.refusal = str(cause)
         return self.graph.forward
+
+
+def _copy(tensor: torch.Tensor, whole: bool) -> torch.Tensor:
+    """A copy with the tensor's strides and alignment; `whole`: with all that its storage holds behind it as well."""
+    start, end = _span(tensor)
+    size = tensor.dtype.itemsize
+    count = tensor.untyped_storage().nbytes() // size - tensor.storage_offset() if whole else (end - start) // size
+    shift = start % 16 // size
+    memory = torch.empty(shift + count, dtype=tensor.dtype, device=tensor.device)
+    memory[shift:].copy_(tensor.as_strided((count,), (1,)))
+    return memory.as_strided(tensor.shape, tensor.stride(), shift)
 
 
 def _span(tensor: torch.Tensor) -> tuple[int, int]:

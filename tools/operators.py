@@ -40,6 +40,7 @@ WHY = {
     "random numbers: eager's own, so that a seed gives the same": ("native_dropout", "rand", "randn", "randperm"),
     "the result's size depends on data": ("nonzero",),
     "it reads a number for the host": ("_local_scalar_dense",),
+    "torch 2.11 has no parts for it": ("max_pool2d_with_indices_backward",),
     "bags of embeddings with offsets known at run time": ("_embedding_bag",),
 }
 REASONS = {name: why for why, names in WHY.items() for name in names}

@@ -185,3 +185,13 @@ def test_the_vendors_product_is_written_where_it_is_wanted(layout: str, device: 
     y = torch.full((7, 24), float("nan"), dtype=torch.bfloat16, device=device)
     gemm_vendor.prepare(None, gemm_vendor.Config(), problem)(x[:, ::2], torch.nn.Parameter(w), (y,))
     torch.testing.assert_close(y, reference(problem, x[:, ::2], w))
+
+
+def test_rows_that_share_memory_are_not_loaded_wide() -> None:
+    """Windows of a vector: rows as well as columns have stride 1, and only every fourth row starts at 16 bytes."""
+    problem = replace(DENSE, x_strides=(0, 1, 1), w_strides=(0, 1, 1))
+    config, _ = gemm_simple.choose(problem, H200)
+    launch = gemm_simple.prepare(None, config, problem)
+    assert launch.kernel(problem.x_strides, problem.w_strides).constexprs["STRIDE_FACTOR"] == 1
+    assert launch.kernel((0, 4096, 1), (0, 4096, 1)).constexprs["STRIDE_FACTOR"] == 16
+    assert launch.kernel((0, 4096, 1), (0, 1, 4096)).constexprs["STRIDE_FACTOR"] == 16

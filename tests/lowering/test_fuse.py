@@ -338,6 +338,20 @@ def test_a_piece_planned_twice_has_the_same_text(name: str) -> None:
     assert again.source == dumped(name, 1)[0].source
 
 
+def test_layers_share_their_bodies() -> None:
+    def fn(x: Any, *weights: Any) -> Any:
+        for w in weights:
+            x = torch.softmax(torch.nn.functional.linear(x, w).relu(), -1) + 1
+        return x.exp()
+
+    x, weights = odd(3, 8), [odd(8, 8, seed=i) for i in range(4)]
+    piece = same(lambda x, a, b, c, d: fn(x, a, b, c, d), x, *weights)
+    (loaded,) = piece.plans.values()
+    assert loaded.plan.facts.kernels == 8
+    # A product, rows, and the last rows, which end in exp.
+    assert loaded.plan.source.count("@triton.jit") == 3
+
+
 def test_a_chain_of_slices_does_not_double_with_every_link() -> None:
     x = odd(1, 3, 3, 3, 3)
     piece = same(lambda x: torch.nn.functional.pad(x, (1, 1, 1, 1, 1, 1), mode="circular"), x)

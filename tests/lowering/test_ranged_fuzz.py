@@ -101,7 +101,7 @@ def right(piece: CompiledPiece, fn: Callable[..., Any], size: int) -> None:
 
 
 def by_name(piece: CompiledPiece, values: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The arguments in the order in which the graph takes those it uses."""
-    held = dict(zip(("x", "w", "wide", "bias"), values, strict=True))
-    names = [n.name for n in piece.graph.graph.nodes if n.op == "placeholder"]
-    return [held[n.strip("_").removeprefix("l_")] for n in names if n.strip("_").removeprefix("l_") in held]
+    """The arguments in the order in which the graph takes those it uses, which Dynamo calls L_x_ or L_args_0_."""
+    held = dict(zip(("x", "w", "wide", "bias", "args_0", "args_1", "args_2", "args_3"), values * 2, strict=True))
+    names = [n.name.strip("_").removeprefix("l_") for n in piece.graph.graph.nodes if n.op == "placeholder"]
+    return [held[name] for name in names if name in held]

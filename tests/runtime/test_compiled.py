@@ -187,6 +187,37 @@ def test_the_first_run_writes_an_input_once(device):
     assert torch.equal(x, torch.ones_like(x))
 
 
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: x[3:].as_strided((2, 13), (27, 2)),
+        lambda x: x.unfold(0, 4, 1),
+        lambda x: x[1:9].view(2, 4).t().expand(3, 4, 2),
+        lambda x: x[:0],
+        lambda x: x[5],
+    ],
+)
+def test_a_copy_has_the_strides_and_the_alignment(make, whole, device):
+    x = make(torch.arange(64.0, device=device))
+    copy = compiled._copy(x, whole)
+    assert (copy.shape, copy.stride()) == (x.shape, x.stride())
+    assert torch.equal(copy, x)
+    assert not x.numel() or (copy.data_ptr() - x.data_ptr()) % 16 == 0
+
+
+def test_what_is_written_may_have_gaps(device):
+    def fn(x):
+        x.zero_()
+        return x.unsqueeze(0).expand(3, 2, 13)
+
+    memory = torch.ones(60, device=device)
+    x = memory[1:55].view(2, 27)[:, ::2][:, :13]
+    shown = CompiledPiece(graph_of(fn, 1), [x])(x)
+    assert shown.data_ptr() == x.data_ptr()
+    assert memory.sum() == 60 - 26
+
+
 def test_the_summary_counts_kernels_and_ops_as_themselves(middle, device):
     piece = CompiledPiece(middle.graph)
     assert piece.summary() == "not called yet"

@@ -50,7 +50,7 @@ def planning(monkeypatch):
 
 @pytest.mark.parametrize("name", ["llama-3.1-8b", "gpt2", "mixtral-8x7b"])
 def test_sizes_at_the_bounds_of_a_range_are_right(name, device):
-    piece = pieces(name, tiny=True, dtype=torch.float32)[1]
+    piece = pieces(name, tiny=True, dtype=torch.float32, device=device)[1]
     results = check_sizes(piece, (1, 2, 3, 16, 17, 64, 65, 70), device, (1, 70))
     assert [r.failures for r in results] == [[]] * 8
     # Beyond the range a size has its own plan.
