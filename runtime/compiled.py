@@ -275,7 +275,8 @@ class CompiledPiece:
         if self._lowered is None or self._lowered.options.target.interpreted:
             return run
         facts = loaded.plan.facts
-        trial = [_copy(a, facts.absolute) if name in facts.mutated else a for name, a in zip(self._names, args, strict=True)]
+        named = zip(self._names, args, strict=True)
+        trial = [_copy(a, facts.absolute) if name in facts.mutated else a for name, a in named]
         try:
             if facts.foreign:
                 # Ops that run as themselves must not read memory that nobody filled.
