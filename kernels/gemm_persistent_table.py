@@ -122,7 +122,7 @@ CONFIGS = measured(
 def vendor_us(problem: GemmProblem) -> float | None:
     """Return cuBLAS's time beside the measurements: between their m linear in m, beyond them in proportion."""
     row = row_of(CONFIGS, problem)
-    if not row or problem.paired:
+    if not row:
         return None
     below = max((m for m in row if m <= problem.m), default=None)
     above = min((m for m in row if m >= problem.m), default=None)

@@ -1,23 +1,30 @@
-"""The vendor's GEMM: y[M, N] = x[M, K] @ W by cuBLAS, where it is faster and nothing but the product is stored.
+"""The vendor's GEMM: y[M, N] = epilogue(x[M, K] @ W), the product by cuBLAS, the epilogue by a kernel of its own.
 
-Schedule: cuBLAS's own. It has tiles of any multiple of 8 and clusters that share a tile's loads, so it loses less where
-tiles of powers of two fill the last rows or the last wave badly: between 130 and 1000 tokens, mostly.
-A candidate like the others: chosen by time alone, its time being the one that was measured beside ours, or modelled.
-Bytes: x and W once, y once. FLOPs: 2 * M * N * K.
+Schedule: cuBLAS's. It has tiles of any multiple of 8 and clusters that share a tile's loads, so it loses less where
+tiles of powers of two fill the last rows or the last wave badly: between 130 and 1000 tokens, mostly. Where more than
+the product is stored, the product goes to memory, rounded to the operands' dtype, and a kernel reads it back in tiles
+and runs the same epilogue body on them as the other families do.
+A candidate like the others: chosen by time alone, its time being the one that was measured beside ours, or modelled,
+and that of the bytes that pass between the two.
+Bytes: x and W once, the product once, or three times with the epilogue's. FLOPs: 2 * M * N * K per accumulator.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 
 from . import gemm_persistent
-from .gemm import GemmProblem, reference, tma_obstacle
+from .gemm import GemmProblem, reference, silu_mul_sample, store_sample, tma_obstacle
 from .gemm_persistent_table import vendor_us
 from .jobs import CompileJob
+from .launch import Kernel
 from .target import Target
 
 __all__ = ["Config", "choose", "compile_jobs", "estimate_us", "prepare", "reference", "supports"]
@@ -32,6 +39,12 @@ FIXED_US = 5.0
 FLOPS = 820e12
 
 
+# The epilogue's tile: elements of a row by rows, 16 elements a thread.
+ROWS, COLUMNS, WARPS = 2, 2048, 8
+# What the epilogue's kernel costs beside its bytes.
+EPILOGUE_US = 2.0
+
+
 @dataclass(frozen=True)
 class Config:
     """Nothing to choose: cuBLAS has heuristics of its own."""
@@ -42,23 +55,24 @@ class Config:
 
 def supports(problem: GemmProblem) -> str | None:
     """Return why this family cannot do the problem, or why it is not asked, or None."""
-    if not problem.plain:
-        return "the epilogue is more than storing the product"
-    if problem.m <= 128:
+    if problem.m < 128:
         return f"{problem.m} tokens: reading W is the cost, and kernels of ours that overlap do it faster"
     if problem.dtype == torch.float32:
         return "fp32 is multiplied in the precision that the problem asks for by kernels of ours"
+    if problem.paired and problem.pair_offset != problem.n:
+        return f"the pair's halves of {problem.n} columns are {problem.pair_offset} apart: they are no single product"
     return tma_obstacle(problem)
 
 
 def choose(problem: GemmProblem, target: Target) -> tuple[Config, str]:
     """Return the config and why."""
     how = "estimated" if vendor_us(problem) is None else "measured (between its neighbours)"
-    return Config(), f"{how} {estimate_us(problem, Config(), target):.1f} us with the gap before it"
+    more = "" if problem.plain else " and the kernel of the epilogue after it"
+    return Config(), f"{how} {estimate_us(problem, Config(), target):.1f} us with the gap before it{more}"
 
 
 def estimate_us(problem: GemmProblem, config: Config, target: Target) -> float:
-    """Return what was measured, in between linear in m; else the model."""
+    """Return what was measured, in between linear in m; else the model; and what the epilogue's kernel adds."""
     if target.interpreted:
         return float("inf")
     us = vendor_us(problem) if target.arch == 90 else None
@@ -67,26 +81,96 @@ def estimate_us(problem: GemmProblem, config: Config, target: Target) -> float:
         sustained = problem.flops / (gemm_persistent.SUSTAINED_FLOPS * share)
         fastest = FIXED_US * 1e-6 + problem.flops / (FLOPS * share)
         us = max(sustained, fastest, problem.bytes_moved / target.bandwidth_bytes_s) * 1e6
+    if not problem.plain:
+        product = problem.accumulators * problem.dtype.itemsize
+        read_and_written = problem.m * problem.n * (product + (problem.epilogue_itemsize or problem.dtype.itemsize))
+        us += EPILOGUE_US + read_and_written / target.bandwidth_bytes_s * 1e6
     return us + GAP_US
 
 
-class VendorGemm:
-    """A prepared call; `t` holds the result's memory, [M, N] row-major."""
+@triton.jit(do_not_specialize=["m_size"])
+def vendor_epilogue_kernel(
+    product,
+    m_size,
+    t,
+    N: tl.constexpr,
+    PAIRED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PDL: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+):
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    # Rows before columns: a grid's second dimension ends at 65535.
+    m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    n = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    mask = (m < m_size) & (n < N)
+    WIDTH: tl.constexpr = 2 * N if PAIRED else N
+    acc = tl.load(product + m * WIDTH + n, mask=mask, other=0.0).to(tl.float32)
+    acc2 = tl.load(product + m * WIDTH + N + n, mask=mask, other=0.0).to(tl.float32) if PAIRED else acc
+    EPILOGUE(acc, acc2, m, n, mask, t)
 
-    def __init__(self, config: Config, problem: GemmProblem) -> None:
+
+def _constexprs(problem: GemmProblem, epilogue: Any, pdl: bool) -> dict[str, Any]:
+    columns = min(COLUMNS, triton.next_power_of_2(problem.n))
+    rows = ROWS * COLUMNS // columns
+    return {
+        "N": problem.n,
+        "PAIRED": problem.paired,
+        "ROWS": rows,
+        "COLUMNS": columns,
+        "PDL": pdl,
+        "EPILOGUE": epilogue,
+    }
+
+
+class VendorGemm:
+    """A prepared call. A plain product goes to `t[0]`, [M, N] row-major; another to memory of its own, from which the
+    epilogue takes it."""
+
+    def __init__(self, epilogue: Any, config: Config, problem: GemmProblem, pdl: bool) -> None:
         self.config, self.problem = config, problem
+        if not problem.plain:
+            self.kernel = Kernel(vendor_epilogue_kernel, _constexprs(problem, epilogue, pdl), WARPS, pdl=pdl)
 
     def __call__(self, x: torch.Tensor, w: torch.Tensor, t: tuple) -> None:
+        problem, m = self.problem, x.shape[0]
         # Like the kernels, which autograd never sees; `out=` refuses parameters otherwise.
         with torch.no_grad():
-            torch.mm(x, w.t() if self.problem.layout == "nk" else w, out=t[0])
+            product = t[0] if problem.plain else torch.empty(m, problem.w_columns, dtype=x.dtype, device=x.device)
+            torch.mm(x, w.t() if problem.layout == "nk" else w, out=product)
+        if not problem.plain:
+            rows, columns = self.kernel.constexprs["ROWS"], self.kernel.constexprs["COLUMNS"]
+            self.kernel((ceil(m / rows), ceil(problem.n / columns), 1), product, m, t)
 
 
 def prepare(epilogue: Any, config: Config, problem: GemmProblem, *, pdl: bool = False) -> VendorGemm:
-    """Fix everything that does not change between calls; `epilogue` says what is stored, and `pdl` has no meaning."""
-    return VendorGemm(config, problem)
+    """Fix everything that does not change between calls.
+
+    Args:
+        epilogue: `@triton.jit` body `(acc, acc2, m, n, mask, t)`; not run where the problem is plain.
+        config: from `choose`.
+        problem: sizes and strides; `m` is only a hint.
+        pdl: the epilogue's kernel takes part in programmatic dependent launch; cuBLAS does not.
+    """
+    return VendorGemm(epilogue, config, problem, pdl)
 
 
 def compile_jobs(arch: int) -> Iterable[CompileJob]:
-    """Yield nothing: there is nothing of ours to compile."""
-    return ()
+    """Yield the epilogue's kernel for a product and for a pair; cuBLAS comes compiled."""
+    if arch < 90:
+        return
+    for paired in (False, True):
+        problem = GemmProblem(512, 4096, 4096, torch.bfloat16, paired=paired, pair_offset=4096 if paired else 0)
+        yield CompileJob(
+            family="gemm_vendor",
+            label=f"epilogue{' paired' if paired else ''} bf16",
+            fn=vendor_epilogue_kernel,
+            signature={"product": "*bf16", "m_size": "i32", "t": ("*bf16",)},
+            constexprs=_constexprs(problem, silu_mul_sample if paired else store_sample, pdl=True),
+            num_warps=WARPS,
+            num_stages=3,
+            divisible=("product", "t"),
+        )

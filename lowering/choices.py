@@ -24,8 +24,8 @@ from ..kernels.segments import pdl_pays
 from .options import Options
 from .size import Size, Span, typical
 
-# GEMM families that can wait in the kernel for the one before.
-WAITING = ("gemm_skinny", "gemm_persistent")
+# GEMM families that can wait in the kernel for the one before; of the vendor's, the kernel of the epilogue.
+WAITING = ("gemm_skinny", "gemm_persistent", "gemm_vendor")
 # What a choice may take longer than the best for a size.
 LOSS = 0.03
 # Kernels compiled for one launch of a range, at most.
@@ -62,7 +62,8 @@ def choose(family: str, problem: Any, options: Options, looped: bool = False) ->
     pdl, target = options.pdl and options.target.pdl, options.target
     if isinstance(problem, GemmProblem):
         family, config, why = pick(problem, target)
-        return Choice(family, config, pdl and family in WAITING, why)
+        ours = family != "gemm_vendor" or not problem.plain
+        return Choice(family, config, pdl and ours and family in WAITING, why)
     if looped:
         config, why = rows.choose(problem, target, looped=True)
     else:

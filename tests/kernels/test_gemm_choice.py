@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from terrazzo.kernels import gemm_persistent, gemm_simple, gemm_skinny, gemm_vendor, workspace
-from terrazzo.kernels.gemm import GemmProblem, lookup, measured, pick, reference, tma_obstacle
+from terrazzo.kernels.gemm import (
+    GemmProblem,
+    lookup,
+    measured,
+    pick,
+    reference,
+    silu_mul_sample,
+    store_sample,
+    tma_obstacle,
+)
 from terrazzo.kernels.gemm_persistent_table import vendor_us
 from terrazzo.kernels.target import Target
 from terrazzo.lowering.errors import Unsupported
@@ -137,12 +146,18 @@ def plain(m: int, n: int, k: int) -> GemmProblem:
     return GemmProblem(m, n, k, torch.bfloat16, plain=True)
 
 
-def test_the_vendor_is_asked_for_bare_products_only() -> None:
+def test_the_vendor_is_taken_where_it_is_faster_with_the_epilogue_after_it() -> None:
     assert pick(plain(333, 4096, 14336), H200)[0] == "gemm_vendor"
-    assert pick(replace(plain(333, 4096, 14336), plain=False), H200)[0] == "gemm_persistent"
     assert pick(plain(16, 4096, 14336), H200)[0] == "gemm_skinny"
     assert pick(replace(plain(333, 4096, 14336), dtype=torch.float32), H200)[0] == "gemm_persistent"
     assert pick(plain(333, 64, 64), Target.interpreter())[0] != "gemm_vendor"
+    # At 256 tokens the two kernels are measured level: what the epilogue moves again decides.
+    assert pick(replace(plain(256, 4096, 12288), plain=False), H200)[0] == "gemm_persistent"
+    glu = replace(plain(333, 14336, 4096), paired=True, pair_offset=14336, plain=False)
+    family, _, why = pick(glu, H200)
+    assert family == "gemm_vendor" and "the kernel of the epilogue after it" in why
+    assert "28672 apart" in (gemm_vendor.supports(replace(glu, pair_offset=28672)) or "")
+    assert pick(replace(glu, m=2048), H200)[0] == "gemm_persistent"
 
 
 def test_what_was_not_taken_is_named_with_its_time() -> None:
@@ -185,6 +200,20 @@ def test_the_vendors_product_is_written_where_it_is_wanted(layout: str, device: 
     y = torch.full((7, 24), float("nan"), dtype=torch.bfloat16, device=device)
     gemm_vendor.prepare(None, gemm_vendor.Config(), problem)(x[:, ::2], torch.nn.Parameter(w), (y,))
     torch.testing.assert_close(y, reference(problem, x[:, ::2], w))
+
+
+@pytest.mark.parametrize("layout", ["nk", "kn"])
+@pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize("n", [24, 2056])
+def test_the_vendors_product_gets_its_epilogue(layout: str, paired: bool, n: int, device: torch.device) -> None:
+    problem = GemmProblem(7, n, 16, torch.bfloat16, layout, paired, n if paired else 0)
+    x, w = (torch.randn(*shape).to(device, torch.bfloat16) for shape in ((7, 16), problem.w_shape))
+    y = torch.full((7, 4096), float("nan"), dtype=torch.bfloat16, device=device)
+    body = silu_mul_sample if paired else store_sample
+    gemm_vendor.prepare(body, gemm_vendor.Config(), problem)(x, w, (y,))
+    glu = (lambda gate, up: torch.nn.functional.silu(gate) * up) if paired else None
+    torch.testing.assert_close(y[:, :n], reference(problem, x, w, glu), atol=0.02, rtol=0.02)
+    assert y[:, n:].isnan().all()
 
 
 def test_rows_that_share_memory_are_not_loaded_wide() -> None:
