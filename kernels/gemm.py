@@ -117,26 +117,30 @@ class Measured:
         config: the family's `Config`.
         us: its time.
         vendor_us: cuBLAS (`F.linear`, without the epilogue) in the same run.
+        source: on what, and when.
     """
 
     config: Any
     us: float
     vendor_us: float
+    source: str = ""
 
-    def why(self, source: str) -> str:
-        return f"measured {self.us:.1f} us, cuBLAS {self.vendor_us:.1f} us ({source})"
+    @property
+    def why(self) -> str:
+        return f"measured {self.us:.1f} us, cuBLAS {self.vendor_us:.1f} us ({self.source})"
 
 
 # (n, k, paired) -> largest m of the bucket -> what won there.
 Table = Mapping[tuple[int, int, bool], Mapping[int, Measured]]
 
 
-def measured(config: Any, rows: str) -> Table:
+def measured(config: Any, rows: str, source: str) -> Table:
     """Read a table of measurements: a header, then a row of N, K, one|pair, m, the config's fields, us and cuBLAS us.
 
     Args:
         config: the family's `Config`; its fields are ints or bools, in the order of the columns.
         rows: the table as text.
+        source: on what the times were taken, and when.
     """
     table: dict[tuple[int, int, bool], dict[int, Measured]] = {}
     kinds: list[Callable[[int], Any]] = [type(getattr(config, field.name, 0)) for field in fields(config)]
@@ -144,8 +148,17 @@ def measured(config: Any, rows: str) -> Table:
         n, k, accumulators, m, *values, us, vendor_us = row.split()
         made = config(*(kind(int(value)) for kind, value in zip(kinds, values, strict=True)))
         line = table.setdefault((int(n), int(k), accumulators == "pair"), {})
-        line[int(m)] = Measured(made, float(us), float(vendor_us))
+        line[int(m)] = Measured(made, float(us), float(vendor_us), source)
     return table
+
+
+def joined(*tables: Table) -> Table:
+    """Tables of different sources as one, each row by m."""
+    whole: dict[tuple[int, int, bool], dict[int, Measured]] = {}
+    for table in tables:
+        for key, row in table.items():
+            whole[key] = dict(sorted({**whole.get(key, {}), **row}.items()))
+    return whole
 
 
 def row_of(table: Table, problem: GemmProblem) -> Mapping[int, Measured]:

@@ -40,7 +40,7 @@ from .jobs import CompileJob
 from .launch import Kernel
 from .target import Target
 
-__all__ = ["CONFIGS", "Config", "choose", "compile_jobs", "estimate_us", "prepare", "reference", "supports"]
+__all__ = ["CONFIGS", "EVIDENCE", "Config", "choose", "compile_jobs", "estimate_us", "prepare", "reference", "supports"]
 
 
 def supports(problem: GemmProblem) -> str | None:
@@ -61,12 +61,13 @@ def choose(problem: GemmProblem, target: Target) -> tuple[Config, str]:
     if (hit := row.get(problem.m)) is not None:
         config = _fitted(problem, hit.config, target)
         how = "" if config == hit.config else f"; the epilogue is wider than the measured one: {config.parts} parts"
-        return config, hit.why(EVIDENCE) + how
+        return config, hit.why + how
     tried = [_fitted(problem, hit.config, target) for hit in row.values()] or list(_candidates(problem, target))
     config = min(tried, key=lambda c: estimate_us(problem, c, target))
     us = estimate_us(problem, config, target)
     if row:
-        return config, f"{us:.1f} us by the waves of what was measured at {', '.join(map(str, row))} ({EVIDENCE})"
+        sources = "; ".join(dict.fromkeys(hit.source for hit in row.values()))
+        return config, f"{us:.1f} us by the waves of what was measured at {', '.join(map(str, row))} ({sources})"
     return config, f"estimated {us:.1f} us, no measurement for this N and K"
 
 
@@ -111,7 +112,9 @@ def estimate_us(problem: GemmProblem, config: Config, target: Target) -> float:
             return row[nearest].us
         wave_us = (row[nearest].us - FIXED_US) / _waves(replace(problem, m=nearest), config, target)
     floor_us = max(problem.flops / limit, problem.bytes_moved / target.bandwidth_bytes_s) * 1e6
-    return FIXED_US + max(_waves(problem, config, target) * wave_us, floor_us)
+    # No config tried was faster for fewer tokens than the best of them, so none is for more.
+    fewer_us = max((hit.us for m, hit in row.items() if m <= problem.m), default=0.0)
+    return max(FIXED_US + max(_waves(problem, config, target) * wave_us, floor_us), fewer_us)
 
 
 def _waves(problem: GemmProblem, config: Config, target: Target) -> int:

@@ -123,6 +123,7 @@ CONFIGS = measured(
 14336  4096 pair   64   64  64 128   2   4   1   0   0    59.5    62.1
 14336  4096 pair  128  128  64  64   3   4   1   0   0    63.2    64.7
 """,
+    EVIDENCE,
 )
 
 
@@ -141,7 +142,7 @@ def choose(problem: GemmProblem, target: Target) -> tuple[Config, str]:
         m, n, k = (max(16, triton.next_power_of_2(size)) for size in (problem.m, problem.n, problem.k))
         return Config(min(m, 128), min(n, 256), min(k, 256), 1, 4, 1), "interpreter: few programs, large tiles"
     if target.arch == 90 and (hit := lookup(CONFIGS, BUCKETS, problem)) is not None:
-        return hit.config, hit.why(EVIDENCE)
+        return hit.config, hit.why
     config = min(_candidates(problem, target), key=lambda c: estimate_us(problem, c, target))
     return config, f"estimated {estimate_us(problem, config, target):.1f} us, no measurement for this N and K"
 
