@@ -3,7 +3,8 @@
 Enters: a problem as the families see it (`GemmProblem`, `Problem`), whose numbers may be `Size`s. Leaves: a `Choice`,
 or for a range a table of them by the largest size each serves. The launch looks its own size up in that table, so that
 the tile is always that of the size that runs. The families are asked at a grid of sizes that holds every bound of their
-tables and every multiple of 64 where that decides how many tiles there are; sizes between take the choice above them.
+tables and every multiple of 32, then of 64, where that decides how many tiles there are; sizes between take the choice
+above them.
 
 Each choice is a kernel to compile, so a few stand for all: as few as keep every size of the grid within `LOSS` of its
 own best by the families' estimates. Where the best was measured it is taken itself. Refuses nothing.
@@ -97,22 +98,23 @@ def by_size(family: str, problem: Any, options: Options, looped: bool = False) -
 
 def _fewer(best: Mapping[int, Choice], problem: GemmProblem, options: Options) -> dict[int, Choice]:
     """A choice for every size of the grid out of few."""
-    below = dict(zip(best, (0, *best), strict=False))
+    span = _span(problem)
+    assert span is not None
+    # The smallest and the largest size that a bound's choice serves.
+    smallest = (max(span.lo, 1), *(bound + 1 for bound in best))
+    ends = {bound: {first, bound} for first, bound in zip(smallest, best, strict=False)}
+    asked = {size: at_size(problem, size) for size in {s for pair in ends.values() for s in pair}}
+    least = {size: _us(choose("", at, options), at, options) for size, at in asked.items()}
+    fixed = {b for b, choice in best.items() if _measured(choice, asked[b], options)}
 
     def loss(choice: Choice, bound: int) -> float:
-        """What it takes longer than the best, at the smallest or largest size between two bounds."""
-        if choice.key == best[bound].key and _measured(choice, at_size(problem, bound), options):
+        """What it takes longer than the best, at the most."""
+        if choice.key == best[bound].key and bound in fixed:
             return 0.0
-        lost = 0.0
-        for size in {below[bound] + 1, bound} if below[bound] else {bound}:
-            asked = at_size(problem, size)
-            times = [_us(c, asked, options) for c in (choice, choose("", asked, options))]
-            lost = max(lost, times[0] / times[1] - 1)
-        return lost
+        return max(0.0, *(_us(choice, asked[size], options) / least[size] - 1 for size in ends[bound]))
 
     candidates = list({choice.key: choice for choice in best.values()}.values())
     losses = {(c.key, b): loss(c, b) for c in candidates for b in best}
-    fixed = {b for b, choice in best.items() if _measured(choice, at_size(problem, b), options)}
     serves = {
         c.key: {b for b, own in best.items() if c.key == own.key or (b not in fixed and losses[c.key, b] <= LOSS)}
         for c in candidates
@@ -153,13 +155,14 @@ def _span(problem: Any) -> Span | None:
 
 
 def _grid(span: Span) -> list[int]:
-    """Sizes to ask at, the largest among them: powers of two, then multiples of 16, of 64, and 16 to each power."""
+    """Sizes to ask at, the largest among them: powers of two, then multiples of 16, of 32, of 64, and 16 to each
+    power."""
 
     def bounds() -> Iterator[int]:
         bound = 1
         while bound < span.hi:
             yield bound
-            step = bound if bound < 16 else 16 if bound < 128 else 64
+            step = bound if bound < 16 else 16 if bound < 128 else 32 if bound < 512 else 64
             bound += max(step, (1 << bound.bit_length()) // 32)
         yield span.hi
 

@@ -132,7 +132,8 @@ class _Writer:
         layers of a model do: then both share it, and what it compiles to."""
         name = f"{self.names[kernel.name]}_body"
         text = self.function(kernel, name)
-        self.body_of[kernel.name] = self.bodies.setdefault(_nameless(text), name)
+        what = text if is_looped(kernel) else nameless(text)  # the former are four functions
+        self.body_of[kernel.name] = self.bodies.setdefault(what, name)
         return text if self.body_of[kernel.name] == name else ""
 
     def function(self, kernel: Kernel, name: str) -> str:
@@ -355,10 +356,12 @@ class _Text(str):
         return str(self)
 
 
-def _nameless(function: str) -> str:
-    """A function's text without comments, its own name and those of its variables replaced by numbers."""
+def nameless(function: str) -> str:
+    """A function's text without comments and decorators, its own name and those of its variables replaced by numbers:
+    equal for functions that do the same to their arguments."""
     (tree,) = ast.parse(function).body
     assert isinstance(tree, ast.FunctionDef)
+    tree.decorator_list = []
     variables = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
     made = dict.fromkeys(node.id for node in variables if isinstance(node.ctx, ast.Store))
     numbers = {name: f"_{number}" for number, name in enumerate(made)}

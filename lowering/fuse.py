@@ -66,7 +66,9 @@ class _State:
         self.span: dict[int, tuple[int, int]] = {}
         self.version: dict[int, int] = {}
         self.graph = nx.DiGraph()
+        # Groups stay here, so their identity names them.
         self.composed: dict[frozenset[str], Group | str] = {}
+        self.moved: dict[int, int] = {}
         self.refusals: dict[tuple[int, int], str] = {}
         self.heap: list[tuple[float, int, int, int, int]] = []
         definitions = deps.values.definitions
@@ -204,11 +206,16 @@ class _State:
         both = self.compose(self.members[a] | self.members[b])
         if isinstance(both, str):
             return both if self.product(b) is None else f"the operands of %{self.product(b)} are read from memory"
-        values = self.deps.values
         parts = [self.compose(self.members[n]) for n in (a, b)]
-        spared = sum(traffic(g, values) for g in parts if isinstance(g, Group)) - traffic(both, values)
+        spared = sum(self.traffic(g) for g in parts if isinstance(g, Group)) - self.traffic(both)
         saved = self.us(spared) + LAUNCH_US
         return saved if saved > 0 else f"it saves nothing: {-spared} bytes more would be moved"
+
+    def traffic(self, group: Group) -> int:
+        """Bytes that a group's kernel moves; it is weighed against every neighbour."""
+        if id(group) not in self.moved:
+            self.moved[id(group)] = traffic(group, self.deps.values)
+        return self.moved[id(group)]
 
     def us(self, count: int) -> float:
         """Microseconds that so many bytes take."""

@@ -34,7 +34,7 @@ from ..lowering.ranged import Regime
 from .cache import Shelf
 from .fingerprint import fingerprint
 from .lowered import Loaded, Lowered, Runner
-from .warm import warm
+from .warm import uncollected, warm
 
 log = logging.getLogger("terrazzo")
 
@@ -140,7 +140,8 @@ class CompiledPiece:
             why = f"the piece has {len(self._places)} sizes, a range is of one"
             return (Regime(lo, hi, None, why),)
         self._range = lo, hi
-        return self._served(()).regimes
+        with uncollected():
+            return self._served(()).regimes
 
     def _in_range(self, sizes: tuple[int, ...], misaligned: tuple[int, ...]) -> Runner | None:
         """The plan of the range for this size, if it has one."""

@@ -2,8 +2,8 @@
 
 The text is executed in a module of its own. It was made in this process, or comes from a cache that nobody else may
 write to (cache.py), so nobody else's code can run here. Its lines are known to `linecache`, so that Triton finds the
-bodies' source and tracebacks show it. Bodies with equal text are one and the same object in a process: kernels for two
-token counts that differ in nothing but their arguments share one binary.
+bodies' source and tracebacks show it. Bodies that differ in names only are one and the same object in a process:
+kernels for two token counts, or of two pieces, that differ in nothing but their arguments share one binary.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import triton
 
-from ..lowering.emit import Plan
+from ..lowering.emit import Plan, nameless
 
 _BODIES: dict[str, Any] = {}
 
@@ -39,4 +39,4 @@ def _interned(body: Any) -> Any:
         return body
     # Triton's cache key holds the line a function starts on; a body is the same wherever its module puts it.
     body.starting_line_number = 1
-    return _BODIES.setdefault(body.src, body)
+    return _BODIES.setdefault(nameless(body.src), body)

@@ -12,8 +12,10 @@ there is.
 
 from __future__ import annotations
 
+import gc
 import logging
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -59,6 +61,19 @@ def warm(
     for kernel, args in noted:
         kernel.precompile(*args)
     workspace.reserve(device, META)
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Inside, no garbage is collected: planning makes millions of objects that live on, and every full collection among
+    them walks all that the process holds, vLLM's models and tokenizers included."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def telling(facts: Facts, lo: int, hi: int) -> list[int]:
