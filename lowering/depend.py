@@ -32,9 +32,9 @@ CHEAP_OPERATIONS = 12
 # slices, each cheap, would else end in one body that holds them all.
 INLINED_LENGTH = BODY_LIMIT // 4
 # What follows a GEMM and is no wider than its result stands in its epilogue; up to this size, unrounded sums as well.
-# Beyond, a wider copy of the result (a sum in fp32) costs more than its readers lose by computing it from the GEMM's own. On an H100 at 8192 x 4096
-# (bf16, torch 2.11, triton 3.6, 2026-11-25) a residual added and stored in fp32 made o_proj take 516 us and down
-# 1508 us, where cuBLAS and our kernels without it take about 400 and 1340.
+# Beyond, a wider copy of the result (a sum in fp32) costs more than its readers lose by computing it from the GEMM's
+# own. On an H100 at 8192 x 4096 (bf16, torch 2.11, triton 3.6, 2026-11-25) a residual added and stored in fp32 made
+# o_proj take 516 us and down 1508 us, where cuBLAS and our kernels without it take about 400 and 1340.
 EPILOGUE_BYTES = 2_000_000
 
 

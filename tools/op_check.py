@@ -1,9 +1,10 @@
 """One operator in one dtype: every sample through Dynamo and as an ATen graph, against eager and fp64.
 
-What is compared stands in compare.py. Three kinds of differences are torch's own and are counted, not hidden: an
+What is compared stands in compare.py. Four kinds of differences are torch's own and are counted, not hidden: an
 operator that draws random numbers is compared in geometry where it draws others than eager under the same seed; strides
-and shared memory may be those that torch's fake tensors promise where eager breaks that promise; and a case that Dynamo
-or `make_fx` cannot take without us is none of ours.
+and shared memory may be those that torch's fake tensors promise where eager breaks that promise; a result may be, to
+the last bit, that of torch's own trace, which is what comes to a compiler; and a case that Dynamo or `make_fx` cannot
+take without us is none of ours.
 """
 
 from __future__ import annotations
@@ -156,6 +157,17 @@ class _References:
             return None
 
 
+    def traced(self) -> Any:
+        """What torch makes of its own trace of the call, op by op; None where it cannot trace it. A trace may take
+        another way than eager: of a condition number's singular values it computes the vectors as well."""
+        call = compare.copied(self.given)
+        try:
+            graph, tensors, rebuilt = _recorded(self.case.fn, call, "fake")
+            return rebuilt(_outcome(graph, (tensors, {}), 0)[0]), call
+        except Exception:
+            return None
+
+
 class _Drawing(TorchDispatchMode):
     """Notices ops that draw random numbers."""
 
@@ -217,6 +229,10 @@ def _compare(ours: Any, references: _References, result: Result) -> str:
         if promised is not None and compare.placing(ours, promised) is None:
             result.aside["strides or sharing as torch's fake tensors promise, not as eager has them"] += 1
             return ""
+    traced = references.traced()
+    if traced is not None and compare.difference(ours, traced, None) is None:
+        result.aside["as torch's own trace of it computes, which is not as eager does"] += 1
+        return ""
     return wrong
 
 
@@ -268,31 +284,34 @@ class _Aten:
         self.pieces: list[CompiledPiece] = []
 
     def __call__(self, call: Any) -> Any:
-        leaves, structure = pytree.tree_flatten(call)
-        places = [i for i, v in enumerate(leaves) if isinstance(v, torch.Tensor)]
-        shape: list[Any] = []
-
-        def flat(*tensors: torch.Tensor) -> list[Any]:
-            given = list(leaves)
-            for place, tensor in zip(places, tensors, strict=True):
-                given[place] = tensor
-            args, kwargs = pytree.tree_unflatten(given, structure)
-            made, out = pytree.tree_flatten(self.fn(*args, **kwargs))
-            shape.append(out)
-            return made
-
         try:
-            torch.manual_seed(0)
-            spare = [t for t in pytree.tree_leaves(compare.copied(call)) if isinstance(t, torch.Tensor)]
-            with torch.no_grad(), _quiet():
-                graph = make_fx(flat)(*spare)
+            graph, tensors, rebuilt = _recorded(self.fn, call, "real")
         except Exception as error:
             raise _NotOurs(f"make_fx cannot record it: {type(error).__name__}") from None
-        tensors = [leaves[p] for p in places]
         piece = CompiledPiece(graph, compare.copied(tensors))
         self.pieces.append(piece)
-        made, _ = _outcome(piece, (tensors, {}), 0)
-        return pytree.tree_unflatten(list(made), shape[-1]), call
+        return rebuilt(_outcome(piece, (tensors, {}), 0)[0]), call
+
+
+def _recorded(fn: Callable[..., Any], call: Any, mode: str) -> tuple[fx.GraphModule, list[Any], Callable[[Any], Any]]:
+    """The graph of a call, of its tensors alone; these; and what makes the call's result of the graph's."""
+    leaves, structure = pytree.tree_flatten(call)
+    places = [i for i, v in enumerate(leaves) if isinstance(v, torch.Tensor)]
+    shape: list[Any] = []
+
+    def flat(*tensors: torch.Tensor) -> list[Any]:
+        given = list(leaves)
+        for place, tensor in zip(places, tensors, strict=True):
+            given[place] = tensor
+        args, kwargs = pytree.tree_unflatten(given, structure)
+        made, out = pytree.tree_flatten(fn(*args, **kwargs))
+        shape.append(out)
+        return made
+
+    torch.manual_seed(0)
+    with torch.no_grad(), _quiet():
+        graph = make_fx(flat, tracing_mode=mode)(*_tensors(compare.copied(call)))
+    return graph, [leaves[p] for p in places], lambda made: pytree.tree_unflatten(list(made), shape[-1])
 
 
 @contextmanager
