@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -293,7 +293,9 @@ class _Aten:
         return rebuilt(_outcome(piece, (tensors, {}), 0)[0]), call
 
 
-def _recorded(fn: Callable[..., Any], call: Any, mode: str) -> tuple[fx.GraphModule, list[Any], Callable[[Any], Any]]:
+def _recorded(
+    fn: Callable[..., Any], call: Any, mode: Literal["real", "fake"]
+) -> tuple[fx.GraphModule, list[Any], Callable[[Any], Any]]:
     """The graph of a call, of its tensors alone; these; and what makes the call's result of the graph's."""
     leaves, structure = pytree.tree_flatten(call)
     places = [i for i, v in enumerate(leaves) if isinstance(v, torch.Tensor)]
