@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 import torch
 
@@ -88,6 +89,7 @@ def _union(spans: Iterable[tuple[int, int]]) -> int:
     return covered
 
 
+@lru_cache(maxsize=1 << 14)
 def footprint(offset: Affine) -> int:
     """Elements that one read at this offset touches: as many as its variables take values."""
     seen: dict[int, int] = {}

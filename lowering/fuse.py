@@ -19,7 +19,7 @@ import networkx as nx
 from .cost import traffic
 from .depend import Dependencies
 from .errors import InternalError
-from .group import Group, Refused, compose
+from .group import Elements, Group, Refused, compose
 from .options import Options
 from .size import typical
 from .values import Contract, Empty, Extern, Item, Values
@@ -72,6 +72,9 @@ class _State:
         self.refusals: dict[tuple[int, int], str] = {}
         self.heap: list[tuple[float, int, int, int, int]] = []
         definitions = deps.values.definitions
+        self.elements = Elements()
+        for made in definitions.values():
+            self.elements.add(made, list(deps.graph.predecessors(made.name)))
         kept = [n for n in definitions if n not in deps.inlined or n in deps.pinned]
         self.reads = reads = {n: deps.reads(n) for n in kept}
         self.readers: dict[str, set[str]] = {n: set() for n in kept}
@@ -112,11 +115,19 @@ class _State:
         """The group of these members, or why there is none."""
         if members not in self.composed:
             try:
-                made = compose(members, self.needed(members), self.deps.values, self.deps.inlined)
-                self.composed[members] = made
+                self.composed[members] = self.composition(members, self.elements)
             except Refused as reason:
                 self.composed[members] = str(reason)
         return self.composed[members]
+
+    def composition(self, members: frozenset[str], elements: Elements | None = None) -> Group:
+        """The group of these members.
+
+        Raises:
+            Refused: there is none.
+        """
+        needed, deps = self.needed(members), self.deps
+        return compose(members, needed, deps.values, deps.inlined, elements=elements)
 
     def silent(self, number: int) -> bool:
         """Groups that no fusion concerns: ops as themselves, their results, and bare memory."""
@@ -244,10 +255,10 @@ def fuse(deps: Dependencies, options: Options) -> Fused:
     order = list(nx.lexicographical_topological_sort(state.graph, key=lambda n: n))
     groups = []
     for number in order:
-        group = state.compose(state.members[number])
-        if isinstance(group, str):
-            raise InternalError(", ".join(sorted(state.members[number])), group, stage="fuse")
-        groups.append(group)
+        try:
+            groups.append(state.composition(state.members[number]))
+        except Refused as reason:
+            raise InternalError(", ".join(sorted(state.members[number])), str(reason), stage="fuse") from reason
     named = {n: g.name for n, g in zip(order, groups, strict=True)}
     reasons = tuple(Refusal(named[a], named[b], why) for (a, b), why in sorted(state.refusals.items()))
     return Fused(deps, tuple(groups), reasons)

@@ -19,7 +19,7 @@ from .affine import Affine, Var, contiguous_strides, delinearize, linear, substi
 from .define import at_flat
 from .expr import Acc, Apply, Expr, Load, Masked, RowScalar, children, const, loads, rewrite, walk
 from .size import alike, typical
-from .values import RUNNING, Contract, Extern, Item, Layout, Map, Reduce, Values
+from .values import RUNNING, Contract, Definition, Extern, Item, Layout, Map, Reduce, Values
 
 ROW, COL = 0, 1
 
@@ -102,8 +102,44 @@ class Group:
         return loads(*(r.expr for r in self.reductions), *(s.expr for s in self.stores))
 
 
+@dataclass
+class Elements:
+    """Expressions that many compositions of one piece need alike: of a value at an index, in a domain, out of the
+    members that it is computed from. Those with a reduction or a product among them belong to their kernel alone.
+
+    Args:
+        bits: a bit for each value.
+        above: what each value is computed from, whole way up.
+        tied: reductions and products.
+        known: what was composed.
+    """
+
+    bits: dict[str, int] = field(default_factory=dict)
+    above: dict[str, int] = field(default_factory=dict)
+    tied: int = 0
+    known: dict[tuple[object, ...], Expr] = field(default_factory=dict)
+
+    def add(self, made: Definition, sources: Collection[str]) -> None:
+        """The next value, in an order in which its sources come before it."""
+        bit = self.bits[made.name] = 1 << len(self.bits)
+        self.above[made.name] = bit
+        for source in sources:
+            self.above[made.name] |= self.above.get(source, 0)
+        if isinstance(made, (Reduce, Contract)):
+            self.tied |= bit
+
+    def mask(self, names: Collection[str]) -> int:
+        """The bits of these values."""
+        return sum(self.bits[name] for name in names)
+
+
 def compose(
-    members: Collection[str], needed: Collection[str], values: Values, inlined: Collection[str], cols: int = 0
+    members: Collection[str],
+    needed: Collection[str],
+    values: Values,
+    inlined: Collection[str],
+    cols: int = 0,
+    elements: Elements | None = None,
 ) -> Group:
     """One kernel for these values.
 
@@ -113,6 +149,7 @@ def compose(
         values: all definitions.
         inlined: values that every reader computes for itself.
         cols: for a pointwise group, how its elements are cut into columns; 0 for one long row.
+        elements: kept for further compositions of the piece; the group's `names` are then not complete.
 
     Raises:
         Refused: they do not fit one kernel.
@@ -123,7 +160,7 @@ def compose(
         return _alone(order, made[0])
     if any(isinstance(v, (Extern, Item)) for v in made):
         raise Refused("an op that runs as itself shares no kernel")
-    composer = _Composer(order, tuple(n for n in order if n in needed), values, frozenset(inlined))
+    composer = _Composer(order, tuple(n for n in order if n in needed), values, frozenset(inlined), elements)
     products = [v for v in made if isinstance(v, Contract)]
     reductions = [v for v in made if isinstance(v, Reduce)]
     if len(products) > 1:
@@ -147,8 +184,10 @@ class _Composer:
     needed: tuple[str, ...]
     values: Values
     inlined: frozenset[str]
+    elements: Elements | None = None
 
     def __post_init__(self) -> None:
+        self.mask = self.elements.mask(self.order) if self.elements is not None else 0
         self.rows = self.cols = 0
         self.memo: dict[tuple[str, tuple[Affine, ...]], Expr] = {}
         self.reductions: dict[str, Reduction] = {}
@@ -254,9 +293,19 @@ class _Composer:
         key = name, place
         if key not in self.memo:
             assert isinstance(made, Map)
-            self._check_repeated(made, place)
-            self.memo[key] = self._inline(made.expr, dict(enumerate(place)))
+            self.memo[key] = self._mapped(made, place)
         return self.memo[key] if layout.numel else const(0, layout.dtype)
+
+    def _mapped(self, made: Map, place: tuple[Affine, ...]) -> Expr:
+        used = self.mask & self.elements.above[made.name] if self.elements is not None else 0
+        if self.elements is None or used & self.elements.tied:
+            self._check_repeated(made, place)
+            return self._inline(made.expr, dict(enumerate(place)))
+        key = made.name, place, used, self.rows, self.cols
+        if key not in self.elements.known:
+            self._check_repeated(made, place)
+            self.elements.known[key] = self._inline(made.expr, dict(enumerate(place)))
+        return self.elements.known[key]
 
     def _inline(self, expr: Expr, place: Mapping[int, Affine]) -> Expr:
         def leaf(node: Expr) -> Expr | None:
