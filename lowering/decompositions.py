@@ -95,6 +95,7 @@ def table() -> Mapping[Any, Callable[..., Any]]:
     rules = {op: rule for op, rule in core_aten_decompositions().items() if op not in kept}
     rules.update(get_decompositions(list(TAKEN_APART)))
     rules[aten.linalg_vector_norm.default] = _vector_norm(rules[aten.linalg_vector_norm.default])
+    rules[aten.linspace.default] = _linspace(rules[aten.linspace.default])
     # Taken apart, what draws random numbers would draw others than eager does from the same seed.
     return {op: rule for op, rule in rules.items() if torch.Tag.nondeterministic_seeded not in op.tags}
 
@@ -108,6 +109,20 @@ def _vector_norm(rule: Callable[..., Any]) -> Callable[..., Any]:
         return rule(x, ord, dims, *rest, **kwargs)
 
     return norm
+
+
+def _linspace(rule: Callable[..., Any]) -> Callable[..., Any]:
+    """torch's rule, but for whole numbers what its kernels do: they cut both ends first (ATen's RangeFactories)."""
+
+    def linspace(start: Any, end: Any, steps: int, *, dtype: Any = None, device: Any = None, **kwargs: Any) -> Any:
+        if dtype is None or dtype.is_floating_point or dtype.is_complex or dtype == torch.bool or steps < 2:
+            return rule(start, end, steps, dtype=dtype, device=device, **kwargs)
+        start, end = int(start), int(end)
+        wide = torch.float64 if torch.device(device or "cpu").type == "cpu" else torch.float32
+        at, step = torch.arange(steps, dtype=wide, device=device), (end - start) / (steps - 1)
+        return torch.where(at < steps // 2, start + step * at, end - step * (steps - 1 - at)).to(dtype)
+
+    return linspace
 
 
 def _overloads(packet: Any) -> list[Any]:

@@ -254,3 +254,11 @@ def test_copies_of_views() -> None:
     same(lambda x: torch.view_copy(x, (6, 2)), odd(3, 4))
     same(lambda x: (torch.permute_copy(x, (1, 0)), torch.narrow_copy(x, 1, 1, 2)), odd(3, 4))
     same(lambda x: (torch.unbind_copy(x, 1), torch.as_strided_copy(x, (2, 2), (1, 3))), odd(3, 4))
+
+
+@pytest.mark.parametrize(("start", "end", "steps"), [(4.3, 1, 50), (-3.5, 3.5, 8), (10, 2.5, 6), (0, 7, 1), (1, 5, 0)])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.float32])
+def test_steps_between_two_ends(dtype: torch.dtype, start: float, end: float, steps: int) -> None:
+    if dtype == torch.uint8:
+        start = abs(start)
+    same(lambda x: torch.linspace(start, end, steps, dtype=dtype, device=x.device) + x, odd(1, dtype=dtype))
