@@ -48,6 +48,7 @@ class GemmProblem:
         allow_tf32: fp32 operands may be rounded to TF32.
         epilogue_itemsize: bytes of the widest element that the epilogue reads or stores per column; 0: as the operands.
         plain: the epilogue stores the product as it is, dense and in the operands' dtype.
+        rounds: the sums may be rounded to the operands' dtype before the epilogue, as eager rounds them there.
     """
 
     m: int
@@ -64,6 +65,7 @@ class GemmProblem:
     allow_tf32: bool = False
     epilogue_itemsize: int = 0
     plain: bool = False
+    rounds: bool = False
 
     @property
     def w_columns(self) -> int:

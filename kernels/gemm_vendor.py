@@ -3,7 +3,7 @@
 Schedule: cuBLAS's. It has tiles of any multiple of 8 and clusters that share a tile's loads, so it loses less where
 tiles of powers of two fill the last rows or the last wave badly: between 130 and 1000 tokens, mostly. Where more than
 the product is stored, the product goes to memory, rounded to the operands' dtype, and a kernel reads it back in tiles
-and runs the same epilogue body on them as the other families do.
+and runs the same epilogue body on them as the other families do; only where eager rounds the product as well.
 A candidate like the others: chosen by time alone, its time being the one that was measured beside ours, or modelled,
 and that of the bytes that pass between the two.
 Bytes: x and W once, the product once, or three times with the epilogue's. FLOPs: 2 * M * N * K per accumulator.
@@ -59,6 +59,8 @@ def supports(problem: GemmProblem) -> str | None:
         return f"{problem.m} tokens: reading W is the cost, and kernels of ours that overlap do it faster"
     if problem.dtype == torch.float32:
         return "fp32 is multiplied in the precision that the problem asks for by kernels of ours"
+    if not (problem.plain or problem.rounds):
+        return "the epilogue belongs to the product, unrounded, and cuBLAS stores it rounded"
     if problem.paired and problem.pair_offset != problem.n:
         return f"the pair's halves of {problem.n} columns are {problem.pair_offset} apart: they are no single product"
     return tma_obstacle(problem)
@@ -137,13 +139,15 @@ class VendorGemm:
 
     def __call__(self, x: torch.Tensor, w: torch.Tensor, t: tuple) -> None:
         problem, m = self.problem, x.shape[0]
+        # W may be wider than what the epilogue uses.
+        columns = (w.t() if problem.layout == "nk" else w)[:, : problem.w_columns]
         # Like the kernels, which autograd never sees; `out=` refuses parameters otherwise.
         with torch.no_grad():
             product = t[0] if problem.plain else torch.empty(m, problem.w_columns, dtype=x.dtype, device=x.device)
-            torch.mm(x, w.t() if problem.layout == "nk" else w, out=product)
+            torch.mm(x, columns, out=product)
         if not problem.plain:
-            rows, columns = self.kernel.constexprs["ROWS"], self.kernel.constexprs["COLUMNS"]
-            self.kernel((ceil(m / rows), ceil(problem.n / columns), 1), product, m, t)
+            tile = self.kernel.constexprs
+            self.kernel((ceil(m / tile["ROWS"]), ceil(problem.n / tile["COLUMNS"]), 1), product, m, t)
 
 
 def prepare(epilogue: Any, config: Config, problem: GemmProblem, *, pdl: bool = False) -> VendorGemm:

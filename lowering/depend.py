@@ -31,7 +31,7 @@ CHEAP_OPERATIONS = 12
 # ... and if it takes no longer a body than this, with everything that it inlines itself: a chain of scatters into
 # slices, each cheap, would else end in one body that holds them all.
 INLINED_LENGTH = BODY_LIMIT // 4
-# What follows a GEMM and is no wider than its result stands in its epilogue; up to this size, unrounded sums as well.
+# What follows a GEMM and is no larger than its result stands in its epilogue; up to this size, unrounded sums as well.
 # Beyond, a wider copy of the result (a sum in fp32) costs more than its readers lose by computing it from the GEMM's
 # own. On an H100 at 8192 x 4096 (bf16, torch 2.11, triton 3.6, 2026-11-25) a residual added and stored in fp32 made
 # o_proj take 516 us and down 1508 us, where cuBLAS and our kernels without it take about 400 and 1340.
@@ -137,7 +137,7 @@ def _cheap(made: Map, values: Values, inlined: set[str]) -> bool:
         if isinstance(node, Load):
             product = values.definitions.get(node.value)
             if isinstance(product, Contract) and (
-                made.layout.dtype.itemsize <= product.layout.dtype.itemsize or made.layout.nbytes <= EPILOGUE_BYTES
+                typical(made.layout.nbytes) <= typical(product.layout.nbytes) or made.layout.nbytes <= EPILOGUE_BYTES
             ):
                 return False
             read.setdefault(node.value, []).append(node.offset)

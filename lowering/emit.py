@@ -190,15 +190,17 @@ class _Writer:
     def prepared(self, kernel: Kernel) -> str:
         """The launch, prepared at import."""
         name = self.names[kernel.name]
+        shared = self.body_of[kernel.name] != f"{name}_body"
+        nodes = [f"# {line}\n" for group in kernel.segments for line in self.sources(group)] if shared else []
         own = Choice(kernel.family, kernel.config, kernel.pdl, kernel.why)
         if not kernel.by_size:
-            return f"launch_{name} = {self.preparation(kernel, own, at_size(kernel.problem))}"
+            return f"{''.join(nodes)}launch_{name} = {self.preparation(kernel, own, at_size(kernel.problem))}"
         first = {choice.key: (bound, choice) for bound, choice in reversed(kernel.by_size)}
         numbers = {key: number for number, key in enumerate(first)}
         table = {bound: numbers[choice.key] for bound, choice in kernel.by_size}
         launches = [self.preparation(kernel, choice, at_size(kernel.problem, b)) for b, choice in first.values()]
         inner = "".join(f"    {line},\n" for line in (repr(table), *(x.replace("\n", "\n    ") for x in launches)))
-        return f"launch_{name} = BySize(\n{inner})"
+        return f"{''.join(nodes)}launch_{name} = BySize(\n{inner})"
 
     def preparation(self, kernel: Kernel, choice: Choice, problem: Any) -> str:
         """A family's `prepare` for one choice."""
@@ -364,6 +366,8 @@ def nameless(function: str) -> str:
     tree.decorator_list = []
     variables = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
     made = dict.fromkeys(node.id for node in variables if isinstance(node.ctx, ast.Store))
+    for parameter in tree.args.args:
+        made.pop(parameter.arg, None)
     numbers = {name: f"_{number}" for number, name in enumerate(made)}
     for node in variables:
         node.id = numbers.get(node.id, node.id)

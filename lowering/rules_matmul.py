@@ -30,7 +30,7 @@ def _product(d: Definer, node: Node, name: str, a: Ref, b: Ref, layout: Layout) 
     m, k = x.layout.shape[-2:]
     n = w.layout.shape[-1]
     if len(x.layout.shape) == 2 and x.layout.dtype in FLOATS and x.layout.dtype == w.layout.dtype and k:
-        d.put(Contract(name, layout, x, w, m, n, k, node.source))
+        d.put(Contract(name, layout, x, w, m, n, k, node.source, rounded=name == node.name))
         return
     if len(x.layout.shape) == 3 and x.layout.shape[0] == 1 and x.layout.dtype in FLOATS and k:
         _single(d, node, name, x, w, layout)
@@ -46,9 +46,8 @@ def _single(d: Definer, node: Node, name: str, x: View, w: View, layout: Layout)
     """A batch of one product."""
     a, b = (replace(v, layout=replace(v.layout, shape=v.layout.shape[1:], stride=v.layout.stride[1:])) for v in (x, w))
     (m, k), n = a.layout.shape, b.layout.shape[1]
-    d.put(
-        Contract(f"{name}_matrix", Layout.contiguous((m, n), layout.dtype, layout.device), a, b, m, n, k, node.source)
-    )
+    matrix = Layout.contiguous((m, n), layout.dtype, layout.device)
+    d.put(Contract(f"{name}_matrix", matrix, a, b, m, n, k, node.source, rounded=name == node.name))
     value = d.read(Ref(f"{name}_matrix"), variables(layout.shape)[1:])
     d.map(node, value, name=name, layout=layout)
 

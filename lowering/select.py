@@ -291,6 +291,7 @@ def gemm_problem(
         allow_tf32=options.allow_tf32,
         epilogue_itemsize=widest,
         plain=_plain(group, product),
+        rounds=product.rounded,
     )
 
 

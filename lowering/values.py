@@ -114,7 +114,9 @@ class Reduce:
 
 @dataclass(frozen=True)
 class Contract:
-    """`m × k` times `k × n`, accumulated in fp32; `a` and `b` are the operands as geometry over values in memory."""
+    """`m × k` times `k × n`, accumulated in fp32; `a` and `b` are the operands as geometry over values in memory.
+    `rounded`: an op of the piece ends with these sums, so that eager rounds them here; otherwise they are inside one,
+    such as `addmm`, that rounds later."""
 
     name: str
     layout: Layout
@@ -124,6 +126,7 @@ class Contract:
     n: int
     k: int
     source: str = ""
+    rounded: bool = True
 
 
 @dataclass(frozen=True)

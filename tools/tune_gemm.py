@@ -142,7 +142,8 @@ def candidates(families: Sequence[str], shapes: Sequence[tuple], sizes: Sequence
     target, found = Target.current(), []
     for n, k, paired in shapes:
         for m in sizes:
-            problem = GemmProblem(m, n, k, torch.bfloat16, paired=paired, pair_offset=n if paired else 0)
+            offset = n if paired else 0
+            problem = GemmProblem(m, n, k, torch.bfloat16, paired=paired, pair_offset=offset, rounds=True)
             if "gemm_skinny" in families and gemm_skinny.supports(problem) is None:
                 found += [Candidate("gemm_skinny", problem, config) for config in skinny_space(problem, target)]
             if "gemm_persistent" in families and gemm_persistent.supports(problem) is None:

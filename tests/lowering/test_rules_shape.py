@@ -245,6 +245,13 @@ def test_small_products_that_no_gemm_takes(dtype: torch.dtype) -> None:
     same(lambda a, b: (a[0] @ b[0, :, 0], torch.dot(a[0, 0], b[0, :, 0])), a, b)
 
 
+def test_sums_inside_an_op_are_not_rounded() -> None:
+    for fn, rounds in ((lambda c, a, b: torch.addmm(c, a, b), False), (lambda c, a, b: (a @ b).relu() + c, True)):
+        piece = same(fn, odd(8), odd(5, 8), odd(8, 8))
+        (loaded,) = piece.plans.values()
+        assert [k.problem.rounds for k in loaded.plan.schedule.launches()] == [rounds]
+
+
 def test_picking_from_a_single_number() -> None:
     same(lambda x, i: (x.index_select(0, i), torch.gather(x, 0, i)), odd(), torch.tensor([0]))
     same(lambda x, i: (x.index_select(0, i), torch.gather(x, 0, i)), odd(), torch.tensor(0))
