@@ -186,9 +186,9 @@ def test_options_are_refused_by_name(made, device, given, named):
     assert not made
 
 
-def test_a_product_added_in_place_is_not_rounded_between(made):
+def test_a_product_added_in_place_is_not_rounded_between(made, device):
     """Of `addcdiv_` with a factor torch 2.13's Dynamo makes a prim of its own, whose operands would be rounded."""
-    x, a, b = (torch.randn(5, 5).to(torch.bfloat16) for _ in range(3))
+    x, a, b = (torch.randn(5, 5).to(device, torch.bfloat16) for _ in range(3))
     wanted = x.clone().addcdiv_(a, b + 4, value=3.14)
     torch.compile(lambda x, a, b: x.addcdiv_(a, b + 4, value=3.14), backend="terrazzo")(x, a, b)
     torch.testing.assert_close(x, wanted, rtol=2**-7, atol=0.01)
