@@ -94,6 +94,7 @@ class _Writer:
         self.names = short_names([*inputs, *self.values.definitions, *self.values.views])
         self.bodies: dict[str, str] = {}  # function by what it does
         self.body_of: dict[str, str] = {}  # function by the kernel's name
+        self.launches: dict[str, str] = {}  # variable by how it is prepared
 
     # Module level.
 
@@ -188,19 +189,22 @@ class _Writer:
         return list(dict.fromkeys(names))
 
     def prepared(self, kernel: Kernel) -> str:
-        """The launch, prepared at import."""
+        """The launch, prepared at import; one that is prepared like an earlier one is that one."""
         name = self.names[kernel.name]
-        shared = self.body_of[kernel.name] != f"{name}_body"
-        nodes = [f"# {line}\n" for group in kernel.segments for line in self.sources(group)] if shared else []
         own = Choice(kernel.family, kernel.config, kernel.pdl, kernel.why)
         if not kernel.by_size:
-            return f"{''.join(nodes)}launch_{name} = {self.preparation(kernel, own, at_size(kernel.problem))}"
-        first = {choice.key: (bound, choice) for bound, choice in reversed(kernel.by_size)}
-        numbers = {key: number for number, key in enumerate(first)}
-        table = {bound: numbers[choice.key] for bound, choice in kernel.by_size}
-        launches = [self.preparation(kernel, choice, at_size(kernel.problem, b)) for b, choice in first.values()]
-        inner = "".join(f"    {line},\n" for line in (repr(table), *(x.replace("\n", "\n    ") for x in launches)))
-        return f"{''.join(nodes)}launch_{name} = BySize(\n{inner})"
+            text = self.preparation(kernel, own, at_size(kernel.problem))
+        else:
+            first = {choice.key: (bound, choice) for bound, choice in reversed(kernel.by_size)}
+            numbers = {key: number for number, key in enumerate(first)}
+            table = {bound: numbers[choice.key] for bound, choice in kernel.by_size}
+            launches = [self.preparation(kernel, choice, at_size(kernel.problem, b)) for b, choice in first.values()]
+            inner = "".join(f"    {x},\n" for x in (repr(table), *(x.replace("\n", "\n    ") for x in launches)))
+            text = f"BySize(\n{inner})"
+        variable = self.launches.setdefault(text, f"launch_{name}")
+        shared = self.body_of[kernel.name] != f"{name}_body"
+        nodes = [f"# {line}\n" for group in kernel.segments for line in self.sources(group)] if shared else []
+        return "".join(nodes) + f"launch_{name} = {text if variable == f'launch_{name}' else variable}"
 
     def preparation(self, kernel: Kernel, choice: Choice, problem: Any) -> str:
         """A family's `prepare` for one choice."""

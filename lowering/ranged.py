@@ -104,6 +104,7 @@ def _structure(regime: Regime) -> str:
     """Bodies and call of a regime's plan."""
     if regime.plan is None:
         return ""
-    text = re.sub(r"^launch_\w+ = .*?^\)\n", "", regime.plan.source.split('"""', 2)[2], flags=re.S | re.M)
+    text = regime.plan.source.split('"""', 2)[2]
+    text = re.sub(r"^launch_\w+ = (?:launch_\w+\n|.*?^\)\n)", "", text, flags=re.S | re.M)
     # Whether a launch looks its config up is no structure either.
     return re.sub(rf"(launch_\w+\(){NAME}, ", r"\1", re.sub(r"^from .*\n", "", text, flags=re.M))
