@@ -35,7 +35,7 @@ from torch.utils import _pytree as pytree
 
 from .decompositions import table
 from .dialect import meaning
-from .errors import TerrazzoError, Unsupported
+from .errors import TerrazzoError, Unsupported, UserError
 from .ir import Dim, Trace
 from .record import Recorded, attribute
 
@@ -48,12 +48,19 @@ class Examples:
 
     @staticmethod
     def of(graph: fx.GraphModule, given: Sequence[Any] | None) -> Examples:
-        """From the placeholders' own metadata; where there is none, from the inputs given."""
+        """From the placeholders' own metadata; where there is none, from the inputs given.
+
+        Raises:
+            UserError: there are neither.
+        """
         found = []
         for position, node in enumerate(n for n in graph.graph.nodes if n.op == "placeholder"):
             value = node.meta.get("example_value", node.meta.get("val"))
             if value is None and given is not None:
                 value = given[position]
+            elif value is None and not {"example_value", "val"} & node.meta.keys() and node.users:
+                raise UserError("the piece's arguments", f"nothing says what {node.name} looks like", stage="intake",
+                                remedy="Give example_inputs.")  # fmt: skip
             found.append(value)
         return Examples(tuple(found))
 

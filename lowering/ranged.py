@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -44,7 +44,7 @@ class Regime:
 
     lo: int
     hi: int
-    plan: Plan | None
+    plan: Plan | None = field(repr=False)
     why: str = ""
 
     def __str__(self) -> str:

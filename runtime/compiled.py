@@ -31,6 +31,7 @@ from ..lowering.errors import Unsupported, UserError
 from ..lowering.intake import Examples, held
 from ..lowering.options import Options
 from ..lowering.ranged import Regime
+from .arguments import Arguments
 from .cache import Shelf
 from .fingerprint import fingerprint
 from .lowered import Loaded, Lowered, Runner
@@ -72,8 +73,12 @@ class CompiledPiece:
         options: Options | None = None,
         shelf: Shelf | None = None,
     ) -> None:
+        if not isinstance(graph, fx.GraphModule):
+            raise UserError("CompiledPiece", f"it was given {type(graph).__name__}, not a torch.fx.GraphModule",
+                            stage="runtime", remedy="Trace the module, or use torch.compile.")  # fmt: skip
         self.graph, self.shelf = graph, shelf
         self.examples = Examples.of(graph, example_inputs)
+        self._arguments = Arguments(self.examples, list(held(graph).values()))
         self._options = options
         self._places = list(self.examples.symbols().values())
         self._tensors = [i for i, v in enumerate(self.examples.values) if isinstance(v, torch.Tensor)]
@@ -92,8 +97,9 @@ class CompiledPiece:
             args: the piece's arguments, as `__call__` takes them.
 
         Returns:
-            A function of the piece's arguments at these sizes, which returns what the piece returns. Outputs come from
-            the caching allocator (aliases of inputs excepted), so a caller may capture it in a CUDA graph.
+            A function of the piece's arguments at these sizes, which returns what the piece returns, and checks
+            nothing: dtypes, fixed sizes and strides must be those of the examples. Outputs come from the caching
+            allocator (aliases of inputs excepted), so a caller may capture it in a CUDA graph.
         """
         key = self._key(args)
         run = self._runs.get(key)
@@ -170,12 +176,18 @@ class CompiledPiece:
         return made
 
     def __call__(self, *args: Any) -> Any:
+        """Run the piece; returns what its graph returns.
+
+        Raises:
+            UserError: dtypes, fixed sizes or strides are not those of the examples, or gradients would be needed.
+        """
+        self._arguments.check(args)
         return self.at(args)(*args)
 
     def summary(self) -> str:
         """Plans so far: sizes, kernels, ops that run as themselves."""
         if self.refusal:
-            return "runs as the graph it was"
+            return f"runs as the graph it was: {self.refusal}"
         parts = []
         for (sizes, _), loaded in (self._lowered.plans if self._lowered else {}).items():
             parts.append(f"{sizes or 'fixed'}: {_counted(loaded.plan)}")
@@ -331,11 +343,14 @@ def options_for(args: Sequence[Any]) -> Options:
     """Options for the device these arguments live on.
 
     Raises:
-        UserError: they are on the CPU and kernels are not interpreted.
+        UserError: torch sees no CUDA device, and kernels are not interpreted.
+        Unsupported: it sees one, and they are all on the CPU.
     """
     devices = {a.device for a in args if isinstance(a, torch.Tensor)}
     cuda = next((d for d in devices if d.type == "cuda"), None)
     target = Target.current(cuda)
+    if devices and cuda is None and not target.interpreted:
+        raise Unsupported("the piece", f"its tensors are on {', '.join(map(str, devices))}", stage="runtime")
     return Options(target, allow_tf32=torch.backends.cuda.matmul.allow_tf32)
 
 

@@ -42,6 +42,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 BY_ARCH = {80: "a100", 90: "h200", 100: "b200"}
 # First, two equal middle ones, last: a piece of a deeper model is one of these.
 LAYERS = 3
+# Numbers of tokens, as vLLM counts them.
+LARGEST = 2**31 - 1
 # A pieces' list without the middle one's twin.
 DISTINCT_LAYERS = 2
 
@@ -93,21 +95,28 @@ def _parser() -> argparse.ArgumentParser:
 
 def _sizes(text: str) -> list[int]:
     parts = text.split(",")
-    if not all(part.isdecimal() for part in parts):
-        raise argparse.ArgumentTypeError(f"{text!r} is no comma-separated list of sizes")
+    if not all(part.isdecimal() and int(part) <= LARGEST for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is no comma-separated list of sizes up to {LARGEST}")
     return [int(part) for part in parts]
 
 
 def _range(text: str) -> tuple[int, int]:
     lo, _, hi = text.partition(":")
-    if not (lo.isdecimal() and hi.isdecimal() and int(lo) <= int(hi)):
+    if not (lo.isdecimal() and hi.isdecimal() and int(hi) <= LARGEST):
         raise argparse.ArgumentTypeError(f"{text!r} is no range like 1:16384")
+    if int(lo) > int(hi):
+        raise argparse.ArgumentTypeError(f"{text!r} begins beyond its end")
     return int(lo), int(hi)
 
 
 def _one_piece(args: argparse.Namespace) -> int:
     if args.stage:
         _known("stage", args.stage, STAGES)
+    if args.range and (args.source or args.stage or args.ops or args.ptx or args.sass):
+        raise UserError("--range", "it prints regimes and configs, and no module, stage, ops or code",
+                        stage="tools.dump_kernels", remedy="Ask for these at a size.")  # fmt: skip
+    if args.model and not args.range and 0 in args.size:
+        raise UserError("--size 0", "a model has one token at least", stage="tools.dump_kernels")
     options = _options(args)
     piece, origin = _piece(args)
     if args.range:
@@ -169,7 +178,8 @@ def _piece(args: argparse.Namespace) -> tuple[Piece, str]:
 def _known(kind: str, name: str, known: Sequence[str]) -> str:
     if name in known:
         return name
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or list(known)
+    close = [] if name.isdecimal() else difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    near = close or list(known)
     fact = f"there is no {kind} of that name"
     raise UserError(f"{kind} {name!r}", fact, stage="tools.dump_kernels", remedy=f"Did you mean {', '.join(near)}?")
 
