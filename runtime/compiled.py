@@ -87,6 +87,7 @@ class CompiledPiece:
         self._runs: dict[tuple[Any, ...], Runner] = {}
         self._range: tuple[int, int] | None = None
         self._regimes: dict[tuple[int, ...], _Regimes] = {}
+        self._unserved: Regime | None = None
         # Why the piece runs as the graph it was; empty while it does not.
         self.refusal = ""
 
@@ -141,10 +142,12 @@ class CompiledPiece:
         if not 0 <= lo <= hi:
             raise UserError("a range of sizes", f"{lo} to {hi}", stage="runtime", remedy="Give 0 <= lo <= hi.")
         self._regimes.clear()
+        self._unserved = None
         if len(self._places) != 1:
             self._range = None
             why = f"the piece has {len(self._places)} sizes, a range is of one"
-            return (Regime(lo, hi, None, why),)
+            self._unserved = Regime(lo, hi, None, why)
+            return (self._unserved,)
         self._range = lo, hi
         with uncollected():
             return self._served(()).regimes
@@ -193,6 +196,8 @@ class CompiledPiece:
             parts.append(f"{sizes or 'fixed'}: {_counted(loaded.plan)}")
         for served in self._regimes.values():
             parts += [_said(regime) for regime in served.regimes]
+        if self._unserved is not None:
+            parts.append(_said(self._unserved))
         return "; ".join(parts) or "not called yet"
 
     @property
@@ -218,6 +223,8 @@ class CompiledPiece:
             loaded = lowered.loaded(sizes, unaligned)
         except Unsupported as cause:
             return self._fall_back(cause)
+        nodes = len(self.graph.graph.nodes)
+        log.info("a piece of %d nodes, sizes %s: %s", nodes, sizes or "fixed", _counted(loaded.plan))
         return self._bound(loaded, own, args, unaligned)
 
     def _alignment(self, lowered: Lowered, misaligned: Sequence[int]) -> tuple[dict[str, torch.Tensor], frozenset[str]]:
