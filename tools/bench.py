@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from terrazzo.tools.device import HERE, screen
+from terrazzo.tools.device import HERE, exit_status, screen
 from terrazzo.tools.measure import KernelTime, Target, chain, floor_us, host_us, interleaved_us, kernel_times, layers_of
 from terrazzo.tools.models import Piece, config, pieces
 from terrazzo.tools.piece_check import CompiledPiece, check_piece
@@ -198,4 +198,4 @@ def _report(where: str | None, results: list[dict[str, Any]], host: dict[str, fl
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

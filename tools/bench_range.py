@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from rich.table import Table
 
+import terrazzo.tools.device as place  # before Triton is imported, whose interpreter it may choose
 from terrazzo.runtime.compiled import CompiledPiece
-from terrazzo.tools.device import HERE, screen
 from terrazzo.tools.measure import chain, interleaved_us, layers_of
 from terrazzo.tools.models import Piece, pieces
 from terrazzo.tools.piece_check import check_sizes
@@ -42,12 +42,12 @@ def bench(piece: Piece, sizes: Sequence[int], largest: int) -> list[dict[str, An
     found = []
     for size in sizes:
         # Equal pieces share plans, so this comes after the range was planned.
-        failures = check_sizes(piece, [size], HERE, (1, largest))[0].failures
+        failures = check_sizes(piece, [size], place.HERE, (1, largest))[0].failures
         made: dict[str, Any] = {"model": piece.model, "size": size, "failures": failures}
         made |= {"regimes": regimes, "prepared_s": prepared_s}
         if not failures:
             with torch.no_grad():
-                layers = layers_of(piece, size, HERE)
+                layers = layers_of(piece, size, place.HERE)
                 runs = {"exact": CompiledPiece(piece.graph).at(layers[0]), "range": ranged.at(layers[0])}
                 made["us"] = interleaved_us({name: chain(run, layers) for name, run in runs.items()}, len(layers))
                 made["speed"] = made["us"]["exact"] / made["us"]["range"]
@@ -79,16 +79,16 @@ def main() -> int:
     parser.add_argument("--largest", type=int, default=LARGEST, help="the range's largest size")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    if HERE.type != "cuda":
+    if place.HERE.type != "cuda":
         print("error: there is no CUDA device to time on", file=sys.stderr)
         return 2
     sizes, found = list(map(int, options.sizes.split(","))), []
     for name in options.models.split(","):
-        found += bench(pieces(name, device=HERE)[1], sizes, options.largest)
+        found += bench(pieces(name, device=place.HERE)[1], sizes, options.largest)
     if options.json:
         print(json.dumps(found))
     else:
-        console = screen()
+        console = place.screen()
         console.print(table(found))
         for name, seconds in {row["model"]: row["prepared_s"] for row in found}.items():
             console.print(f"{name}: planned and compiled in {seconds:.1f} s")
@@ -96,4 +96,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(place.exit_status(main))

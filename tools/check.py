@@ -26,10 +26,9 @@ from itertools import groupby
 import torch
 from rich.table import Table
 
-from terrazzo.runtime.compiled import CompiledPiece
-from terrazzo.tools.device import HERE, screen
+from terrazzo.tools.device import HERE, exit_status, screen
 from terrazzo.tools.models import Piece, config, names, pieces
-from terrazzo.tools.piece_check import Result, check_sizes
+from terrazzo.tools.piece_check import Result, bounds, check_sizes
 
 SIZES = (1, 2, 7, 16, 64, 128, 1000, 2048, 8192)
 # The interpreter takes about 12 ms per 128 x 128 x 128 product.
@@ -76,14 +75,6 @@ def check_kind(
     """One of a model's three pieces at these sizes; none given: at and beside the bounds of its range's plans."""
     piece = _pieces(model, dtype, tiny)[at]
     return check_sizes(piece, sizes or bounds(piece, span), HERE, span)
-
-
-def bounds(piece: Piece, span: tuple[int, int] | None) -> list[int]:
-    """The smallest, second and largest size of every regime of a range, and one inside."""
-    found: set[int] = set()
-    for regime in CompiledPiece(piece.graph).ranged(*span) if span is not None else ():
-        found |= {regime.lo, min(regime.lo + 1, regime.hi), (regime.lo + regime.hi) // 2, regime.hi}
-    return sorted(found)
 
 
 @cache
@@ -162,4 +153,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

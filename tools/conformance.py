@@ -31,7 +31,7 @@ from rich.table import Table
 from terrazzo.lowering.errors import UserError
 from terrazzo.tools import opdb, pool
 from terrazzo.tools.coverage import Coverage
-from terrazzo.tools.device import HERE, screen
+from terrazzo.tools.device import HERE, exit_status, screen
 from terrazzo.tools.op_check import DTYPES, PATHS, Result, check
 
 Task = tuple[str, str]
@@ -150,4 +150,4 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

@@ -26,7 +26,7 @@ import torch
 from rich.table import Table
 
 from terrazzo.tools.coverage import Coverage
-from terrazzo.tools.device import HERE, screen
+from terrazzo.tools.device import HERE, exit_status, screen
 from terrazzo.tools.oracle import judge
 from terrazzo.tools.tiny_models import TABLE, architecture, model
 from terrazzo.tools.wide_model import run_wide
@@ -255,4 +255,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

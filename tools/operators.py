@@ -27,7 +27,7 @@ from terrazzo.lowering.define import rules
 from terrazzo.lowering.errors import InternalError
 from terrazzo.tools.conformance import read
 from terrazzo.tools.coverage import Coverage
-from terrazzo.tools.device import screen
+from terrazzo.tools.device import exit_status, screen
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "operators.md"
 
@@ -169,4 +169,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

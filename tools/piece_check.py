@@ -83,6 +83,14 @@ def check_sizes(
     return results
 
 
+def bounds(piece: Piece, span: tuple[int, int] | None) -> list[int]:
+    """The smallest, second and largest size of every regime of a range, and one inside."""
+    found: set[int] = set()
+    for regime in CompiledPiece(piece.graph).ranged(*span) if span is not None else ():
+        found |= {regime.lo, min(regime.lo + 1, regime.hi), (regime.lo + regime.hi) // 2, regime.hi}
+    return sorted(found)
+
+
 def check_piece(piece: Piece, compiled: CompiledPiece, size: int, device: torch.device) -> Result:
     """Runs and compares.
 

@@ -236,7 +236,8 @@ def main() -> int:
     options = _arguments()
     missing = [name for name in ("LABMODELS", "LABBENCH") if name not in os.environ]
     if missing:
-        raise UserError("vllm_lab", f"{', '.join(missing)} is not set", stage="tools", remedy="See the tool's header.")
+        fact = f"the environment does not set {' and '.join(missing)}"
+        raise UserError("vllm_lab", fact, stage="tools", remedy="See the tool's header.")
     models, both = options.models.split(","), options.agree == options.time
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -268,4 +269,8 @@ def _report(found: dict[str, Any], wrong: Sequence[str], as_json: bool) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pkgutil
 import subprocess
 import sys
@@ -46,3 +47,11 @@ def test_the_check_itself_sees_inductor():
     command = [sys.executable, "-c", CODE, ",".join(UNWANTED), "torch._inductor.compile_fx"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "torch._inductor.compile_fx" in done.stdout
+
+
+@pytest.mark.parametrize("tool", ["bench_range", "check", "conformance", "conformance_models", "demo", "demo_text"])
+def test_a_tool_that_runs_pieces_starts_without_a_gpu_and_without_settings(tool):
+    plain = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", f"terrazzo.tools.{tool}", "--help"]
+    done = subprocess.run(command, env=plain, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]

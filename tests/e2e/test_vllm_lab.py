@@ -117,7 +117,7 @@ def test_without_a_lab_it_says_what_is_missing(monkeypatch):
     for name in ("LABMODELS", "LABBENCH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sys, "argv", ["vllm_lab"])
-    with pytest.raises(vllm_lab.UserError, match="LABMODELS, LABBENCH"):
+    with pytest.raises(vllm_lab.UserError, match="LABMODELS and LABBENCH"):
         vllm_lab.main()
 
 
