@@ -48,5 +48,5 @@ def terrazzo(graph: fx.GraphModule, example_inputs: Sequence[Any], **options: An
         )
     floats = float_arguments(graph, example_inputs)
     if floats:
-        return ByFloats(graph, floats, lambda bound: CompiledPiece(bound, example_inputs))
-    return CompiledPiece(graph, example_inputs)
+        return ByFloats(graph, floats, lambda bound: CompiledPiece(bound, example_inputs, guarded=True))
+    return CompiledPiece(graph, example_inputs, guarded=True)

@@ -63,6 +63,7 @@ class CompiledPiece:
         example_inputs: what the arguments look like, where the placeholders do not say.
         options: what to compile for; by default the device of the arguments.
         shelf: where plans for ranges are kept from one process to the next; by default nowhere.
+        guarded: whoever calls has checked the arguments, as Dynamo does; they are not checked again.
     """
 
     def __init__(
@@ -72,13 +73,14 @@ class CompiledPiece:
         *,
         options: Options | None = None,
         shelf: Shelf | None = None,
+        guarded: bool = False,
     ) -> None:
         if not isinstance(graph, fx.GraphModule):
             raise UserError("CompiledPiece", f"it was given {type(graph).__name__}, not a torch.fx.GraphModule",
                             stage="runtime", remedy="Trace the module, or use torch.compile.")  # fmt: skip
         self.graph, self.shelf = graph, shelf
         self.examples = Examples.of(graph, example_inputs)
-        self._arguments = Arguments(self.examples, list(held(graph).values()))
+        self._arguments = None if guarded else Arguments(self.examples, list(held(graph).values()))
         self._options = options
         self._places = list(self.examples.symbols().values())
         self._tensors = [i for i, v in enumerate(self.examples.values) if isinstance(v, torch.Tensor)]
@@ -184,7 +186,8 @@ class CompiledPiece:
         Raises:
             UserError: dtypes, fixed sizes or strides are not those of the examples, or gradients would be needed.
         """
-        self._arguments.check(args)
+        if self._arguments is not None:
+            self._arguments.check(args)
         return self.at(args)(*args)
 
     def summary(self) -> str:
