@@ -297,15 +297,17 @@ class _Composer:
         return self.memo[key] if layout.numel else const(0, layout.dtype)
 
     def _mapped(self, made: Map, place: tuple[Affine, ...]) -> Expr:
-        used = self.mask & self.elements.above[made.name] if self.elements is not None else 0
-        if self.elements is None or used & self.elements.tied:
-            self._check_repeated(made, place)
-            return self._inline(made.expr, dict(enumerate(place)))
-        key = made.name, place, used, self.rows, self.cols
-        if key not in self.elements.known:
-            self._check_repeated(made, place)
-            self.elements.known[key] = self._inline(made.expr, dict(enumerate(place)))
-        return self.elements.known[key]
+        """A map's element, as an earlier composition has it where that is the same."""
+        if self.elements is None or (used := self.mask & self.elements.above[made.name]) & self.elements.tied:
+            return self._computed(made, place)
+        known, key = self.elements.known, (made.name, place, used, self.rows, self.cols)
+        if key not in known:
+            known[key] = self._computed(made, place)
+        return known[key]
+
+    def _computed(self, made: Map, place: tuple[Affine, ...]) -> Expr:
+        self._check_repeated(made, place)
+        return self._inline(made.expr, dict(enumerate(place)))
 
     def _inline(self, expr: Expr, place: Mapping[int, Affine]) -> Expr:
         def leaf(node: Expr) -> Expr | None:
