@@ -174,7 +174,9 @@ if __name__ == "__main__":
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     order = json.loads(sys.argv[1])
     found = main(order)
-    Path(order["out"]).write_text(json.dumps(found))
+    part = Path(order["out"] + ".part")
+    part.write_text(json.dumps(found))
+    part.rename(order["out"])
     sys.stdout.flush()
     # vLLM's threads may hold the process at its end.
     os._exit(0)

@@ -69,8 +69,16 @@ def environment(run: Run, work: Path) -> dict[str, str]:
     return {**os.environ, **{name: str(folder) for name, folder in caches.items()}, "VLLM_PLUGINS": plugins}
 
 
-def agree(models: Sequence[str], graphs: Sequence[str], jobs: int, work: Path) -> list[dict[str, Any]]:
+def agree(
+    models: Sequence[str], graphs: Sequence[str], jobs: int, work: Path, known: bool = False
+) -> list[dict[str, Any]]:
     """How far each contender's log-probabilities are from those of vLLM without compilation.
+
+    Args:
+        models, graphs: folders of $LABMODELS, and kinds of CUDA graphs.
+        jobs: engines side by side.
+        work: where each leaves its results.
+        known: an engine whose results are there is not run again.
 
     Returns:
         Per model, contender and kind of graphs: max_difference and mean_difference from eager and mean_from_fp32 (nats;
@@ -81,16 +89,18 @@ def agree(models: Sequence[str], graphs: Sequence[str], jobs: int, work: Path) -
     runs = [Run(model, contender) for contender in ("eager", "fp32") for model in models]
     runs += [Run(m, c, g) for m in models for g in graphs for c in ("default", "terrazzo")]
     with ThreadPoolExecutor(jobs) as pool:
-        found = dict(zip(runs, pool.map(lambda run: _engine(run, work), runs), strict=True))
+        found = dict(zip(runs, pool.map(lambda run: _engine(run, work, known), runs), strict=True))
     return [
         {**vars(run), **_distance(made, found[Run(run.model, "eager")], found[Run(run.model, "fp32")])}
         for run, made in found.items()
     ]
 
 
-def _engine(run: Run, work: Path) -> dict[str, Any]:
+def _engine(run: Run, work: Path, known: bool) -> dict[str, Any]:
     """What one engine found."""
     out = work / f"{run.name}.json"
+    if known and out.exists():
+        return json.loads(out.read_text())
     order = {"model": str(Path(os.environ["LABMODELS"]) / run.model), "contender": run.contender, "graphs": run.graphs}
     order |= {"tokens": str(work / f"{run.model}.tokens"), "out": str(out)}
     return _process([str(ENGINE), json.dumps(order)], run, work, out)
@@ -225,6 +235,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--batches", default=BATCHES, help="decode batch sizes to time, comma-separated")
     parser.add_argument("--jobs", type=int, default=2, help="engines side by side while they are only compared")
     parser.add_argument("--work", type=Path, help="folder for logs and caches; by default one that goes away")
+    parser.add_argument("--resume", action="store_true", help="keep what engines compared earlier left in --work")
     parser.add_argument("--json", action="store_true", help="results as JSON")
     options = parser.parse_args()
     if unknown := set(options.graphs.split(",")) - set(GRAPHS):
@@ -244,7 +255,7 @@ def main() -> int:
         work = options.work or Path(folder)
         work.mkdir(parents=True, exist_ok=True)
         if both or options.agree:
-            found["agree"] = agree(models, options.graphs.split(","), options.jobs, work)
+            found["agree"] = agree(models, options.graphs.split(","), options.jobs, work, options.resume)
         wrong = failures(found.get("agree", [])) + further(found.get("agree", []))
         if (both and not wrong) or (options.time and not options.agree):
             found["time"] = times(models, options.batches, work)

@@ -96,6 +96,16 @@ def test_an_engine_that_dies_is_a_failure_with_its_last_words(lab):
     assert "failed" in screen(agreement_table(results))
 
 
+def test_what_finished_engines_found_is_kept(lab):
+    work = lab(terrazzo=None)
+    assert failures(agree(["a"], ["NONE"], 2, work))
+    # The one that died runs again, the others do not: they would be further away now.
+    work = lab(terrazzo=0.05, default=0.3)
+    results = agree(["a"], ["NONE"], 2, work, known=True)
+    assert not failures(results)
+    assert {r["contender"]: r["mean_difference"] for r in results}["default"] == pytest.approx(0.05)
+
+
 def test_no_two_engines_share_a_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_PLUGINS", "other")
     ours, theirs = (environment(Run("a", c), tmp_path) for c in ("terrazzo", "default"))
