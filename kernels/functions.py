@@ -35,7 +35,7 @@ def minimum(a, b):
 @triton.jit
 def relu(x):
     """max(x, 0); NaN stays."""
-    return tl.where((x > 0) | (x != x), x, tl.zeros_like(x))
+    return tl.where((x > 0) | (x != x), x, 0)
 
 
 @triton.jit
@@ -83,14 +83,32 @@ def div_floor(a, b):
     whole = tl.floor(quotient)
     whole = tl.where(quotient - whole > 0.5, whole + 1.0, whole)
     plain = divide(a, b)
-    return tl.where(b == 0, plain, tl.where(quotient == 0, libdevice.copysign(tl.zeros_like(plain), plain), whole))
+    return tl.where(b == 0, plain, tl.where(quotient == 0, libdevice.copysign(plain * 0, plain), whole))
+
+
+@triton.jit
+def _by_zero(value, b):
+    """What an integer division made, -1 where b is 0 as torch's CUDA kernels have it.
+
+    The compiler divides 64-bit numbers that fit into 32 bits as such; by zero that gives 2**32 - 1.
+    """
+    if value.dtype.primitive_bitwidth == 64:
+        return tl.where((value * 0 + b == 0) & (value == 4294967295), -1, value)
+    else:
+        return value
+
+
+@triton.jit
+def div_trunc_int(a, b):
+    """a / b rounded towards zero, integers."""
+    return _by_zero(a // b, b)
 
 
 @triton.jit
 def div_floor_int(a, b):
     """a / b rounded towards minus infinity, integers; `//` of Triton truncates."""
-    quotient = a // b
-    return quotient - ((a % b != 0) & ((a < 0) != (b < 0))).to(quotient.dtype)
+    quotient = div_trunc_int(a, b)
+    return quotient - ((fmod_int(a, b) != 0) & ((a < 0) != (b < 0))).to(quotient.dtype)
 
 
 @triton.jit
@@ -107,9 +125,15 @@ def remainder(a, b):
 
 
 @triton.jit
+def fmod_int(a, b):
+    """The remainder that has the sign of a, integers."""
+    return _by_zero(a % b, b)
+
+
+@triton.jit
 def remainder_int(a, b):
     """The remainder that has the sign of b, integers; `%` of Triton has a's."""
-    rest = a % b
+    rest = fmod_int(a, b)
     return tl.where((rest != 0) & ((rest < 0) != (b < 0)), rest + b, rest)
 
 

@@ -39,8 +39,8 @@ LIBDEVICE = {
 
 # Where integers differ from floats.
 INTEGERS = {
-    "div_floor": "div_floor_int({0}, {1})", "div_trunc": "{0} // {1}", "remainder": "remainder_int({0}, {1})",
-    "fmod": "{0} % {1}", "pow": "pow_int({0}, {1})",
+    "div_floor": "div_floor_int({0}, {1})", "div_trunc": "div_trunc_int({0}, {1})", "fmod": "fmod_int({0}, {1})",
+    "remainder": "remainder_int({0}, {1})", "pow": "pow_int({0}, {1})",
     "maximum": "tl.maximum({0}, {1})", "minimum": "tl.minimum({0}, {1})",
     "bitwise_and": "{0} & {1}", "bitwise_or": "{0} | {1}", "bitwise_xor": "{0} ^ {1}", "bitwise_not": "~{0}",
     "shift_left": "shift_left({0}, {1})", "shift_right": "shift_right({0}, {1})",
@@ -54,8 +54,9 @@ DOUBLES = {"div": "{0} / {1}", "sqrt": "tl.sqrt({0})", "reciprocal": "1.0 / {0}"
 
 HELPER_NAMES = (
     "maximum", "minimum", "relu", "silu", "sigmoid", "tanh", "sign", "div_floor", "div_floor_int", "div_trunc",
-    "remainder", "remainder_int", "row_sum", "row_max", "row_min", "row_prod", "row_any", "row_all", "row_argmax",
-    "row_argmin", "row_running_sum", "row_running_prod", "shift_left", "shift_right", "pow_int",
+    "div_trunc_int", "fmod_int", "remainder", "remainder_int", "row_sum", "row_max", "row_min", "row_prod",
+    "row_any", "row_all", "row_argmax", "row_argmin", "row_running_sum", "row_running_prod", "shift_left",
+    "shift_right", "pow_int",
 )  # fmt: skip
 HELPERS = re.compile(rf"\b({'|'.join(HELPER_NAMES)})\(")
 
@@ -110,7 +111,9 @@ def tl_where(expr: Apply, parts: list[str]) -> str:
     """Select; constants take the dtype of the other branch."""
     a, b = parts[1:]
     if isinstance(expr.args[1], Const) and isinstance(expr.args[2], Const) and not a.startswith("("):
-        a = f"tl.full([1, 1], {a}, {TYPES[register(expr.dtype)]})"
+        kind = register(expr.dtype)
+        # A cast starts from fp32, which is not exact enough for fp64.
+        a = f"tl.full([1, 1], {a}, tl.float64)" if kind == torch.float64 else f"tl.cast({a}, {TYPES[kind]})"
     return f"tl.where({parts[0]}, {a}, {b})"
 
 

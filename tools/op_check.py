@@ -183,7 +183,6 @@ class _References:
         except Exception:
             return None
 
-
     def traced(self) -> Any:
         """What torch makes of its own trace of the call, op by op; None where it cannot trace it. A trace may take
         another way than eager: of a condition number's singular values it computes the vectors as well."""
