@@ -13,6 +13,7 @@ import importlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from itertools import product
+from math import isnan, nan
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from .target import Target
 # TMA takes bases and outer strides in units of 16 bytes.
 TMA_ALIGNMENT_BYTES = 16
 
-FAMILIES = ("gemm_skinny", "gemm_persistent", "gemm_simple", "gemm_vendor")
+FAMILIES = ("gemm_stream", "gemm_skinny", "gemm_persistent", "gemm_simple", "gemm_vendor")
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ class Measured:
     Args:
         config: the family's `Config`.
         us: its time.
-        vendor_us: cuBLAS (`F.linear`, without the epilogue) in the same run.
+        vendor_us: cuBLAS (`F.linear`, without the epilogue) in the same run; NaN where it did not run beside.
         source: on what, and when.
     """
 
@@ -129,7 +130,8 @@ class Measured:
 
     @property
     def why(self) -> str:
-        return f"measured {self.us:.1f} us, cuBLAS {self.vendor_us:.1f} us ({self.source})"
+        beside = "" if isnan(self.vendor_us) else f", cuBLAS {self.vendor_us:.1f} us"
+        return f"measured {self.us:.1f} us{beside} ({self.source})"
 
 
 # (n, k, paired) -> largest m of the bucket -> what won there.
@@ -137,7 +139,8 @@ Table = Mapping[tuple[int, int, bool], Mapping[int, Measured]]
 
 
 def measured(config: Any, rows: str, source: str) -> Table:
-    """Read a table of measurements: a header, then a row of N, K, one|pair, m, the config's fields, us and cuBLAS us.
+    """Read a table of measurements: a header, then a row of N, K, one|pair, m, the config's fields, us and, where it
+    ran beside, cuBLAS us.
 
     Args:
         config: the family's `Config`; its fields are ints or bools, in the order of the columns.
@@ -147,10 +150,11 @@ def measured(config: Any, rows: str, source: str) -> Table:
     table: dict[tuple[int, int, bool], dict[int, Measured]] = {}
     kinds: list[Callable[[int], Any]] = [type(getattr(config, field.name, 0)) for field in fields(config)]
     for row in rows.strip().splitlines()[1:]:
-        n, k, accumulators, m, *values, us, vendor_us = row.split()
+        n, k, accumulators, m, *values = row.split()
+        values, (us, *vendor_us) = values[: len(kinds)], values[len(kinds) :]
         made = config(*(kind(int(value)) for kind, value in zip(kinds, values, strict=True)))
         line = table.setdefault((int(n), int(k), accumulators == "pair"), {})
-        line[int(m)] = Measured(made, float(us), float(vendor_us), source)
+        line[int(m)] = Measured(made, float(us), float(vendor_us[0]) if vendor_us else nan, source)
     return table
 
 
@@ -229,9 +233,9 @@ def pick(problem: GemmProblem, target: Target) -> tuple[str, Any, str]:
     refused = []
     for name in FAMILIES:
         family = importlib.import_module(f".{name}", __package__)
-        # Tensor descriptors are TMA only from Hopper on.
-        old = target.arch < 90 and name != "gemm_simple"
-        reason = f"sm_{target.arch} has no TMA" if old else family.supports(problem)
+        reason = _lack(name, target) or family.supports(problem)
+        if name in ("gemm_skinny", "gemm_simple") and any(other == "gemm_stream" for _, other, _, _ in timed):
+            reason = "gemm_stream reads W as fast, and asks for it earlier"
         if reason is not None:
             refused.append(f"not {name}: {reason}")
             continue
@@ -242,6 +246,18 @@ def pick(problem: GemmProblem, target: Target) -> tuple[str, Any, str]:
     _, best, config, why = min(timed, key=lambda entry: entry[0])
     slower = [f"{name} would take {us:.1f} us" for us, name, _, _ in timed if name != best]
     return best, config, "; ".join([why, *slower, *refused])
+
+
+def _lack(family: str, target: Target) -> str | None:
+    """What a family needs of a device and this one does not have, or None."""
+    if family != "gemm_simple" and target.arch < 90:
+        # Tensor descriptors are TMA only from Hopper on.
+        return f"sm_{target.arch} has no TMA"
+    if family == "gemm_stream" and target.interpreted:
+        return "Gluon has no interpreter"
+    if family == "gemm_stream" and target.arch != 90:
+        return f"sm_{target.arch} has no products by warpgroups"
+    return None
 
 
 @triton.jit

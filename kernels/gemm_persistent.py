@@ -45,8 +45,8 @@ __all__ = ["CONFIGS", "EVIDENCE", "Config", "choose", "compile_jobs", "estimate_
 
 def supports(problem: GemmProblem) -> str | None:
     """Return why this family cannot do the problem, or None."""
-    if problem.m <= 64:
-        return f"{problem.m} tokens leave a 64-row tile part empty"
+    if problem.m <= (128 if problem.dtype.itemsize == 2 else 64):
+        return f"{problem.m} tokens: reading W is the cost, and the families for few tokens do nothing else"
     if problem.dtype == torch.float32 and not problem.allow_tf32 and problem.paired:
         return "a pair of fp32 accumulators in IEEE precision spills registers"
     return tma_obstacle(problem)

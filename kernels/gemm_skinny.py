@@ -1,5 +1,6 @@
 """Skinny GEMM: y[M, N] = epilogue(x[M, K] @ W) for few tokens, where reading W once is the whole cost.
 
+Where gemm_stream can be had (sm_90, fp16 and bf16) it is taken instead: it asks for W before its predecessor has ended.
 Schedule: W's tile is the dot's M operand (a warpgroup wants 64 rows there, and M may be 1), so accumulators are
 [BLOCK_N, BLOCK_M]; both operands arrive by TMA in a pipeline of `stages` tiles. Split-K programs write fp32 partials
 and count in; the last to arrive sums them in the order of the splits, so results repeat bit by bit.
@@ -26,8 +27,6 @@ from .gemm import (
     job_configs,
     label,
     load_tile,
-    lookup,
-    measured,
     reference,
     silu_mul_sample,
     store_sample,
@@ -35,15 +34,15 @@ from .gemm import (
     type_name,
     w_block,
 )
-from .gemm_tiles import ask_into_l2
 from .jobs import CompileJob
 from .launch import Kernel
 from .target import Target
 
-__all__ = ["CONFIGS", "Config", "choose", "compile_jobs", "estimate_us", "prepare", "reference", "supports"]
+__all__ = ["Config", "choose", "compile_jobs", "estimate_us", "prepare", "reference", "supports"]
 
-# The m of CONFIGS' rows; beyond the last, gemm_persistent was faster at every measured N and K.
-BUCKETS = (16, 32, 64, 128)
+MOST_TOKENS = 128
+# The m that compile jobs are made for.
+BUCKETS = (16, 32, 64, MOST_TOKENS)
 
 
 @dataclass(frozen=True)
@@ -57,8 +56,6 @@ class Config:
         stages: tiles in flight.
         warps: 4 or 8.
         split_k: programs that share one output tile.
-        prefetch: depth steps of W asked into L2 before waiting for the previous kernel; with PDL only.
-        early: the next kernel may start with this one's first instruction, not only before the epilogue; with PDL only.
     """
 
     block_m: int
@@ -67,88 +64,33 @@ class Config:
     stages: int
     warps: int
     split_k: int
-    prefetch: int = 0
-    early: bool = False
 
     def __str__(self) -> str:
         tile = f"{self.block_n}x{self.block_m}x{self.block_k}"
-        return f"{tile} stages {self.stages} warps {self.warps} split {self.split_k} prefetch {self.prefetch}"
-
-
-EVIDENCE = "NVIDIA H200, torch 2.11, triton 3.6, bf16, 2026-11-24"
-
-# Each row is the best at exactly that m of what `tools/tune_gemm.py` tries, and serves the m below it too.
-CONFIGS = measured(
-    Config,
-    """
-    N     K accs    m   bm  bn  bk  st  wp  sk  pf  ea      us  cuBLAS
- 2048  2048  one   16   16  64 128   8   4   4   2   1     5.1     5.8
- 2048  2048  one   32   32  64 128   8   4   1   0   0     6.0     5.9
- 2048  2048  one   64   64  64 128   7   4   1   2   1     5.5     5.9
- 2048  2048  one  128   64  64 128   7   4   1   0   0     5.8     6.3
- 2048  8192  one   16   16  64 128   4   4   8   2   1    11.0    13.0
- 2048  8192  one   32   32  64 128   8   4   4   0   0    12.5    13.3
- 2048  8192  one   64   64  64 128   4   4   4   2   1    13.1    13.6
- 2048  8192  one  128   64  64 128   7   4   1   0   0    16.2    16.2
- 3072  2048  one   16   16  64 128   8   4   1   2   1     5.6     6.1
- 3072  2048  one   32   32  64 128   8   4   1   0   0     6.0     6.2
- 3072  2048  one   64   64  64 128   7   4   1   0   0     6.1     6.3
- 3072  2048  one  128   64  64 128   7   4   1   0   0     7.1     6.5
- 4096  4096  one   16   16  64 128   8   4   1   0   0    10.6    12.6
- 4096  4096  one   32   32  64 128   8   4   1   0   0    10.9    12.7
- 4096  4096  one   64   64  64 128   7   4   1   0   0    11.1    11.3
- 4096  4096  one  128  128  64 128   4   4   2   0   0    14.0    13.4
- 4096 12288  one   16   16  64 128   8   4   1   0   0    26.4    28.2
- 4096 12288  one   32   32  64 128   8   4   1   0   0    26.9    29.1
- 4096 12288  one   64   64  64 128   7   4   1   0   0    27.9    31.3
- 4096 12288  one  128  128  64 128   4   4   2   0   0    32.6    33.0
- 4096 14336  one   16   16  64 128   8   4   1   0   0    30.4    32.0
- 4096 14336  one   32   32  64 128   8   4   1   0   0    30.6    32.2
- 4096 14336  one   64   64  64 128   7   4   1   0   0    32.1    35.5
- 4096 14336  one  128  128  64 128   4   4   2   0   0    36.7    36.2
- 6144  4096  one   16   16  64 128   8   4   1   0   0    15.0    15.6
- 6144  4096  one   32   32 128 128   5   4   1   0   0    15.4    16.0
- 6144  4096  one   64   64  64 128   7   4   1   0   0    15.7    15.9
- 6144  4096  one  128  128  64  64   8   4   1   0   0    17.2    16.5
- 8192  2048 pair   16   16  64 128   4   4   1   2   1    17.7    18.4
- 8192  2048 pair   32   32  64 128   4   4   1   0   0    18.1    18.5
- 8192  2048 pair   64   64  64 128   4   4   1   2   1    18.7    19.4
- 8192  2048 pair  128  128  64 128   3   4   1   0   0    20.5    20.6
-12288  4096 pair   16   16 128 128   3   4   1   0   0    48.4    50.3
-12288  4096 pair   32   32 128 128   3   4   1   0   0    49.6    50.4
-12288  4096 pair   64   64  64  64   4   4   1   0   0    51.6    51.6
-12288  4096 pair  128  128  64  64   3   4   1   0   0    58.1    55.2
-14336  4096 pair   16   16 128 128   3   4   1   0   0    56.5    56.7
-14336  4096 pair   32   32 128 128   3   4   1   0   0    56.8    57.3
-14336  4096 pair   64   64  64 128   2   4   1   0   0    59.5    62.1
-14336  4096 pair  128  128  64  64   3   4   1   0   0    63.2    64.7
-""",
-    EVIDENCE,
-)
+        return f"{tile} stages {self.stages} warps {self.warps} split {self.split_k}"
 
 
 def supports(problem: GemmProblem) -> str | None:
     """Return why this family cannot do the problem, or None."""
-    if problem.m > BUCKETS[-1]:
-        return f"{problem.m} tokens; beyond {BUCKETS[-1]} reading W is no longer the cost"
+    if problem.m > MOST_TOKENS:
+        return f"{problem.m} tokens; beyond {MOST_TOKENS} reading W is no longer the cost"
     if problem.dtype == torch.float32 and not problem.allow_tf32 and problem.m > 16:
         return f"{problem.m} tokens in fp32: an IEEE product of this tile spills registers"
     return tma_obstacle(problem)
 
 
 def choose(problem: GemmProblem, target: Target) -> tuple[Config, str]:
-    """Return the config for the problem and why: the measured one, else the cheapest by `estimate_us`."""
+    """Return the config for the problem and why: the cheapest by `estimate_us`."""
     if target.interpreted:
         m, n, k = (max(16, triton.next_power_of_2(size)) for size in (problem.m, problem.n, problem.k))
         return Config(min(m, 128), min(n, 256), min(k, 256), 1, 4, 1), "interpreter: few programs, large tiles"
-    if target.arch == 90 and (hit := lookup(CONFIGS, BUCKETS, problem)) is not None:
-        return hit.config, hit.why
     config = min(_candidates(problem, target), key=lambda c: estimate_us(problem, c, target))
     return config, f"estimated {estimate_us(problem, config, target):.1f} us, no measurement for this N and K"
 
 
-# Fitted to the timings behind CONFIGS. Held against them without the table, what it chooses is 2.7 % slower than the
-# best config tried on average (6144x4096 at m = 128: 23 %, the worst), and takes 1.14 times its estimate (median).
+# Fitted to timings of ten shapes at 16 to 128 tokens (NVIDIA H200, torch 2.11, triton 3.6, bf16, 2026-11-24). Held
+# against them, what it chooses is 2.7 % slower than the best config tried on average (6144x4096 at m = 128: 23 %, the
+# worst), and takes 1.14 times its estimate (median).
 # Launch, first tiles and epilogue that the predecessor's end does not hide; and what each wave of programs adds.
 FIXED_US, WAVE_US = 0.85, 0.30
 # Bytes in flight must cover this much of the memory's bandwidth, or the loads wait for one another.
@@ -164,10 +106,7 @@ AGAIN = 0.33
 
 
 def estimate_us(problem: GemmProblem, config: Config, target: Target) -> float:
-    """Estimate the time of a config: its own measurement, else the bytes of W at the bandwidth it can keep busy."""
-    hit = lookup(CONFIGS, BUCKETS, problem) if target.arch == 90 and not target.interpreted else None
-    if hit is not None and hit.config == config:
-        return hit.us
+    """Estimate the time of a config: the bytes of W at the bandwidth it can keep busy."""
     tiles = ceil(problem.n / config.block_n) * ceil(max(problem.m, 1) / config.block_m)
     programs, slots = tiles * config.split_k, _slots(problem, config, target)
     waves = ceil(programs / slots)
@@ -216,7 +155,6 @@ def _candidates(problem: GemmProblem, target: Target) -> Iterable[Config]:
 def gemm_skinny_kernel(
     x_desc,
     w_desc,
-    w,
     partials,
     counters,
     m_size,
@@ -224,16 +162,12 @@ def gemm_skinny_kernel(
     N: tl.constexpr,
     K: tl.constexpr,
     PAIR_OFFSET: tl.constexpr,
-    W_ROWS: tl.constexpr,
-    W_STRIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
     SPLIT_K: tl.constexpr,
     K_PER_SPLIT: tl.constexpr,
-    PREFETCH: tl.constexpr,
-    EARLY: tl.constexpr,
     PAIRED: tl.constexpr,
     KN: tl.constexpr,
     PDL: tl.constexpr,
@@ -245,12 +179,6 @@ def gemm_skinny_kernel(
     m0 = tile_m * BLOCK_M
     k0 = split * K_PER_SPLIT
     if PDL:
-        if EARLY:
-            tl.extra.cuda.gdc_launch_dependents()
-        if PREFETCH > 0:
-            ask_into_l2(w, n0, k0, W_ROWS, W_STRIDE, BLOCK_N, PREFETCH * BLOCK_K)
-            if PAIRED:
-                ask_into_l2(w, n0 + PAIR_OFFSET, k0, W_ROWS, W_STRIDE, BLOCK_N, PREFETCH * BLOCK_K)
         tl.extra.cuda.gdc_wait()
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     acc2 = acc
@@ -259,7 +187,7 @@ def gemm_skinny_kernel(
         acc = tl.dot(load_tile(w_desc, n0, k, KN), x.T, acc, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
         if PAIRED:
             acc2 = tl.dot(load_tile(w_desc, n0 + PAIR_OFFSET, k, KN), x.T, acc2, input_precision=PRECISION)
-    if PDL and not EARLY:
+    if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     if not PAIRED:
         acc2 = acc
@@ -297,24 +225,16 @@ def gemm_skinny_kernel(
 def _constexprs(problem: GemmProblem, config: Config, epilogue: Any, pdl: bool) -> dict[str, Any]:
     # Splits are whole depth steps; the last may be shorter, or empty.
     per_split = ceil(ceil(problem.k / config.block_k) / config.split_k) * config.block_k
-    # The hint must stay inside a row: no prefetch where a split is shorter than it, or W's rows are not along K
-    # (nor in the interpreter, which has no inline assembly).
-    short = problem.k - (config.split_k - 1) * per_split < config.prefetch * config.block_k
-    _, w_n, _ = problem.w_stride
     return {
         "N": problem.n,
         "K": problem.k,
         "PAIR_OFFSET": problem.pair_offset if problem.paired else 0,
-        "W_ROWS": problem.w_columns,
-        "W_STRIDE": w_n,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
         "STAGES": config.stages,
         "SPLIT_K": config.split_k,
         "K_PER_SPLIT": per_split,
-        "PREFETCH": 0 if short or problem.layout == "kn" or triton.knobs.runtime.interpret else config.prefetch,
-        "EARLY": config.early,
         "PAIRED": problem.paired,
         "KN": problem.layout == "kn",
         "PDL": pdl,
@@ -346,7 +266,7 @@ class SkinnyGemm:
         scratch = workspace.get(x.device, need * config.split_k * tile, need, self.slot)
         x_desc = descriptor(x, [config.block_m, config.block_k], "x")
         w_desc = descriptor(w, self._w_block, "W")
-        args = (x_desc, w_desc, w, scratch.partials, scratch.counters, m, t)
+        args = (x_desc, w_desc, scratch.partials, scratch.counters, m, t)
         return (tiles_n, config.split_k, tiles_m), args
 
     def __call__(self, x: torch.Tensor, w: torch.Tensor, t: tuple) -> None:
@@ -371,7 +291,7 @@ def prepare(epilogue: Any, config: Config, problem: GemmProblem, *, pdl: bool = 
 
 def compile_jobs(arch: int) -> Iterable[CompileJob]:
     """Yield one job for every config that `choose` gives for a measured or a sample problem, with sample epilogues."""
-    for problem, config in job_configs(CONFIGS, BUCKETS, supports, choose, arch):
+    for problem, config in job_configs({}, BUCKETS, supports, choose, arch):
         yield _job(problem, config)
 
 
@@ -385,7 +305,6 @@ def _job(problem: GemmProblem, config: Config) -> CompileJob:
         signature={
             "x_desc": f"tensordesc<{dtype}[{config.block_m},{config.block_k}]>",
             "w_desc": f"tensordesc<{dtype}[{','.join(map(str, w_block(problem, config.block_n, config.block_k)))}]>",
-            "w": f"*{dtype}",
             "partials": "*fp32",
             "counters": "*i32",
             "m_size": "i32",
@@ -394,5 +313,5 @@ def _job(problem: GemmProblem, config: Config) -> CompileJob:
         constexprs=_constexprs(problem, config, epilogue, pdl=True),
         num_warps=config.warps,
         num_stages=config.stages,
-        divisible=("w", "partials", "counters", "t"),
+        divisible=("partials", "counters", "t"),
     )

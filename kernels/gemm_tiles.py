@@ -1,4 +1,4 @@
-"""Steps of the TMA schedules: where a tile lies, the pipelined sum over K that fills it, W asked into L2 beforehand."""
+"""Steps of the TMA schedules: where a tile lies and the pipelined sum over K that fills it."""
 
 from __future__ import annotations
 
@@ -66,25 +66,6 @@ def accumulate(
         if not PAIRED and EXTRA_N == 0:
             acc2 = acc
         return acc, acc2
-
-
-@triton.jit
-def ask_into_l2(w, row0, k0, ROWS: tl.constexpr, ROW_STRIDE: tl.constexpr, BLOCK_N: tl.constexpr, DEPTH: tl.constexpr):
-    """Ask L2 for W[row0 : row0 + BLOCK_N, k0 : k0 + DEPTH]; a hint, nothing waits for it."""
-    # One instruction per thread of four warps: a row each, or half a row. Rows beyond the end ask for the last again.
-    PARTS: tl.constexpr = max(1, 128 // BLOCK_N)
-    lane = tl.arange(0, BLOCK_N * PARTS)
-    rows = tl.minimum(row0 + lane // PARTS, ROWS - 1).to(tl.int64)
-    k0 = k0 + lane % PARTS * (DEPTH // PARTS)
-    size = tl.full([BLOCK_N * PARTS], DEPTH // PARTS * (w.dtype.element_ty.primitive_bitwidth // 8), tl.int32)
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
-        "=r,l,r",
-        [w + rows * ROW_STRIDE + k0, size],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @triton.jit

@@ -55,7 +55,7 @@ class Config:
 
 def supports(problem: GemmProblem) -> str | None:
     """Return why this family cannot do the problem, or why it is not asked, or None."""
-    if problem.m < 128:
+    if problem.m <= 128:
         return f"{problem.m} tokens: reading W is the cost, and kernels of ours that overlap do it faster"
     if problem.dtype == torch.float32:
         return "fp32 is multiplied in the precision that the problem asks for by kernels of ours"
@@ -103,8 +103,9 @@ def vendor_epilogue_kernel(
     EPILOGUE: tl.constexpr,
 ):
     if PDL:
-        tl.extra.cuda.gdc_wait()
+        # First: a GEMM after this one asks for its weights while this one still waits.
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     # Rows before columns: a grid's second dimension ends at 65535.
     m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     n = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]

@@ -24,13 +24,15 @@ from typing import Any
 
 import torch
 import triton
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as LaidOutDescriptor
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..lowering.errors import InternalError, UserError
 
 _Tensor = torch.Tensor
-_PLAIN = frozenset((int, tuple, bool, float, type(None), TensorDescriptor))
+DESCRIPTORS = (TensorDescriptor, LaidOutDescriptor)
+_PLAIN = frozenset((int, tuple, bool, float, type(None), *DESCRIPTORS))
 
 Grid = tuple[int, int, int]
 
@@ -194,10 +196,27 @@ def compiling_together() -> Iterator[list[tuple[Kernel, tuple]]]:
     workers = min(len(noted), os.cpu_count() or 1)
     if workers < 1:
         return
-    with ThreadPoolExecutor(workers) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
-        for kernel, args in noted:
-            if _describe(args, hollow=True)[1] not in kernel._compiled:
+    with ThreadPoolExecutor(workers) as pool:
+        with triton.AsyncCompileMode(pool, ignore_errors=True):
+            promised = [
                 kernel._compile(args)
+                for kernel, args in noted
+                if _describe(args, hollow=True)[1] not in kernel._compiled
+            ]
+        made = (p.result(ignore_errors=True) if hasattr(p, "result") else p for p in promised)
+        # Threads that wait for the C compiler leave Python to the others.
+        list(pool.map(_build_launcher, {_launcher_key(k): k for k in made if k is not None}.values()))
+
+
+def _launcher_key(compiled: Any) -> str:
+    """What the C source of a binary's launcher depends on: the parameters' types and which of them are constexprs."""
+    descriptors = getattr(compiled.metadata, "tensordesc_meta", None)
+    return repr((list(compiled.src.signature.values()), sorted(compiled.src.constants), descriptors))
+
+
+def _build_launcher(compiled: Any) -> None:
+    """Put a binary's launcher, which Triton makes with the C compiler at the first launch, into Triton's cache."""
+    driver.active.launcher_cls(compiled.src, compiled.metadata)
 
 
 def _describe(args: tuple, hollow: bool = False) -> tuple[int, tuple, list]:
@@ -239,7 +258,8 @@ def _walk(args: tuple, key: list, nested: bool, hollow: bool) -> list:
         elif kind is tuple:
             key.append(len(arg))
             arg = tuple(_walk(arg, key, True, hollow))
-        elif kind is TensorDescriptor:
+        elif kind in DESCRIPTORS:
+            # A layout follows from dtype and block.
             key.append((arg.base.dtype, tuple(arg.block_shape)))
         else:
             key.append(kind)

@@ -157,8 +157,9 @@ def looped(
 ):
     """BLOCK_R rows per program, BLOCK_C columns at a time."""
     if PDL:
-        tl.extra.cuda.gdc_wait()
+        # First: a GEMM after this one asks for its weights while this one still waits.
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     index = tl.int64 if WIDE else tl.int32
     cols = units.to(index) * UNIT
     rows = (rows0, rows1, rows2, rows3)

@@ -117,8 +117,9 @@ def tiles(
 ):
     """One tile per program; with WHOLE, BLOCK_C covers the row."""
     if PDL:
-        tl.extra.cuda.gdc_wait()
+        # First: a GEMM after this one asks for its weights while this one still waits.
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     index = tl.int64 if WIDE else tl.int32
     cols = units.to(index) * UNIT
     rows = (rows0, rows1, rows2, rows3)

@@ -26,7 +26,7 @@ from .options import Options
 from .size import Size, Span, typical
 
 # GEMM families that can wait in the kernel for the one before; of the vendor's, the kernel of the epilogue.
-WAITING = ("gemm_skinny", "gemm_persistent", "gemm_vendor")
+WAITING = ("gemm_stream", "gemm_skinny", "gemm_persistent", "gemm_vendor")
 # What a choice may take longer than the best for a size.
 LOSS = 0.03
 # Kernels compiled for one launch of a range, at most.

@@ -15,10 +15,9 @@ from unittest import mock
 
 import torch
 from triton.runtime.jit import mangle_type
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from terrazzo.kernels.jobs import CompileJob
-from terrazzo.kernels.launch import INTERPRETED, Grid, Kernel
+from terrazzo.kernels.launch import DESCRIPTORS, INTERPRETED, Grid, Kernel
 from terrazzo.kernels.target import Target
 from terrazzo.lowering.emit import Plan
 from terrazzo.lowering.errors import Unsupported, UserError
@@ -151,7 +150,7 @@ def _aligned(value: Any) -> bool:
         return all(v is None or _aligned(v) for v in value)
     if isinstance(value, torch.Tensor):
         return value.data_ptr() % 16 == 0
-    return isinstance(value, TensorDescriptor)
+    return isinstance(value, DESCRIPTORS)
 
 
 def _key(job: CompileJob, arch: int) -> tuple[Any, ...]:

@@ -99,7 +99,7 @@ def compile_for(
     """Compiles one kernel for an architecture that need not be present.
 
     Args:
-        fn: a `@triton.jit` function.
+        fn: a `@triton.jit` or `@gluon.jit` function.
         signature: types of the parameters that are not constexprs, as in `CompileJob`.
         constexprs: values of the others; `@triton.jit` functions are values too.
         arch: 80, 90 or 100.
@@ -112,6 +112,7 @@ def compile_for(
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     if triton.knobs.runtime.interpret:
         raise UserError(
@@ -121,7 +122,8 @@ def compile_for(
             remedy="Call compile_isolated, which compiles in another process.",
         )
     types, constants, attributes = _resolve(fn.arg_names, signature, constexprs, divisible)
-    source = ASTSource(fn=fn, signature=types, constexprs=constants, attrs=attributes)
+    language = GluonASTSource if fn.is_gluon() else ASTSource
+    source = language(fn=fn, signature=types, constexprs=constants, attrs=attributes)
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_reflect_ftz": False}
     start = time.perf_counter()
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)

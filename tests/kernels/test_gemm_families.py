@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from terrazzo.kernels import gemm_persistent, gemm_simple, gemm_skinny
+from terrazzo.kernels import gemm_persistent, gemm_simple, gemm_skinny, gemm_stream
 from terrazzo.kernels.gemm import GemmProblem, reference
 from terrazzo.lowering.errors import Unsupported
 
@@ -20,7 +20,10 @@ from .oracle import check
 
 SKINNY = gemm_skinny.Config(16, 64, 64, 3, 4, 1)
 SPLIT = gemm_skinny.Config(16, 64, 64, 3, 4, 3)
-WIDE = gemm_skinny.Config(64, 64, 64, 2, 4, 2, prefetch=1, early=True)
+WIDE = gemm_skinny.Config(64, 64, 64, 2, 4, 2)
+STREAM = gemm_stream.Config(16, 64, 128, 4, 4, 1)
+STREAM_SPLIT = gemm_stream.Config(8, 64, 64, 3, 4, 3)
+TOKENS_FIRST = gemm_stream.Config(64, 32, 64, 3, 4, 2, tokens_first=True)
 PERSISTENT = gemm_persistent.Config(64, 64, 64, 3, 4, group_m=2)
 FLAT = gemm_persistent.Config(64, 128, 64, 2, 4, flatten=True, parts=2)
 QUARTERS = gemm_persistent.Config(64, 128, 64, 2, 4, flatten=True, parts=4)
@@ -31,6 +34,9 @@ FAMILIES = [
     pytest.param(gemm_skinny, SKINNY, id="skinny"),
     pytest.param(gemm_skinny, SPLIT, id="split"),
     pytest.param(gemm_skinny, WIDE, id="split-wide"),
+    pytest.param(gemm_stream, STREAM, id="stream", marks=pytest.mark.gpu),
+    pytest.param(gemm_stream, STREAM_SPLIT, id="stream-split", marks=pytest.mark.gpu),
+    pytest.param(gemm_stream, TOKENS_FIRST, id="stream-tokens-first", marks=pytest.mark.gpu),
     pytest.param(gemm_persistent, PERSISTENT, id="persistent"),
     pytest.param(gemm_persistent, FLAT, id="persistent-flat"),
     pytest.param(gemm_persistent, QUARTERS, id="persistent-quarters"),
@@ -119,6 +125,8 @@ def test_sizes(family: ModuleType, config: Any, size: tuple[int, int, int], devi
 @pytest.mark.parametrize(("family", "config"), FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dtypes(family: ModuleType, config: Any, dtype: torch.dtype, device: torch.device) -> None:
+    if family is gemm_stream and dtype == torch.float32:
+        pytest.skip("its warpgroups multiply halves")
     if dtype == torch.float32:
         config = replace(config, block_m=16, block_k=32)
     run(family, config, GemmProblem(19, 80, 144, dtype), device, silu_residual, with_residual)
@@ -161,13 +169,15 @@ def test_rows_of_a_wider_matrix(family: ModuleType, config: Any, device: torch.d
     check(y, reference(problem, x, w), reference(problem, x.double(), w.double()))
 
 
-@pytest.mark.parametrize("config", [SPLIT, WIDE], ids=["split", "split-wide"])
+@pytest.mark.parametrize(
+    ("family", "config"), [f for f in FAMILIES if "split" in f.id or f.id == "stream-tokens-first"]
+)
 @pytest.mark.parametrize("paired", [False, True])
-def test_split_sums_repeat_bit_by_bit(config: gemm_skinny.Config, paired: bool, device: torch.device) -> None:
+def test_split_sums_repeat_bit_by_bit(family: ModuleType, config: Any, paired: bool, device: torch.device) -> None:
     n, k = (72, 456) if device.type == "cpu" else (4096, 14336)
     problem = GemmProblem(13, n, k, torch.float16, paired=paired, pair_offset=n)
     x, w = operands(problem, device)
-    launch = gemm_skinny.prepare(silu_mul if paired else store, config, problem)
+    launch = family.prepare(silu_mul if paired else store, config, problem)
     results = []
     for _ in range(3):
         y, _ = poisoned(problem, device)
@@ -185,9 +195,17 @@ def test_two_accumulators_side_by_side(size: tuple[int, int, int], layout: str, 
     run(gemm_persistent, BESIDE, GemmProblem(*size, torch.float16, layout), device, silu_residual, with_residual)
 
 
-def test_more_splits_than_depth(device: torch.device) -> None:
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        pytest.param(gemm_skinny, SPLIT, id="skinny"),
+        pytest.param(gemm_stream, STREAM_SPLIT, id="stream", marks=pytest.mark.gpu),
+        pytest.param(gemm_stream, TOKENS_FIRST, id="stream-tokens-first", marks=pytest.mark.gpu),
+    ],
+)
+def test_more_splits_than_depth(family: ModuleType, config: Any, device: torch.device) -> None:
     # Two of the four programs have nothing to sum; they must still count in.
-    run(gemm_skinny, replace(SPLIT, split_k=4), GemmProblem(3, 64, 72, torch.float16), device, store, plain)
+    run(family, replace(config, split_k=4), GemmProblem(3, 64, 72, torch.float16), device, store, plain)
 
 
 @pytest.mark.parametrize("size", [(1, 1, 1), (3, 1, 5), (2, 7, 1), (5, 3, 33)])
@@ -242,7 +260,7 @@ def test_large_sizes(family: ModuleType, config: Any, size: tuple[int, int, int]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("family", "config"), FAMILIES[:-1])
+@pytest.mark.parametrize(("family", "config"), [f for f in FAMILIES if f.id != "simple"])
 def test_dependent_launch_keeps_the_order(family: ModuleType, config: Any, device: torch.device) -> None:
     # Each product reads what the one before it wrote; an early read would repeat an older link of the chain.
     problem = GemmProblem(70, 512, 512, torch.bfloat16)

@@ -65,18 +65,18 @@ TANH_GELU = {"mul", "pow", "add", "tanh"}
 
 Kernels = list[tuple[str, set[str]]]
 
-PUT_INTO_RESIDUAL = ("gemm_skinny", {"mm", "add"})
+PUT_INTO_RESIDUAL = ("gemm_stream", {"mm", "add"})
 NORMED = ("norm", NORM)
-QKV: Kernels = [("gemm_skinny", {"mm"}), ("rope", ROPE)]
-LLAMA: Kernels = [PUT_INTO_RESIDUAL, NORMED, ("gemm_skinny", {"mm", "silu", "mul"}), PUT_INTO_RESIDUAL, NORMED]
-GATED = ("gemm_skinny", {"mm", "gelu", "mul"})
-GEMMA: Kernels = [("gemm_skinny", {"mm"}), NORMED, GATED, ("gemm_skinny", {"mm"}), NORMED]
-ADDED = ("gemm_skinny", {"addmm", "add"})
-GPT2: Kernels = [ADDED, ("rows", LAYER_NORM), ("gemm_skinny", {"addmm", *TANH_GELU}), ADDED, ("rows", LAYER_NORM)]
+QKV: Kernels = [("gemm_stream", {"mm"}), ("rope", ROPE)]
+LLAMA: Kernels = [PUT_INTO_RESIDUAL, NORMED, ("gemm_stream", {"mm", "silu", "mul"}), PUT_INTO_RESIDUAL, NORMED]
+GATED = ("gemm_stream", {"mm", "gelu", "mul"})
+GEMMA: Kernels = [("gemm_stream", {"mm"}), NORMED, GATED, ("gemm_stream", {"mm"}), NORMED]
+ADDED = ("gemm_stream", {"addmm", "add"})
+GPT2: Kernels = [ADDED, ("rows", LAYER_NORM), ("gemm_stream", {"addmm", *TANH_GELU}), ADDED, ("rows", LAYER_NORM)]
 ROUTED: Kernels = [
     PUT_INTO_RESIDUAL,
     NORMED,
-    ("gemm_skinny", {"mm"}),
+    ("gemm_stream", {"mm"}),
     ("rows", {"amax", "sub", "exp", "sum", "div"}),
     ("", {"topk"}),
     ("rows", {"sum", "div"}),
@@ -102,8 +102,8 @@ EXPECTED: dict[str, tuple[Kernels, Kernels, Kernels]] = {
         GEMMA,
     ),
     "gpt2": (
-        [("rows", LAYER_NORM | {"embedding"}), ("gemm_skinny", {"addmm"})],
-        [*GPT2, ("gemm_skinny", {"addmm"})],
+        [("rows", LAYER_NORM | {"embedding"}), ("gemm_stream", {"addmm"})],
+        [*GPT2, ("gemm_stream", {"addmm"})],
         GPT2,
     ),
 }  # fmt: skip

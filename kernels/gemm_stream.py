@@ -1,0 +1,401 @@
+"""Streaming GEMM: y[M, N] = epilogue(x[M, K] @ W) for few tokens, W on its way before x exists.
+
+Schedule: a ring of `stages` tiles in shared memory. Every program asks for its first tiles of W at once, then waits for
+the previous kernel (programmatic dependent launch), then asks for the tiles of x beside them: what memory has to give
+flows across the border between two kernels. Triton's pipeliner issues both loads of a step together, behind the wait,
+so the ring is written out, in Gluon.
+Either operand may be the one a warpgroup takes 64 rows of: W (accumulators [BLOCK_N, BLOCK_M]), so that few tokens cost
+nothing; or x (accumulators [BLOCK_M, BLOCK_N]), so that a tile may be as narrow as 16 columns of W and few columns
+still occupy every multiprocessor.
+Split-K programs write fp32 partials and count in; the last to arrive sums them in the order of the splits, so results
+repeat bit by bit.
+Bytes: W, x per column tile (L2), partials 8 * split_k * M * N (L2). FLOPs: 2 * M * N * K per accumulator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from math import ceil
+from typing import Any
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from . import workspace
+from .gemm import (
+    GemmProblem,
+    descriptor,
+    job_configs,
+    label,
+    lookup,
+    reference,
+    silu_mul_sample,
+    store_sample,
+    tma_obstacle,
+    type_name,
+    w_block,
+)
+from .gemm_persistent import MEASURED_SM_COUNT
+from .gemm_stream_table import BUCKETS, CONFIGS, EVIDENCE, MOST_TOKENS, Config
+from .jobs import CompileJob
+from .launch import Kernel
+from .target import Target
+
+__all__ = ["CONFIGS", "EVIDENCE", "Config", "choose", "compile_jobs", "estimate_us", "prepare", "reference", "supports"]
+
+
+def supports(problem: GemmProblem) -> str | None:
+    """Return why this family cannot do the problem, or None."""
+    if problem.m > MOST_TOKENS:
+        return f"{problem.m} tokens; beyond {MOST_TOKENS} reading W is no longer the cost"
+    if problem.dtype not in (torch.float16, torch.bfloat16):
+        return f"dtype {problem.dtype} is not float16 or bfloat16"
+    if problem.epilogue_itemsize > 4:
+        return "the epilogue moves 8-byte elements, and numbers of that size cannot be written in a Gluon body"
+    return tma_obstacle(problem)
+
+
+def choose(problem: GemmProblem, target: Target) -> tuple[Config, str]:
+    """Return the config for the problem and why: the measured one, else what the measured ones have in common."""
+    if (hit := lookup(CONFIGS, BUCKETS, problem)) is not None:
+        return hit.config, hit.why
+    config = _alike(problem, target)
+    us = estimate_us(problem, config, target)
+    return config, f"estimated {us:.1f} us, no measurement for this N and K: a tile as those of the measured ones"
+
+
+def _alike(problem: GemmProblem, target: Target) -> Config:
+    """The rule that CONFIGS follows but for a few rows, each of which it misses by less than 2 % of its piece.
+
+    Up to 32 tokens W's columns are the rows, 64 a tile; at 64 tokens tokens are, with 32 columns a tile, so that twice
+    as many programs load; beyond, both are 64. K is split where tiles occupy less than half of the multiprocessors, a
+    long one until they occupy nearly all. The ring is as deep as shared memory allows, eight stages at most.
+    """
+    block_m = max(8, triton.next_power_of_2(problem.m)) if problem.m <= 32 else 64
+    tokens_first = 32 < problem.m <= 64
+    block_n = 32 if tokens_first else 64
+    tiles = ceil(problem.n / block_n) * ceil(problem.m / block_m)
+    enough = target.sm_count * (0.9 if problem.k >= 8192 or problem.m <= 8 else 0.45)
+    split_k = next(split for split in (1, 2, 4) if tiles * split >= enough or split == 4)
+    one = Config(block_m, block_n, 128, 1, 4, split_k, tokens_first)
+    stages = min(8, (target.smem_bytes - 1024) // (smem_bytes(problem, one) - 1024))
+    return replace(one, stages=stages)
+
+
+# Launch, first tiles and epilogue that the predecessor's end does not hide.
+FIXED_US = 1.2
+# Counting in and reading back (as gemm_skinny).
+SPLIT_US = 1.0
+# A byte from L2 costs this share of one from memory: 64 tokens for 1 add 3 to 4 us to a piece of 154, 0.9 GB of x's
+# tiles from L2 (the rows of CONFIGS).
+AGAIN = 0.05
+# FLOP/s of these tiles at most: a bound that few tokens do not reach.
+FLOPS = 500e12
+
+
+def estimate_us(problem: GemmProblem, config: Config, target: Target) -> float:
+    """Estimate the time of a config: its own measurement, else W's bytes, and those that come again from L2."""
+    hit = lookup(CONFIGS, BUCKETS, problem)
+    if hit is not None and hit.config == config:
+        return hit.us
+    tiles_m, tiles_n = ceil(max(problem.m, 1) / config.block_m), ceil(problem.n / config.block_n)
+    again = problem.weight_bytes * (tiles_m - 1) + tiles_n * problem.m * problem.k * problem.dtype.itemsize
+    stream_us = (problem.weight_bytes + AGAIN * again) / target.bandwidth_bytes_s * 1e6
+    # Too few programs cannot ask for enough at once.
+    idle = max(1.0, 0.45 * target.sm_count / (tiles_m * tiles_n * config.split_k))
+    padded = 2 * tiles_m * config.block_m * problem.n * problem.k * problem.accumulators
+    product_us = padded / FLOPS * MEASURED_SM_COUNT / target.sm_count * 1e6
+    return FIXED_US + SPLIT_US * (config.split_k > 1) + max(stream_us * idle, product_us)
+
+
+def smem_bytes(problem: GemmProblem, config: Config) -> int:
+    """Shared memory of the ring: every stage holds one x tile and one W tile per accumulator; 1 KB of barriers."""
+    rows = config.block_m + problem.accumulators * config.block_n
+    return config.stages * rows * config.block_k * problem.dtype.itemsize + 1024
+
+
+@gluon.jit
+def _wait_for_predecessor():
+    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _let_successor_start():
+    gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def _ask_w(w_desc, n, k, ready, tile, KN: gl.constexpr, pred):
+    if KN:
+        tma.async_copy_global_to_shared(w_desc, [k, n], ready, tile, pred=pred)
+    else:
+        tma.async_copy_global_to_shared(w_desc, [n, k], ready, tile, pred=pred)
+
+
+@gluon.jit
+def _multiply(w, x, acc, TOKENS_FIRST: gl.constexpr, KN: gl.constexpr):
+    """One step: acc += the product of the tiles, without waiting for it."""
+    if TOKENS_FIRST:
+        return warpgroup_mma(x, w if KN else w.permute((1, 0)), acc, is_async=True)
+    else:
+        return warpgroup_mma(w.permute((1, 0)) if KN else w, x.permute((1, 0)), acc, is_async=True)
+
+
+@gluon.jit(do_not_specialize=["m_size"])
+def gemm_stream_kernel(
+    x_desc,
+    w_desc,
+    partials,
+    counters,
+    m_size,
+    t,
+    N: gl.constexpr,
+    K: gl.constexpr,
+    PAIR_OFFSET: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr,
+    SPLIT_K: gl.constexpr,
+    K_PER_SPLIT: gl.constexpr,
+    TOKENS_FIRST: gl.constexpr,
+    PAIRED: gl.constexpr,
+    KN: gl.constexpr,
+    PDL: gl.constexpr,
+    WARPS: gl.constexpr,
+    EPILOGUE: gl.constexpr,
+):
+    ACCS: gl.constexpr = 2 if PAIRED else 1
+    # Programs that share a tile of W follow one another: the second finds it in L2.
+    tile_m, tile_n, split = gl.program_id(0), gl.program_id(1), gl.program_id(2)
+    n0, m0, k0 = tile_n * BLOCK_N, tile_m * BLOCK_M, split * K_PER_SPLIT
+    k_end = gl.minimum(k0 + K_PER_SPLIT, K)
+    if PDL:
+        _let_successor_start()
+    w_ring = gl.allocate_shared_memory(w_desc.dtype, [STAGES * ACCS] + w_desc.block_shape, w_desc.layout)
+    x_ring = gl.allocate_shared_memory(x_desc.dtype, [STAGES] + x_desc.block_shape, x_desc.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    STEP_BYTES: gl.constexpr = ACCS * w_desc.block_type.nbytes + x_desc.block_type.nbytes
+    for s in gl.static_range(STAGES):
+        mbarrier.init(ready.index(s), count=1)
+    for s in gl.static_range(STAGES):
+        k = k0 + s * BLOCK_K
+        mbarrier.expect(ready.index(s), STEP_BYTES, pred=k < k_end)
+        for a in gl.static_range(ACCS):
+            _ask_w(w_desc, n0 + a * PAIR_OFFSET, k, ready.index(s), w_ring.index(s * ACCS + a), KN, k < k_end)
+    if PDL:
+        _wait_for_predecessor()
+    for s in gl.static_range(STAGES):
+        k = k0 + s * BLOCK_K
+        tma.async_copy_global_to_shared(x_desc, [m0, k], ready.index(s), x_ring.index(s), pred=k < k_end)
+
+    ROWS: gl.constexpr = BLOCK_M if TOKENS_FIRST else BLOCK_N
+    COLS: gl.constexpr = BLOCK_N if TOKENS_FIRST else BLOCK_M
+    sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, COLS, 16])
+    acc = gl.zeros([ROWS, COLS], gl.float32, sums)
+    acc2 = acc
+    slot = 0
+    parity = 0
+    for k in range(k0, k_end, BLOCK_K):
+        mbarrier.wait(ready.index(slot), parity)
+        x = x_ring.index(slot)
+        acc = _multiply(w_ring.index(slot * ACCS), x, acc, TOKENS_FIRST, KN)
+        if PAIRED:
+            acc2 = _multiply(w_ring.index(slot * ACCS + 1), x, acc2, TOKENS_FIRST, KN)
+            acc, acc2 = warpgroup_mma_wait(2, deps=(acc, acc2))
+        else:
+            acc = warpgroup_mma_wait(1, deps=(acc,))
+        # The step before this one has been multiplied: its slot takes the tiles that come STAGES steps after it.
+        free = gl.where(slot == 0, STAGES - 1, slot - 1)
+        ahead = k + (STAGES - 1) * BLOCK_K
+        there = (ahead < k_end) & (k > k0)
+        mbarrier.expect(ready.index(free), STEP_BYTES, pred=there)
+        for a in gl.static_range(ACCS):
+            _ask_w(w_desc, n0 + a * PAIR_OFFSET, ahead, ready.index(free), w_ring.index(free * ACCS + a), KN, there)
+        tma.async_copy_global_to_shared(x_desc, [m0, ahead], ready.index(free), x_ring.index(free), pred=there)
+        last = slot == STAGES - 1
+        slot = gl.where(last, 0, slot + 1)
+        parity = gl.where(last, parity ^ 1, parity)
+    if PAIRED:
+        acc, acc2 = warpgroup_mma_wait(0, deps=(acc, acc2))
+    else:
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+    for s in gl.static_range(STAGES):
+        mbarrier.invalidate(ready.index(s))
+
+    if SPLIT_K > 1:
+        TILE: gl.constexpr = ROWS * COLS
+        unit = tile_n * gl.num_programs(0) + tile_m
+        base = partials + unit.to(gl.int64) * (SPLIT_K * ACCS * TILE)
+        row = gl.expand_dims(gl.arange(0, ROWS, gl.SliceLayout(1, sums)), 1)
+        at = row * COLS + gl.expand_dims(gl.arange(0, COLS, gl.SliceLayout(0, sums)), 0)
+        gl.store(base + split * (ACCS * TILE) + at, acc)
+        if PAIRED:
+            gl.store(base + split * (ACCS * TILE) + TILE + at, acc2)
+        # Every thread's partial is written before one of them releases it by counting in.
+        gl.thread_barrier()
+        arrived = gl.atomic_add(counters + unit, 1, sem="acq_rel", scope="gpu")
+        if arrived == SPLIT_K - 1:
+            # .cg: other SMs wrote these, so L1 must not answer.
+            acc = gl.load(base + at, cache_modifier=".cg")
+            for i in gl.static_range(1, SPLIT_K):
+                acc += gl.load(base + i * (ACCS * TILE) + at, cache_modifier=".cg")
+            if PAIRED:
+                acc2 = gl.load(base + TILE + at, cache_modifier=".cg")
+                for i in gl.static_range(1, SPLIT_K):
+                    acc2 += gl.load(base + i * (ACCS * TILE) + TILE + at, cache_modifier=".cg")
+            gl.store(counters + unit, 0)
+            _finish(acc, acc2, m0, n0, m_size, t, N, TOKENS_FIRST, PAIRED, WARPS, EPILOGUE)
+    else:
+        _finish(acc, acc2, m0, n0, m_size, t, N, TOKENS_FIRST, PAIRED, WARPS, EPILOGUE)
+
+
+@gluon.jit
+def _finish(
+    acc,
+    acc2,
+    m0,
+    n0,
+    m_size,
+    t,
+    N: gl.constexpr,
+    TOKENS_FIRST: gl.constexpr,
+    PAIRED: gl.constexpr,
+    WARPS: gl.constexpr,
+    EPILOGUE: gl.constexpr,
+):
+    """The epilogue, on sums laid out so that a warp stores whole lines: columns of W are adjacent in memory."""
+    ALONG_N: gl.constexpr = acc.shape[1] if TOKENS_FIRST else acc.shape[0]
+    WIDE: gl.constexpr = 4 if ALONG_N >= 32 else 2
+    LANES: gl.constexpr = min(32, ALONG_N // WIDE)
+    lines: gl.constexpr = (
+        gl.BlockedLayout([1, WIDE], [32 // LANES, LANES], [WARPS, 1], [1, 0])
+        if TOKENS_FIRST
+        else gl.BlockedLayout([WIDE, 1], [LANES, 32 // LANES], [1, WARPS], [0, 1])
+    )
+    first = gl.expand_dims(gl.arange(0, acc.shape[0], gl.SliceLayout(1, lines)), 1)
+    second = gl.expand_dims(gl.arange(0, acc.shape[1], gl.SliceLayout(0, lines)), 0)
+    if TOKENS_FIRST:
+        m, n = m0 + first, n0 + second
+    else:
+        m, n = m0 + second, n0 + first
+    acc = gl.convert_layout(acc, lines)
+    acc2 = gl.convert_layout(acc2, lines) if PAIRED else acc
+    EPILOGUE(acc, acc2, m, n, (n < N) & (m < m_size), t)
+
+
+def _constexprs(problem: GemmProblem, config: Config, epilogue: Any, pdl: bool) -> dict[str, Any]:
+    # Splits are whole depth steps; the last may be shorter, or empty.
+    per_split = ceil(ceil(problem.k / config.block_k) / config.split_k) * config.block_k
+    return {
+        "N": problem.n,
+        "K": problem.k,
+        "PAIR_OFFSET": problem.pair_offset if problem.paired else 0,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "STAGES": config.stages,
+        "SPLIT_K": config.split_k,
+        "K_PER_SPLIT": per_split,
+        "TOKENS_FIRST": config.tokens_first,
+        "PAIRED": problem.paired,
+        "KN": problem.layout == "kn",
+        "PDL": pdl,
+        "WARPS": config.warps,
+        "EPILOGUE": epilogue,
+    }
+
+
+def _shared_layout(block: list[int], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    kind = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}[dtype]
+    return gl.NVMMASharedLayout.get_default_for(block, kind)
+
+
+def _described(tensor: torch.Tensor, block: list[int], layout: gl.NVMMASharedLayout, name: str) -> TensorDescriptor:
+    plain = descriptor(tensor, block, name)
+    return TensorDescriptor(plain.base, plain.shape, plain.strides, plain.block_shape, layout)
+
+
+class StreamGemm:
+    """A prepared launch; call it with x [M, K], W in the problem's layout and the epilogue's tensors."""
+
+    def __init__(self, epilogue: Any, config: Config, problem: GemmProblem, pdl: bool, slot: int) -> None:
+        self.config, self.problem, self.slot = config, problem, slot
+        self.kernel = Kernel(
+            gemm_stream_kernel, _constexprs(problem, config, epilogue, pdl), num_warps=config.warps, pdl=pdl
+        )
+        self._x_block = [config.block_m, config.block_k]
+        self._w_block = w_block(problem, config.block_n, config.block_k)
+        self._x_layout = _shared_layout(self._x_block, problem.dtype)
+        self._w_layout = _shared_layout(self._w_block, problem.dtype)
+
+    def arguments(self, x: torch.Tensor, w: torch.Tensor, t: tuple) -> tuple[tuple[int, int, int], tuple]:
+        """Return grid and kernel arguments, as the next call would launch them."""
+        config, m = self.config, x.shape[0]
+        tiles_n, tiles_m = ceil(self.problem.n / config.block_n), ceil(m / config.block_m)
+        need = tiles_n * tiles_m if config.split_k > 1 else 0
+        tile = config.block_n * config.block_m * self.problem.accumulators
+        scratch = workspace.get(x.device, need * config.split_k * tile, need, self.slot)
+        x_desc = _described(x, self._x_block, self._x_layout, "x")
+        w_desc = _described(w, self._w_block, self._w_layout, "W")
+        return (tiles_m, tiles_n, config.split_k), (x_desc, w_desc, scratch.partials, scratch.counters, m, t)
+
+    def __call__(self, x: torch.Tensor, w: torch.Tensor, t: tuple) -> None:
+        if x.shape[0] == 0:
+            return
+        grid, args = self.arguments(x, w, t)
+        self.kernel(grid, *args)
+
+
+def prepare(epilogue: Any, config: Config, problem: GemmProblem, *, pdl: bool = False, slot: int = 0) -> StreamGemm:
+    """Fix everything that does not change between calls.
+
+    Args:
+        epilogue: `@triton.jit` body `(acc, acc2, m, n, mask, t)`, elementwise; accumulators are [BLOCK_N, BLOCK_M], or
+            [BLOCK_M, BLOCK_N] where tokens are the rows.
+        config: from `choose`.
+        problem: sizes and strides; `m` is only a hint.
+        pdl: wait for the predecessor in the kernel and let the successor start with its first instruction.
+        slot: workspace slot; differs between kernels that may run at the same time.
+    """
+    return StreamGemm(epilogue, config, problem, pdl, slot)
+
+
+def compile_jobs(arch: int) -> Iterable[CompileJob]:
+    """Yield one job for every config that `choose` gives for a measured or a sample problem, with sample epilogues."""
+    if arch != 90:
+        return
+    for problem, config in job_configs(CONFIGS, BUCKETS, supports, choose, arch):
+        yield _job(problem, config)
+
+
+def _job(problem: GemmProblem, config: Config) -> CompileJob:
+    dtype = type_name(problem.dtype)
+    x_block, w_tile = [config.block_m, config.block_k], w_block(problem, config.block_n, config.block_k)
+
+    def described(block: list[int]) -> str:
+        return f"tensordesc<{dtype}[{block[0]},{block[1]}],{_shared_layout(block, problem.dtype)!r}>"
+
+    return CompileJob(
+        family="gemm_stream",
+        label=label(problem),
+        fn=gemm_stream_kernel,
+        signature={
+            "x_desc": described(x_block),
+            "w_desc": described(w_tile),
+            "partials": "*fp32",
+            "counters": "*i32",
+            "m_size": "i32",
+            "t": (f"*{dtype}",),
+        },
+        constexprs=_constexprs(problem, config, silu_mul_sample if problem.paired else store_sample, pdl=True),
+        num_warps=config.warps,
+        divisible=("partials", "counters", "t"),
+    )

@@ -1,0 +1,100 @@
+"""Configs of the streaming GEMM as they were measured, each in the piece that it is for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .gemm import measured
+
+# Beyond, reading W is no longer the cost.
+MOST_TOKENS = 128
+# The m of CONFIGS' rows.
+BUCKETS = (8, 16, 32, 64, MOST_TOKENS)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile sizes and pipeline of one launch.
+
+    Args:
+        block_m: tokens per tile: at least 8, or 64 where tokens are the rows.
+        block_n: columns of W per tile: at least 64, or 16 where tokens are the rows.
+        block_k: depth per pipeline step.
+        stages: tiles in the ring.
+        warps: 4, or 8 for tiles of 128 rows.
+        split_k: programs that share one output tile.
+        tokens_first: tokens are the rows of the product.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    stages: int
+    warps: int
+    split_k: int
+    tokens_first: bool = False
+
+    def __str__(self) -> str:
+        tile = f"{self.block_m}x{self.block_n}" if self.tokens_first else f"{self.block_n}x{self.block_m}"
+        return f"{tile}x{self.block_k} stages {self.stages} warps {self.warps} split {self.split_k}"
+
+
+EVIDENCE = "added to a piece, NVIDIA H100 80GB, torch 2.11, triton 3.6, bf16, 2026-11-25"
+
+# What `tools/tune_piece.py` found best where the GEMM runs: in the model's middle piece, its neighbours' kernels around
+# it. A row serves the m below it too; `us` is what the launch adds to the piece.
+CONFIGS = measured(
+    Config,
+    """
+    N     K accs    m   bm  bn  bk  st  wp  sk  tf      us
+ 2048  2048  one    8    8  64 128   8   4   2   0     6.0
+ 2048  2048  one   16   16  64 128   8   4   2   0     7.2
+ 2048  2048  one   32   32  64 128   8   4   2   0     7.2
+ 2048  2048  one   64   64  32 128   8   4   1   1     5.6
+ 2048  2048  one  128   64  64 128   7   4   1   0     7.2
+ 2048  8192  one    8    8  64 128   8   4   4   0    12.9
+ 2048  8192  one   16   16  64 128   8   4   4   0    12.8
+ 2048  8192  one   32   32  64 128   8   4   4   0    13.5
+ 2048  8192  one   64   64  32 128   8   4   2   1    14.4
+ 2048  8192  one  128   64  32 128   8   4   1   1    18.1
+ 3072  2048  one    8    8  64 128   6   4   4   0     3.7
+ 3072  2048  one   16   16  64 128   5   4   2   0     5.5
+ 3072  2048  one   32   32  64 128   4   4   2   0     6.9
+ 3072  2048  one   64   64  32 128   8   4   1   1     5.3
+ 3072  2048  one  128   64  64 128   7   4   1   0     6.4
+ 4096  4096  one    8    8  64 128   6   4   4   0    12.4
+ 4096  4096  one   16   16  64 128   8   4   1   0    14.9
+ 4096  4096  one   32   32  64 128   8   4   1   0    14.4
+ 4096  4096  one   64   64  32 128   8   4   1   1    15.6
+ 4096  4096  one  128  128  64  64   8   4   1   0    16.9
+ 4096 12288  one    8    8  64 128   6   4   4   0    34.0
+ 4096 12288  one   16   16  64 128   8   4   1   0    35.7
+ 4096 12288  one   32   32  64 128   8   4   2   0    35.2
+ 4096 12288  one   64   64  32 128   8   4   1   1    38.2
+ 4096 12288  one  128   64  64  64   8   4   1   0    44.7
+ 4096 14336  one    8    8  64 128   8   4   2   0    38.8
+ 4096 14336  one   16   16  64 128   8   4   2   0    38.3
+ 4096 14336  one   32   32  64 128   8   4   1   0    42.1
+ 4096 14336  one   64   64  32 128   8   4   1   1    42.3
+ 6144  4096  one    8    8  64 128   8   4   1   0    18.6
+ 6144  4096  one   16   16  64 128   8   4   1   0    18.1
+ 6144  4096  one   32   32  64 128   8   4   1   0    18.0
+ 6144  4096  one   64   64  32 128   4   4   1   1    19.1
+ 6144  4096  one  128  128  64 128   4   4   1   0    20.9
+ 8192  2048 pair    8    8  64 128   6   4   1   0    18.9
+ 8192  2048 pair   16   16  64 128   6   4   1   0    20.5
+ 8192  2048 pair   32   32  64 128   5   4   1   0    21.9
+ 8192  2048 pair   64   64  32 128   3   4   1   1    23.7
+ 8192  2048 pair  128  128  64  64   7   4   1   0    25.0
+12288  4096 pair    8    8  64 128   3   4   1   0    68.2
+12288  4096 pair   16   16  64 128   6   4   1   0    66.0
+12288  4096 pair   32   32  64 128   5   4   1   0    68.9
+12288  4096 pair   64   64  32 128   7   4   1   1    70.0
+14336  4096 pair    8    8  64 128   3   4   1   0    76.3
+14336  4096 pair   16   16  64 128   6   4   1   0    78.0
+14336  4096 pair   32   32  64 128   5   4   1   0    78.0
+14336  4096 pair   64   64  32 128   3   4   1   1    80.6
+14336  4096 pair  128  128  64 128   3   4   1   0    85.0
+""",
+    EVIDENCE,
+)
