@@ -134,7 +134,7 @@ class VendorGemm:
     epilogue takes it."""
 
     def __init__(self, epilogue: Any, config: Config, problem: GemmProblem, pdl: bool) -> None:
-        self.config, self.problem = config, problem
+        self.config, self.problem, self.epilogue = config, problem, epilogue
         if not problem.plain:
             self.kernel = Kernel(vendor_epilogue_kernel, _constexprs(problem, epilogue, pdl), WARPS, pdl=pdl)
 

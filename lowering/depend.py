@@ -35,7 +35,7 @@ INLINED_LENGTH = BODY_LIMIT // 4
 # Beyond, a wider copy of the result (a sum in fp32) costs more than its readers lose by computing it from the GEMM's
 # own. On an H100 at 8192 x 4096 (bf16, torch 2.11, triton 3.6, 2026-11-25) a residual added and stored in fp32 made
 # o_proj take 516 us and down 1508 us, where cuBLAS and our kernels without it take about 400 and 1340.
-EPILOGUE_BYTES = 2_000_000
+EPILOGUE_BYTES = 1 << 21
 
 
 @dataclass(frozen=True)

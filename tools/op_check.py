@@ -1,9 +1,10 @@
 """One operator in one dtype: every sample through Dynamo and as an ATen graph, against eager and fp64.
 
-What is compared stands in compare.py. Five kinds of differences are none of ours and are counted, not hidden: an
+What is compared stands in compare.py. Six kinds of differences are none of ours and are counted, not hidden: an
 operator that draws random numbers is compared in geometry where it draws others than eager under the same seed; strides
 and shared memory may be those that torch's fake tensors promise where eager breaks that promise; a result may be, to
-the last bit, that of torch's own trace, which is what comes to a compiler; a sum of large terms that cancel may be off
+the last bit, that of torch's own trace, which is what comes to a compiler; on a GPU, it may be eager's on the CPU where
+a CUDA kernel errs (embedding with max_norm and a weight with gaps); a sum of large terms that cancel may be off
 by what the last bits of its arguments move it, although eager was luckier; and a case that Dynamo or `make_fx` cannot
 take without us does not come to us.
 """
@@ -183,6 +184,21 @@ class _References:
         except Exception:
             return None
 
+    def on_cpu(self) -> tuple[Any, Any] | None:
+        """What eager makes of the case on the CPU, in its own dtype and in fp64; None where it refuses."""
+        given = pytree.tree_map(lambda v: v.cpu() if isinstance(v, torch.Tensor) else v, compare.copied(self.given))
+        torch.set_default_dtype(torch.float64)
+        try:
+            exact = _outcome(self.case.fn, compare.widened(given), 0)
+            torch.set_default_dtype(torch.float32)
+            eager = _outcome(self.case.fn, given, 0)
+        except Exception:
+            return None
+        finally:
+            torch.set_default_dtype(torch.float32)
+        there = [pytree.tree_map(lambda v: v.to(HERE) if isinstance(v, torch.Tensor) else v, r) for r in (eager, exact)]
+        return there[0], there[1]
+
     def traced(self) -> Any:
         """What torch makes of its own trace of the call, op by op; None where it cannot trace it. A trace may take
         another way than eager: of a condition number's singular values it computes the vectors as well."""
@@ -258,6 +274,10 @@ def _compare(ours: Any, references: _References, result: Result) -> str:
     traced = references.traced()
     if traced is not None and compare.difference(ours, traced, None) is None:
         result.aside["as torch's own trace of it computes, which is not as eager does"] += 1
+        return ""
+    other = references.on_cpu() if HERE.type == "cuda" else None
+    if other is not None and compare.difference(ours, *other, placing=False) is None:
+        result.aside["as eager computes it on the CPU, which is not what its CUDA kernel does"] += 1
         return ""
     for seed in range(DRAWS):
         near = references.near(seed)

@@ -2,7 +2,7 @@
 
     python -m terrazzo.tools.tune_gemm                                    every shape and size below
     python -m terrazzo.tools.tune_gemm --shapes 4096x4096,14336x4096p     some shapes (N x K, p: paired)
-    python -m terrazzo.tools.tune_gemm --families gemm_skinny --m 16,64 --json out.jsonl
+    python -m terrazzo.tools.tune_gemm --families gemm_persistent --m 256,512 --json out.jsonl
     … --families gemm_persistent,gemm_vendor --m 333                      beside cuBLAS with the epilogue after it
 
 A time is that of one GEMM within a CUDA graph of many, each on its own copy of W, so that L2 holds no W it reads;
@@ -31,9 +31,8 @@ import torch
 import triton
 import triton.language as tl
 
-from terrazzo.kernels import gemm_persistent, gemm_skinny, gemm_vendor
+from terrazzo.kernels import gemm_persistent, gemm_vendor
 from terrazzo.kernels.gemm import GemmProblem, reference
-from terrazzo.kernels.target import Target
 
 # Projections of Llama-3.1-8B, Llama-3.2-1B and Qwen3-8B, as (N, K, paired).
 SHAPES = (
@@ -74,35 +73,15 @@ class Candidate:
     family: str
     problem: GemmProblem
     config: Any
-    pdl: bool = True
 
     def prepare(self) -> Any:
         body = silu_mul_body if self.problem.paired else store_body
-        return importlib.import_module(f"terrazzo.kernels.{self.family}").prepare(
-            body, self.config, self.problem, pdl=self.pdl
-        )
+        family = importlib.import_module(f"terrazzo.kernels.{self.family}")
+        return family.prepare(body, self.config, self.problem, pdl=True)
 
     def binary(self) -> tuple:
         """What the compiled code depends on: m does not reach it."""
-        return self.family, replace(self.problem, m=0), self.config, self.pdl
-
-
-def skinny_space(problem: GemmProblem, target: Target) -> Iterable[gemm_skinny.Config]:
-    """Tiles whose programs fill the multiprocessors 0.6 to 4.2 times, with the deepest pipeline and a shallower one."""
-    whole = min(256, max(16, triton.next_power_of_2(problem.m)))
-    for block_m in {whole, max(min(whole, 64), whole // 2), max(min(whole, 64), whole // 4)}:
-        for block_n, split_k in itertools.product((64, 128), (1, 2, 3, 4, 5, 6, 8)):
-            per_sm = -(-problem.n // block_n) * -(-problem.m // block_m) * split_k / target.sm_count
-            too_wide = block_n * block_m * problem.accumulators > (128 * 128 if problem.paired else 128 * 256)
-            if too_wide or per_sm > 4.2 or (per_sm < 0.6 and split_k > 1):
-                continue
-            wide = block_n * block_m * problem.accumulators >= 128 * 128
-            for block_k, warps in itertools.product((64, 128), (4, 8) if wide and block_n == 128 else (4,)):
-                base = gemm_skinny.Config(block_m, block_n, block_k, 1, warps, split_k)
-                one = gemm_skinny.smem_bytes(problem, base) - 1024
-                deep = min(8, (target.smem_bytes // max(1, round(per_sm + 0.3)) - 2048) // one)
-                depths = {deep, min(deep, 4)} if problem.m <= 128 else {deep}
-                yield from (replace(base, stages=stages) for stages in sorted(depths) if stages >= 2)
+        return self.family, replace(self.problem, m=0), self.config
 
 
 def persistent_space(problem: GemmProblem) -> Iterable[gemm_persistent.Config]:
@@ -139,29 +118,16 @@ def persistent_space(problem: GemmProblem) -> Iterable[gemm_persistent.Config]:
 
 def candidates(families: Sequence[str], shapes: Sequence[tuple], sizes: Sequence[int]) -> list[Candidate]:
     """Every candidate of every problem, by problem."""
-    target, found = Target.current(), []
+    found = []
     for n, k, paired in shapes:
         for m in sizes:
             offset = n if paired else 0
             problem = GemmProblem(m, n, k, torch.bfloat16, paired=paired, pair_offset=offset, rounds=True)
-            if "gemm_skinny" in families and gemm_skinny.supports(problem) is None:
-                found += [Candidate("gemm_skinny", problem, config) for config in skinny_space(problem, target)]
             if "gemm_persistent" in families and gemm_persistent.supports(problem) is None:
                 found += [Candidate("gemm_persistent", problem, config) for config in persistent_space(problem)]
             if "gemm_vendor" in families and gemm_vendor.supports(problem) is None:
                 found.append(Candidate("gemm_vendor", problem, gemm_vendor.Config()))
     return found
-
-
-def variants(candidate: Candidate) -> Iterable[Candidate]:
-    """What is tried around a winner for few tokens: no dependent launch, W asked into L2 before the wait, one token."""
-    if candidate.family != "gemm_skinny" or candidate.problem.m > 64:
-        return
-    yield replace(candidate, pdl=False)
-    yield replace(candidate, config=replace(candidate.config, prefetch=2))
-    yield replace(candidate, config=replace(candidate.config, prefetch=2, early=True))
-    if candidate.problem.m == 16:
-        yield replace(candidate, problem=replace(candidate.problem, m=1))
 
 
 def compile_one(candidate: Candidate) -> str | None:
@@ -246,7 +212,7 @@ def measure(candidate: Candidate, bench: Bench, compiled: str | None) -> dict[st
     """One line of the journal: the time, or why there is none."""
     problem = candidate.problem
     line = {"family": candidate.family, "m": problem.m, "n": problem.n, "k": problem.k, "paired": problem.paired}
-    line |= {"config": asdict(candidate.config), "pdl": candidate.pdl}
+    line["config"] = asdict(candidate.config)
     if compiled is not None:
         return line | {"failed": compiled}
     try:
@@ -261,28 +227,13 @@ def measure(candidate: Candidate, bench: Bench, compiled: str | None) -> dict[st
 
 
 def tune(found: Sequence[Candidate], workers: int, write: Any, deadline: float) -> list[dict[str, Any]]:
-    """Compile and time everything, then the variants of each problem's two best; returns all lines."""
-    compiled = compile_all(found, workers)
-    lines, winners = [], []
+    """Compile and time everything; returns all lines."""
+    compiled, lines = compile_all(found, workers), []
     for problem in dict.fromkeys(candidate.problem for candidate in found):
         if time.monotonic() > deadline:
             break
-        bench, own = Bench(problem), []
-        for candidate in found:
-            if candidate.problem == problem:
-                own.append((measure(candidate, bench, compiled[candidate.binary()]), candidate))
-                write(own[-1][0])
-        for family in dict.fromkeys(candidate.family for _, candidate in own):
-            timed = sorted((ratio(line), i) for i, (line, c) in enumerate(own) if "us" in line and c.family == family)
-            winners += [own[i][1] for _, i in timed[:2]]
-        lines += [line for line, _ in own]
-    more = [variant for winner in winners for variant in variants(winner)]
-    compiled = compile_all(more, workers)
-    for problem in dict.fromkeys(candidate.problem for candidate in more):
-        if time.monotonic() > deadline:
-            break
         bench = Bench(problem)
-        for candidate in more:
+        for candidate in found:
             if candidate.problem == problem:
                 lines.append(measure(candidate, bench, compiled[candidate.binary()]))
                 write(lines[-1])
@@ -298,7 +249,7 @@ def table(lines: Sequence[dict[str, Any]]) -> list[str]:
     best: dict[tuple, dict[str, Any]] = {}
     for line in lines:
         key = (line["family"], line["n"], line["k"], line["paired"], line["m"])
-        if line["pdl"] and "us" in line and (key not in best or ratio(line) < ratio(best[key])):
+        if "us" in line and (key not in best or ratio(line) < ratio(best[key])):
             best[key] = line
     return [
         f"{family} ({n}, {k}, {paired}) {m}: Measured(Config({', '.join(map(str, line['config'].values()))}), "
@@ -309,9 +260,9 @@ def table(lines: Sequence[dict[str, Any]]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m terrazzo.tools.tune_gemm", description=__doc__.splitlines()[0])
-    parser.add_argument("--families", default="gemm_skinny,gemm_persistent")
+    parser.add_argument("--families", default="gemm_persistent,gemm_vendor")
     parser.add_argument("--shapes", default="", help="NxK, with p for paired; default: the projections in SHAPES")
-    parser.add_argument("--m", default="16,32,64,128,256,512,1024,2048,8192")
+    parser.add_argument("--m", default="192,256,512,1024,2048,8192")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
     parser.add_argument("--budget-s", type=float, default=3600, help="start no further problem after so many seconds")
     parser.add_argument("--json", default="", help="write every measurement there, one JSON object a line")

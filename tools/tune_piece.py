@@ -1,0 +1,305 @@
+"""Tune the GEMMs of a model's middle piece where they run: a config is put into the plan, and the whole piece is timed.
+
+    python -m terrazzo.tools.tune_piece --models llama-3.1-8b --sizes 1,16,32,64,128
+    python -m terrazzo.tools.tune_piece --models qwen3-8b --sizes 64 --budget-s 60 --json out.jsonl
+
+What a GEMM costs depends on its neighbours: with programmatic dependent launch it starts while the kernel before it
+ends, so configs timed alone (`tune_gemm.py`) do not tell. One launch after the other, heaviest first, takes the config
+with which the piece is fastest; then again among each launch's best, until nothing changes or the time is over. The
+piece as it is planned runs in turn with every candidate, and ratios are to that. A config that changes the piece's
+result by more than its dtype explains is reported and never timed.
+The last lines are rows for the tables, with what each launch then adds to the piece; exit status 1 when a config was
+wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import logging
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass, field, replace
+from typing import Any
+
+import torch
+import triton
+
+from terrazzo.kernels import gemm_persistent, gemm_stream, gemm_vendor
+from terrazzo.kernels.gemm import GemmProblem
+from terrazzo.kernels.launch import compiling_together
+from terrazzo.kernels.target import Target
+from terrazzo.runtime.compiled import CompiledPiece
+from terrazzo.tools.bench import middle
+from terrazzo.tools.device import HERE, exit_status
+from terrazzo.tools.measure import HEAD_START, chain, floor_us, kernel_times, layers_of
+from terrazzo.tools.models import Piece
+from terrazzo.tools.tune_gemm import persistent_space
+
+# Rounds over all launches, and how many of a launch's candidates each takes: all, then the best so far.
+ROUNDS = (None, 8, 4)
+REPLAYS = (5, 11, 21)
+# Largest change of a result, relative to its RMS, that another order of sums explains in bf16.
+CHANGE = 2e-2
+
+
+@dataclass
+class Launch:
+    """A GEMM of the plan.
+
+    Args:
+        variable: its name in the plan's module.
+        planned: what the plan has there.
+        args: of its call, as the first layer makes it.
+        candidates: prepared launches by config, of one family or another.
+        ratios: of the piece with each to the piece as planned.
+    """
+
+    variable: str
+    planned: Any
+    args: tuple[Any, ...]
+    candidates: dict[Any, Any] = field(default_factory=dict)
+    ratios: dict[Any, float] = field(default_factory=dict)
+
+    @property
+    def problem(self) -> GemmProblem:
+        return self.planned.problem
+
+
+def stream_space(problem: GemmProblem, target: Target) -> Iterator[gemm_stream.Config]:
+    """Tiles of either orientation, rings for one and two programs a multiprocessor."""
+    whole, accs = max(8, triton.next_power_of_2(problem.m)), problem.accumulators
+    if problem.m <= 32:
+        shapes = [(whole, 64, False, k, s) for k in (64, 128) for s in (1, 2, 4)]
+        shapes += [(64, n, True, k, s) for n in (16, 32, 64) for k in (64, 128, 256) for s in (1, 2)]
+    else:
+        tiles = ((min(whole, 128), (64, 128)), (64, (64, 128)))
+        shapes = [(m, n, False, k, s) for m, ns in tiles for n in ns for k in (64, 128) for s in (1, 2)]
+        shapes += [(m, n, True, k, s) for m, _ in tiles for n in (32, 64, 128) for k in (64, 128) for s in (1, 2)]
+    for (m, n, tokens_first, k, split), warps, resident in itertools.product(dict.fromkeys(shapes), (4, 8), (1, 2)):
+        tiles_of_w = -(-problem.n // n) * -(-problem.m // m)
+        programs, rows = tiles_of_w * split, m if tokens_first else n
+        sums_per_thread = m * n * accs / (32 * warps)
+        base = gemm_stream.Config(m, n, k, 1, warps, split, tokens_first)
+        one = gemm_stream.smem_bytes(problem, base) - 1024
+        stages = min(8, (target.smem_bytes // resident - 2048) // one)
+        in_flight = n * k * accs * problem.dtype.itemsize * (stages - 1) * max(1, min(resident, programs / 132))
+        fits = 0.4 <= programs / target.sm_count <= 6 and (split == 1 or tiles_of_w <= 100)
+        holds = sums_per_thread <= 128 and (warps == 4 or (rows >= 128 and sums_per_thread >= 32))
+        if fits and holds and stages >= 2 and in_flight >= 24_000:
+            yield replace(base, stages=stages)
+
+
+def space(problem: GemmProblem, target: Target) -> Iterator[tuple[Any, Any]]:
+    """Families and configs that a problem is tuned over."""
+    if gemm_stream.supports(problem) is None:
+        yield from ((gemm_stream, config) for config in stream_space(problem, target))
+        return
+    for config in persistent_space(problem):
+        if gemm_persistent.smem_bytes(problem, config) <= target.smem_bytes:
+            yield gemm_persistent, config
+    if gemm_vendor.supports(problem) is None:
+        yield gemm_vendor, gemm_vendor.Config()
+
+
+class Tuning:
+    """A piece at one size: its plan's GEMMs, exchanged one by one."""
+
+    def __init__(self, piece: Piece, size: int) -> None:
+        self.piece, self.size = piece, size
+        compiled = CompiledPiece(piece.graph)
+        self.layers = layers_of(piece, size, HERE)
+        self.run = compiled.at(self.layers[0])
+        (self.loaded,) = [made for (sizes, _), made in compiled.plans.items() if sizes == (size,)]
+        self.module = self.loaded.call.__globals__
+        self.launches = self._found()
+        self.expected = [_copied(value) for value in self.run(*self.layers[0])]
+        # What another run leaves different is memory that the piece does not fill.
+        self.filled = [_same(a, b) for a, b in zip(self.run(*self.layers[0]), self.expected, strict=True)]
+        self.planned = chain(self.run, self.layers)
+        self.wrong: list[str] = []
+
+    def _found(self) -> list[Launch]:
+        families = (gemm_stream.StreamGemm, gemm_persistent.PersistentGemm, gemm_vendor.VendorGemm)
+        names = [n for n, value in self.module.items() if n.startswith("launch_") and isinstance(value, families)]
+        found: list[Launch] = []
+        # A preparation may have several names: each of its calls is a launch of its own.
+        with _noting(self.module, names) as noted:
+            self.run(*self.layers[0])
+        for name in names:
+            found.append(Launch(name, self.module[name], noted[name]))
+        return sorted(found, key=lambda launch: -launch.problem.weight_bytes)
+
+    def prepare(self) -> None:
+        """Every candidate of every launch, compiled side by side."""
+        target = Target.current()
+        with compiling_together():
+            for launch in self.launches:
+                vendor = isinstance(launch.planned, gemm_vendor.VendorGemm)
+                body = launch.planned.epilogue if vendor else launch.planned.kernel.constexprs["EPILOGUE"]
+                for family, config in space(launch.problem, target):
+                    made = launch.candidates[config] = family.prepare(body, config, launch.problem, pdl=True)
+                    made(*launch.args)
+
+    def ratio(self, replays: int) -> float:
+        """Time of the piece as it is now over that of the piece as planned, medians of replays in turn."""
+        ours = chain(self.run, self.layers)
+        times: tuple[list[float], list[float]] = ([], [])
+        for _ in range(replays):
+            for graph, found in zip((self.planned, ours), times, strict=True):
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                torch.cuda._sleep(HEAD_START)
+                start.record()
+                graph.replay()
+                end.record()
+                end.synchronize()
+                found.append(start.elapsed_time(end))
+        return statistics.median(times[1]) / statistics.median(times[0])
+
+    def share(self) -> None:
+        """Let every GEMM leave room for the next one's ring beside its own, if the piece is faster so: one alone
+        gains nothing by it, so the rounds would not find it."""
+        before = self.ratio(REPLAYS[1])
+        taken = {launch.variable: self.module[launch.variable] for launch in self.launches}
+        room = Target.current().smem_bytes // 2
+        for launch in self.launches:
+            small = [c for c in launch.ratios if _smem_bytes(launch, c) <= room]
+            if small:
+                self.module[launch.variable] = launch.candidates[min(small, key=lambda c: launch.ratios[c])]
+        if self.ratio(REPLAYS[1]) >= before:
+            self.module.update(taken)
+
+    def tune(self, launch: Launch, configs: Iterable[Any], replays: int, check: bool, deadline: float) -> None:
+        """The launch takes the config of these with which the piece is fastest, if faster than with its present one."""
+        best, taken = self.ratio(replays), self.module[launch.variable]
+        for config in configs:
+            if time.monotonic() > deadline:
+                break
+            self.module[launch.variable] = launch.candidates[config]
+            if check and (change := self._change()) is not None:
+                self.wrong.append(f"{launch.variable} {config}: {change:.3g}")
+                continue
+            launch.ratios[config] = ratio = self.ratio(replays)
+            if ratio < best:
+                best, taken = ratio, launch.candidates[config]
+        self.module[launch.variable] = taken
+
+    def _change(self) -> float | None:
+        """By how much the piece's result differs from the planned one's; None where rounding explains it."""
+        for ours, theirs, filled in zip(self.run(*self.layers[0]), self.expected, self.filled, strict=True):
+            if filled and isinstance(ours, torch.Tensor) and ours.is_floating_point():
+                change = (ours.double() - theirs.double()).square().mean().sqrt()
+                relative = (change / theirs.double().square().mean().sqrt()).item()
+                if not relative < CHANGE:
+                    return relative
+        return None
+
+    def rows(self) -> list[str]:
+        """The configs as rows of a table, with what each launch adds to the piece."""
+        timed = kernel_times(chain(self.run, self.layers), len(self.layers), self.loaded)
+        times = {k.launch.partition(":")[0]: k.adds_us for k in timed}
+        found = []
+        for launch in self.launches:
+            problem, config = launch.problem, self.module[launch.variable].config
+            accs = "pair" if problem.paired else "one"
+            numbers = " ".join(str(int(value)) for value in astuple(config))
+            us = times.get(launch.variable.removeprefix("launch_"), float("nan"))
+            family = type(self.module[launch.variable]).__name__
+            found.append(f"{family} {problem.n} {problem.k} {accs} {self.size} {numbers} {us:.1f}")
+        return found
+
+
+def _smem_bytes(launch: Launch, config: Any) -> int:
+    family = gemm_stream if isinstance(config, gemm_stream.Config) else gemm_persistent
+    return 0 if isinstance(config, gemm_vendor.Config) else family.smem_bytes(launch.problem, config)
+
+
+@contextmanager
+def _noting(module: dict[str, Any], names: Sequence[str]) -> Iterator[dict[str, tuple[Any, ...]]]:
+    """Inside, the arguments of these launches' first calls are kept."""
+    noted: dict[str, tuple[Any, ...]] = {}
+    planned = {name: module[name] for name in names}
+
+    def keeping(name: str) -> Callable[..., None]:
+        def launch(*args: Any) -> None:
+            noted.setdefault(name, args)
+            planned[name](*args)
+
+        return launch
+
+    module.update({name: keeping(name) for name in names})
+    try:
+        yield noted
+    finally:
+        module.update(planned)
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else value
+
+
+def _same(a: Any, b: Any) -> bool:
+    return not isinstance(a, torch.Tensor) or torch.equal(a, b)
+
+
+def tune_size(piece: Piece, size: int, deadline: float, write: Callable[[dict[str, Any]], None]) -> Tuning:
+    """Tunes every GEMM of a piece at a size; a line to `write` per candidate and round."""
+    tuning = Tuning(piece, size)
+    tuning.prepare()
+    for number, (kept, replays) in enumerate(zip(ROUNDS, REPLAYS, strict=True)):
+        for launch in tuning.launches:
+            # The best so far, of small rings as well as of all.
+            known = sorted(launch.ratios, key=lambda config: launch.ratios[config])
+            small = [c for c in known if _smem_bytes(launch, c) <= Target.current().smem_bytes // 2]
+            configs = list(launch.candidates) if kept is None else list(dict.fromkeys([*known[:kept], *small[:kept]]))
+            tuning.tune(launch, configs, replays, number == 0, deadline)
+            for config, ratio in launch.ratios.items():
+                place = {"model": piece.model, "size": size, "round": number, "launch": launch.variable}
+                shape = {"n": launch.problem.n, "k": launch.problem.k, "paired": launch.problem.paired}
+                write({**place, **shape, "config": astuple(config), "ratio": round(ratio, 4)})
+        if number == 0:
+            tuning.share()
+        if time.monotonic() > deadline:
+            break
+    return tuning
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m terrazzo.tools.tune_piece", description=__doc__.splitlines()[0])
+    parser.add_argument("--models", default="llama-3.1-8b,llama-3.2-1b")
+    parser.add_argument("--sizes", default="1,16,32,64,128", help="numbers of tokens, comma-separated")
+    parser.add_argument("--budget-s", type=float, default=600, help="seconds in all, shared evenly")
+    parser.add_argument("--json", default="", help="a file that gets every measurement, a JSON object a line")
+    options = parser.parse_args()
+    if HERE.type != "cuda":
+        print("tune_piece: torch sees no CUDA device", file=sys.stderr)
+        return 2
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    work = [(model, int(size)) for model in options.models.split(",") for size in options.sizes.split(",")]
+    end, wrong = time.monotonic() + options.budget_s, []
+    with open(options.json or os.devnull, "a") as journal, torch.no_grad():
+
+        def write(line: dict[str, Any]) -> None:
+            journal.write(json.dumps(line) + "\n")
+            journal.flush()
+
+        for done, (model, size) in enumerate(work):
+            piece = middle(model)
+            share = (end - time.monotonic()) / (len(work) - done)
+            tuning = tune_size(piece, size, time.monotonic() + share, write)
+            wrong += tuning.wrong
+            floor, ratio = floor_us(piece, size, Target.current()), tuning.ratio(REPLAYS[-1])
+            print(f"{model} at {size}: {ratio:.4f} of the time as planned; floor {floor:.1f} us", flush=True)
+            print("\n".join(tuning.rows()), flush=True)
+    for line in wrong[:20]:
+        print(f"wrong: {line}", file=sys.stderr)
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(main))
