@@ -161,19 +161,6 @@ class Tuning:
                 found.append(start.elapsed_time(end))
         return statistics.median(times[1]) / statistics.median(times[0])
 
-    def share(self) -> None:
-        """Let every GEMM leave room for the next one's ring beside its own, if the piece is faster so: one alone
-        gains nothing by it, so the rounds would not find it."""
-        before = self.ratio(REPLAYS[1])
-        taken = {launch.variable: self.module[launch.variable] for launch in self.launches}
-        room = Target.current().smem_bytes // 2
-        for launch in self.launches:
-            small = [c for c in launch.ratios if _smem_bytes(launch, c) <= room]
-            if small:
-                self.module[launch.variable] = launch.candidates[min(small, key=lambda c: launch.ratios[c])]
-        if self.ratio(REPLAYS[1]) >= before:
-            self.module.update(taken)
-
     def tune(self, launch: Launch, configs: Iterable[Any], replays: int, check: bool, deadline: float) -> None:
         """The launch takes the config of these with which the piece is fastest, if faster than with its present one."""
         best, taken = self.ratio(replays), self.module[launch.variable]
@@ -202,7 +189,7 @@ class Tuning:
     def rows(self) -> list[str]:
         """The configs as rows of a table, with what each launch adds to the piece."""
         timed = kernel_times(chain(self.run, self.layers), len(self.layers), self.loaded)
-        times = {k.launch.partition(":")[0]: k.adds_us for k in timed}
+        times = {k.launch.partition(":")[0].lstrip("_"): k.adds_us for k in timed}
         found = []
         for launch in self.launches:
             problem, config = launch.problem, self.module[launch.variable].config
@@ -212,11 +199,6 @@ class Tuning:
             family = type(self.module[launch.variable]).__name__
             found.append(f"{family} {problem.n} {problem.k} {accs} {self.size} {numbers} {us:.1f}")
         return found
-
-
-def _smem_bytes(launch: Launch, config: Any) -> int:
-    family = gemm_stream if isinstance(config, gemm_stream.Config) else gemm_persistent
-    return 0 if isinstance(config, gemm_vendor.Config) else family.smem_bytes(launch.problem, config)
 
 
 @contextmanager
@@ -253,17 +235,13 @@ def tune_size(piece: Piece, size: int, deadline: float, write: Callable[[dict[st
     tuning.prepare()
     for number, (kept, replays) in enumerate(zip(ROUNDS, REPLAYS, strict=True)):
         for launch in tuning.launches:
-            # The best so far, of small rings as well as of all.
             known = sorted(launch.ratios, key=lambda config: launch.ratios[config])
-            small = [c for c in known if _smem_bytes(launch, c) <= Target.current().smem_bytes // 2]
-            configs = list(launch.candidates) if kept is None else list(dict.fromkeys([*known[:kept], *small[:kept]]))
+            configs = list(launch.candidates) if kept is None else known[:kept]
             tuning.tune(launch, configs, replays, number == 0, deadline)
             for config, ratio in launch.ratios.items():
                 place = {"model": piece.model, "size": size, "round": number, "launch": launch.variable}
                 shape = {"n": launch.problem.n, "k": launch.problem.k, "paired": launch.problem.paired}
                 write({**place, **shape, "config": astuple(config), "ratio": round(ratio, 4)})
-        if number == 0:
-            tuning.share()
         if time.monotonic() > deadline:
             break
     return tuning
