@@ -72,16 +72,18 @@ def sample(SEGMENT: tl.constexpr, row, col, mask, t):
     tl.store(t[2] + row * 4096 + col, value, mask=mask)
 
 
-def prepare(body: Any, config: Config, *, pdl: bool = False, wide: bool | None = None) -> Segmented:
+def prepare(
+    body: Any, config: Config, *, pdl: bool = False, leads: bool = False, wide: bool | None = None
+) -> Segmented:
     """Return the launch `prepared(t, rows, cols)`.
 
     Args:
         body: `@triton.jit` function `(SEGMENT: tl.constexpr, row, col, mask, t)`.
         config: the tile.
-        pdl: programmatic dependent launch.
+        pdl, leads: programmatic dependent launch (see launch.py).
         wide: int64 indices; None decides by the sizes of each call (see segments.py).
     """
-    return prepare_tiles(body, config, whole=False, pdl=pdl, wide=wide)
+    return prepare_tiles(body, config, whole=False, pdl=pdl, leads=leads, wide=wide)
 
 
 def compile_jobs(arch: int) -> Iterable[CompileJob]:

@@ -50,6 +50,7 @@ class GemmProblem:
         epilogue_itemsize: bytes of the widest element that the epilogue reads or stores per column; 0: as the operands.
         plain: the epilogue stores the product as it is, dense and in the operands' dtype.
         rounds: the sums may be rounded to the operands' dtype before the epilogue, as eager rounds them there.
+        w_given: W is an argument of the piece, so there before its first kernel; no kernel of the piece writes it.
     """
 
     m: int
@@ -67,6 +68,7 @@ class GemmProblem:
     epilogue_itemsize: int = 0
     plain: bool = False
     rounds: bool = False
+    w_given: bool = False
 
     @property
     def w_columns(self) -> int:

@@ -42,7 +42,7 @@ __all__ = ["Config", "choose", "compile_jobs", "estimate_us", "prepare", "refere
 
 MOST_TOKENS = 128
 # The m that compile jobs are made for.
-BUCKETS = (16, 32, 64, MOST_TOKENS)
+JOB_TOKENS = (16, 32, 64, MOST_TOKENS)
 
 
 @dataclass(frozen=True)
@@ -291,7 +291,7 @@ def prepare(epilogue: Any, config: Config, problem: GemmProblem, *, pdl: bool = 
 
 def compile_jobs(arch: int) -> Iterable[CompileJob]:
     """Yield one job for every config that `choose` gives for a measured or a sample problem, with sample epilogues."""
-    for problem, config in job_configs({}, BUCKETS, supports, choose, arch):
+    for problem, config in job_configs({}, JOB_TOKENS, supports, choose, arch):
         yield _job(problem, config)
 
 

@@ -15,12 +15,10 @@ Bytes: W, x per column tile (L2), partials 8 * split_k * M * N (L2). FLOPs: 2 * 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from math import ceil
 from typing import Any
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
@@ -41,12 +39,23 @@ from .gemm import (
     w_block,
 )
 from .gemm_persistent import MEASURED_SM_COUNT
-from .gemm_stream_table import BUCKETS, CONFIGS, EVIDENCE, MOST_TOKENS, Config
+from .gemm_stream_table import BUCKETS, CONFIGS, EVIDENCE, MOST_TOKENS, Config, alike, smem_bytes
 from .jobs import CompileJob
 from .launch import Kernel
 from .target import Target
 
-__all__ = ["CONFIGS", "EVIDENCE", "Config", "choose", "compile_jobs", "estimate_us", "prepare", "reference", "supports"]
+__all__ = [
+    "CONFIGS",
+    "EVIDENCE",
+    "Config",
+    "choose",
+    "compile_jobs",
+    "estimate_us",
+    "prepare",
+    "reference",
+    "smem_bytes",
+    "supports",
+]
 
 
 def supports(problem: GemmProblem) -> str | None:
@@ -64,27 +73,9 @@ def choose(problem: GemmProblem, target: Target) -> tuple[Config, str]:
     """Return the config for the problem and why: the measured one, else what the measured ones have in common."""
     if (hit := lookup(CONFIGS, BUCKETS, problem)) is not None:
         return hit.config, hit.why
-    config = _alike(problem, target)
+    config = alike(problem, target)
     us = estimate_us(problem, config, target)
     return config, f"estimated {us:.1f} us, no measurement for this N and K: a tile as those of the measured ones"
-
-
-def _alike(problem: GemmProblem, target: Target) -> Config:
-    """The rule that CONFIGS follows but for a few rows, each of which it misses by less than 2 % of its piece.
-
-    Up to 32 tokens W's columns are the rows, 64 a tile; at 64 tokens tokens are, with 32 columns a tile, so that twice
-    as many programs load; beyond, both are 64. K is split where tiles occupy less than half of the multiprocessors, a
-    long one until they occupy nearly all. The ring is as deep as shared memory allows, eight stages at most.
-    """
-    block_m = max(8, triton.next_power_of_2(problem.m)) if problem.m <= 32 else 64
-    tokens_first = 32 < problem.m <= 64
-    block_n = 32 if tokens_first else 64
-    tiles = ceil(problem.n / block_n) * ceil(problem.m / block_m)
-    enough = target.sm_count * (0.9 if problem.k >= 8192 or problem.m <= 8 else 0.45)
-    split_k = next(split for split in (1, 2, 4) if tiles * split >= enough or split == 4)
-    one = Config(block_m, block_n, 128, 1, 4, split_k, tokens_first)
-    stages = min(8, (target.smem_bytes - 1024) // (smem_bytes(problem, one) - 1024))
-    return replace(one, stages=stages)
 
 
 # Launch, first tiles and epilogue that the predecessor's end does not hide.
@@ -111,12 +102,6 @@ def estimate_us(problem: GemmProblem, config: Config, target: Target) -> float:
     padded = 2 * tiles_m * config.block_m * problem.n * problem.k * problem.accumulators
     product_us = padded / FLOPS * MEASURED_SM_COUNT / target.sm_count * 1e6
     return FIXED_US + SPLIT_US * (config.split_k > 1) + max(stream_us * idle, product_us)
-
-
-def smem_bytes(problem: GemmProblem, config: Config) -> int:
-    """Shared memory of the ring: every stage holds one x tile and one W tile per accumulator; 1 KB of barriers."""
-    rows = config.block_m + problem.accumulators * config.block_n
-    return config.stages * rows * config.block_k * problem.dtype.itemsize + 1024
 
 
 @gluon.jit
@@ -169,6 +154,8 @@ def gemm_stream_kernel(
     PAIRED: gl.constexpr,
     KN: gl.constexpr,
     PDL: gl.constexpr,
+    LEADS: gl.constexpr,
+    ASKS_EARLY: gl.constexpr,
     WARPS: gl.constexpr,
     EPILOGUE: gl.constexpr,
 ):
@@ -177,7 +164,11 @@ def gemm_stream_kernel(
     tile_m, tile_n, split = gl.program_id(0), gl.program_id(1), gl.program_id(2)
     n0, m0, k0 = tile_n * BLOCK_N, tile_m * BLOCK_M, split * K_PER_SPLIT
     k_end = gl.minimum(k0 + K_PER_SPLIT, K)
-    if PDL:
+    if PDL and not LEADS:
+        _let_successor_start()
+    if PDL and not ASKS_EARLY:
+        _wait_for_predecessor()
+    if PDL and LEADS:
         _let_successor_start()
     w_ring = gl.allocate_shared_memory(w_desc.dtype, [STAGES * ACCS] + w_desc.block_shape, w_desc.layout)
     x_ring = gl.allocate_shared_memory(x_desc.dtype, [STAGES] + x_desc.block_shape, x_desc.layout)
@@ -190,7 +181,7 @@ def gemm_stream_kernel(
         mbarrier.expect(ready.index(s), STEP_BYTES, pred=k < k_end)
         for a in gl.static_range(ACCS):
             _ask_w(w_desc, n0 + a * PAIR_OFFSET, k, ready.index(s), w_ring.index(s * ACCS + a), KN, k < k_end)
-    if PDL:
+    if PDL and ASKS_EARLY:
         _wait_for_predecessor()
     for s in gl.static_range(STAGES):
         k = k0 + s * BLOCK_K
@@ -291,7 +282,7 @@ def _finish(
     EPILOGUE(acc, acc2, m, n, (n < N) & (m < m_size), t)
 
 
-def _constexprs(problem: GemmProblem, config: Config, epilogue: Any, pdl: bool) -> dict[str, Any]:
+def _constexprs(problem: GemmProblem, config: Config, epilogue: Any, pdl: bool, leads: bool = False) -> dict[str, Any]:
     # Splits are whole depth steps; the last may be shorter, or empty.
     per_split = ceil(ceil(problem.k / config.block_k) / config.split_k) * config.block_k
     return {
@@ -308,6 +299,8 @@ def _constexprs(problem: GemmProblem, config: Config, epilogue: Any, pdl: bool) 
         "PAIRED": problem.paired,
         "KN": problem.layout == "kn",
         "PDL": pdl,
+        "LEADS": leads,
+        "ASKS_EARLY": problem.w_given and not leads,
         "WARPS": config.warps,
         "EPILOGUE": epilogue,
     }
@@ -326,10 +319,10 @@ def _described(tensor: torch.Tensor, block: list[int], layout: gl.NVMMASharedLay
 class StreamGemm:
     """A prepared launch; call it with x [M, K], W in the problem's layout and the epilogue's tensors."""
 
-    def __init__(self, epilogue: Any, config: Config, problem: GemmProblem, pdl: bool, slot: int) -> None:
-        self.config, self.problem, self.slot = config, problem, slot
+    def __init__(self, epilogue: Any, config: Config, problem: GemmProblem, pdl: bool, leads: bool, slot: int) -> None:
+        self.config, self.problem, self.leads, self.slot = config, problem, leads, slot
         self.kernel = Kernel(
-            gemm_stream_kernel, _constexprs(problem, config, epilogue, pdl), num_warps=config.warps, pdl=pdl
+            gemm_stream_kernel, _constexprs(problem, config, epilogue, pdl, leads), num_warps=config.warps, pdl=pdl
         )
         self._x_block = [config.block_m, config.block_k]
         self._w_block = w_block(problem, config.block_n, config.block_k)
@@ -354,7 +347,9 @@ class StreamGemm:
         self.kernel(grid, *args)
 
 
-def prepare(epilogue: Any, config: Config, problem: GemmProblem, *, pdl: bool = False, slot: int = 0) -> StreamGemm:
+def prepare(
+    epilogue: Any, config: Config, problem: GemmProblem, *, pdl: bool = False, leads: bool = False, slot: int = 0
+) -> StreamGemm:
     """Fix everything that does not change between calls.
 
     Args:
@@ -362,10 +357,11 @@ def prepare(epilogue: Any, config: Config, problem: GemmProblem, *, pdl: bool = 
             [BLOCK_M, BLOCK_N] where tokens are the rows.
         config: from `choose`.
         problem: sizes and strides; `m` is only a hint.
-        pdl: wait for the predecessor in the kernel and let the successor start with its first instruction.
+        pdl, leads: programmatic dependent launch (see launch.py); W is asked for before the wait where the problem says
+            that it is given, and another kernel of the plan has waited.
         slot: workspace slot; differs between kernels that may run at the same time.
     """
-    return StreamGemm(epilogue, config, problem, pdl, slot)
+    return StreamGemm(epilogue, config, problem, pdl, leads, slot)
 
 
 def compile_jobs(arch: int) -> Iterable[CompileJob]:

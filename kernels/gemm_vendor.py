@@ -103,7 +103,6 @@ def vendor_epilogue_kernel(
     EPILOGUE: tl.constexpr,
 ):
     if PDL:
-        # First: a GEMM after this one asks for its weights while this one still waits.
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     # Rows before columns: a grid's second dimension ends at 65535.

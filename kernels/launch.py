@@ -9,6 +9,13 @@ Rules for the kernels launched this way, from what Triton 3.6's `native_speciali
 - Run-time ints are declared `do_not_specialize`, or 1 and multiples of 16 each compile a binary of their own.
 - Ints inside a tuple are specialised whatever is declared; sizes therefore travel as parameters, tuples carry tensors.
 
+Programmatic dependent launch: a kernel may start before the one before it has ended, once every program of that one has
+said so. A kernel waits for the end of the one before it (`gdc_wait`) before it touches memory that a kernel may have
+written or may still read, on every path; so ends are transitive along the stream. It may let its successor start before
+it waits itself, and what a plan was given is then read across several kernels that all wait. The first kernel of a plan
+(`leads`) is not like that: it waits, and only then lets the next one start, so that whatever ran before the plan has
+ended before any other of its kernels begins.
+
 Under TRITON_INTERPRET=1 the call goes to the interpreter, whose small floats are repaired first.
 """
 

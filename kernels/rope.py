@@ -87,16 +87,18 @@ def sample(SEGMENT: tl.constexpr, row, col, mask, t):
     tl.store(out_ptr + row * 128 + col, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def prepare(body: Any, config: Config, *, pdl: bool = False, wide: bool | None = None) -> Segmented:
+def prepare(
+    body: Any, config: Config, *, pdl: bool = False, leads: bool = False, wide: bool | None = None
+) -> Segmented:
     """Return the launch `prepared(t, rows, cols)`; rows are tokens * heads of each segment, cols is head_dim.
 
     Args:
         body: `@triton.jit` function `(SEGMENT: tl.constexpr, row, col, mask, t)`.
         config: the tile; `block_c >= cols`.
-        pdl: programmatic dependent launch.
+        pdl, leads: programmatic dependent launch (see launch.py).
         wide: int64 indices; None decides by the sizes of each call (see segments.py).
     """
-    return prepare_tiles(body, config, whole=True, pdl=pdl, wide=wide)
+    return prepare_tiles(body, config, whole=True, pdl=pdl, leads=leads, wide=wide)
 
 
 def compile_jobs(arch: int) -> Iterable[CompileJob]:

@@ -147,6 +147,7 @@ def looped(
     UNIT: tl.constexpr,
     WIDE: tl.constexpr,
     PDL: tl.constexpr,
+    LEADS: tl.constexpr,
     PASSES: tl.constexpr,
     INIT: tl.constexpr,
     PARTIAL: tl.constexpr,
@@ -157,9 +158,12 @@ def looped(
 ):
     """BLOCK_R rows per program, BLOCK_C columns at a time."""
     if PDL:
-        # First: a GEMM after this one asks for its weights while this one still waits.
-        tl.extra.cuda.gdc_launch_dependents()
+        # A GEMM after this one asks for its weights while this one still waits.
+        if not LEADS:
+            tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        if LEADS:
+            tl.extra.cuda.gdc_launch_dependents()
     index = tl.int64 if WIDE else tl.int32
     cols = units.to(index) * UNIT
     rows = (rows0, rows1, rows2, rows3)
@@ -174,18 +178,20 @@ def looped(
         local -= count
 
 
-def prepare(body: Any, config: Config, *, pdl: bool = False, wide: bool | None = None) -> Segmented:
+def prepare(
+    body: Any, config: Config, *, pdl: bool = False, leads: bool = False, wide: bool | None = None
+) -> Segmented:
     """Return the launch `prepared(t, rows, cols)`.
 
     Args:
         body: `@triton.jit` function `(SEGMENT: tl.constexpr, row, col, mask, t)`, or a `Looped`.
         config: the tile; a plain body needs `block_c >= cols`.
-        pdl: programmatic dependent launch.
+        pdl, leads: programmatic dependent launch (see launch.py).
         wide: int64 indices; None decides by the sizes of each call (see segments.py).
     """
     if not isinstance(body, Looped):
-        return prepare_tiles(body, config, whole=True, pdl=pdl, wide=wide)
-    return Segmented(looped, _looped_constexprs(body, config), config.warps, pdl=pdl, wide=wide)
+        return prepare_tiles(body, config, whole=True, pdl=pdl, leads=leads, wide=wide)
+    return Segmented(looped, _looped_constexprs(body, config), config.warps, pdl=pdl, leads=leads, wide=wide)
 
 
 def _looped_constexprs(body: Looped, config: Config) -> dict[str, Any]:
@@ -232,7 +238,7 @@ def compile_jobs(arch: int) -> Iterable[CompileJob]:
     """One job per entry of CONFIGS that keeps a row of fp32 in registers, and one looped; any architecture."""
     whole = [Config(r, c, warps) for c, (r, warps) in CONFIGS.items() if c < LOOP_FROM]
     yield from tile_jobs("rows", sample, ("*bf16",) * 2, whole, whole=True)
-    shared = {"SEGMENTS": 1, "UNIT": 16, "WIDE": False, "PDL": False}
+    shared = {"SEGMENTS": 1, "UNIT": 16, "WIDE": False, "PDL": False, "LEADS": False}
     yield CompileJob(
         family="rows",
         label=f"looped {LOOPED}",

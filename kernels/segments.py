@@ -111,15 +111,19 @@ def tiles(
     UNIT: tl.constexpr,
     WIDE: tl.constexpr,
     PDL: tl.constexpr,
+    LEADS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
     """One tile per program; with WHOLE, BLOCK_C covers the row."""
     if PDL:
-        # First: a GEMM after this one asks for its weights while this one still waits.
-        tl.extra.cuda.gdc_launch_dependents()
+        # A GEMM after this one asks for its weights while this one still waits.
+        if not LEADS:
+            tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        if LEADS:
+            tl.extra.cuda.gdc_launch_dependents()
     index = tl.int64 if WIDE else tl.int32
     cols = units.to(index) * UNIT
     rows = (rows0, rows1, rows2, rows3)
@@ -144,10 +148,11 @@ class Segmented:
         constexprs: values of the kernel's own constexprs, among them BLOCK_R.
         block_c: columns of a tile; None when a tile holds whole rows.
         pdl, num_warps: as `Kernel` takes them; the interpreter ignores `pdl`.
+        leads: the successor may start only once this kernel has waited (see launch.py).
         wide: int64 indices; None decides by the sizes of each call.
     """
 
-    __slots__ = ("_block_c", "_block_r", "_constexprs", "_fn", "_kernels", "_pdl", "_warps", "_wide")
+    __slots__ = ("_block_c", "_block_r", "_constexprs", "_fn", "_kernels", "_leads", "_pdl", "_warps", "_wide")
 
     def __init__(
         self,
@@ -157,11 +162,12 @@ class Segmented:
         *,
         block_c: int | None = None,
         pdl: bool = False,
+        leads: bool = False,
         wide: bool | None = None,
     ) -> None:
         self._fn, self._constexprs, self._warps = fn, constexprs, num_warps
         self._block_r, self._block_c = constexprs["BLOCK_R"], block_c
-        self._pdl, self._wide = pdl and not INTERPRETED, wide
+        self._pdl, self._leads, self._wide = pdl and not INTERPRETED, leads, wide
         self._kernels: dict[tuple[int, int, bool], Kernel] = {}
 
     def __call__(self, t: tuple[Any, ...], rows: tuple[int, ...], cols: int) -> None:
@@ -186,7 +192,7 @@ class Segmented:
         key = (len(rows), unit, wide)
         kernel = self._kernels.get(key)
         if kernel is None:
-            shared = {"SEGMENTS": len(rows), "UNIT": unit, "WIDE": wide, "PDL": self._pdl}
+            shared = {"SEGMENTS": len(rows), "UNIT": unit, "WIDE": wide, "PDL": self._pdl, "LEADS": self._leads}
             kernel = Kernel(self._fn, self._constexprs | shared, self._warps, num_stages=1, pdl=self._pdl)
             self._kernels[key] = kernel
         count = sum(-(-r // self._block_r) for r in rows)
@@ -215,18 +221,26 @@ def pdl_pays(problem: Problem, config: Tile, target: Target) -> bool:
     return programs / _PDL_STARTS_PER_S <= problem.bytes_moved / target.bandwidth_bytes_s
 
 
-def prepare_tiles(body: Any, config: Tile, *, whole: bool, pdl: bool, wide: bool | None) -> Segmented:
+def prepare_tiles(body: Any, config: Tile, *, whole: bool, pdl: bool, leads: bool, wide: bool | None) -> Segmented:
     """`tiles` with a body and a tile."""
     constexprs = {"BODY": body, "BLOCK_R": config.block_r, "BLOCK_C": config.block_c, "WHOLE": whole}
     block_c = None if whole else config.block_c
-    return Segmented(tiles, constexprs, config.warps, block_c=block_c, pdl=pdl, wide=wide)
+    return Segmented(tiles, constexprs, config.warps, block_c=block_c, pdl=pdl, leads=leads, wide=wide)
 
 
 def tile_jobs(
     family: str, body: Any, types: tuple[str, ...], configs: Iterable[Tile], *, whole: bool, segments: int = 1
 ) -> list[CompileJob]:
     """One job per config: 16-byte aligned tensors of `types`, narrow indices, columns in units of 16."""
-    shared = {"BODY": body, "SEGMENTS": segments, "UNIT": 16, "WIDE": False, "PDL": False, "WHOLE": whole}
+    shared = {
+        "BODY": body,
+        "SEGMENTS": segments,
+        "UNIT": 16,
+        "WIDE": False,
+        "PDL": False,
+        "LEADS": False,
+        "WHOLE": whole,
+    }
     return [
         CompileJob(
             family=family,

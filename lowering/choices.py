@@ -27,6 +27,8 @@ from .size import Size, Span, typical
 
 # GEMM families that can wait in the kernel for the one before; of the vendor's, the kernel of the epilogue.
 WAITING = ("gemm_stream", "gemm_skinny", "gemm_persistent", "gemm_vendor")
+# Families that let the next kernel start before they wait themselves, unless they lead.
+EARLY = ("gemm_stream", "pointwise", "norm", "rope", "gather", "rows")
 # What a choice may take longer than the best for a size.
 LOSS = 0.03
 # Kernels compiled for one launch of a range, at most.

@@ -19,7 +19,7 @@ import torch
 from torch.utils._sympy.printers import PythonPrinter
 
 from .affine import Bounded, Div, Mod
-from .choices import Choice, at_size
+from .choices import EARLY, Choice, at_size
 from .emit_expr import Body, short_names
 from .emit_loop import looped_body
 from .errors import UserError
@@ -215,7 +215,8 @@ class _Writer:
         elif any(map(self.wide, kernel.segments)):
             parts.append("wide=True")
         if choice.pdl:
-            parts.append("pdl=True")
+            leads = kernel.name in self.schedule.leading and choice.family in EARLY
+            parts.append("pdl=True, leads=True" if leads else "pdl=True")
         inner = ",\n    ".join(parts)
         return f"{choice.family}.prepare(\n    {inner},\n)"
 

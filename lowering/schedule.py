@@ -9,6 +9,7 @@ that the piece returns, and memory that is returned under another geometry, live
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from .ir import Output
 from .select import Kernel, Selected, reads_and_writes
@@ -38,6 +39,17 @@ class Schedule:
     @property
     def outputs(self) -> tuple[Output, ...]:
         return self.values.outputs
+
+    @cached_property
+    def leading(self) -> frozenset[str]:
+        """Kernels before which nothing of this plan runs, or an op that runs as itself: these wait for whatever did
+        before they let another start (kernels/launch.py)."""
+        found, fresh = set(), True
+        for kernel in self.launches():
+            if kernel.family and fresh:
+                found.add(kernel.name)
+            fresh = not kernel.family
+        return frozenset(found)
 
     def launches(self) -> list[Kernel]:
         """Steps that launch something: our kernels and ops that run as themselves."""

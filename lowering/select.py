@@ -211,7 +211,9 @@ def _kernel(segments: tuple[Group, ...], fused: Fused, options: Options, misalig
         why = group.foreign.why if group.foreign is not None else ""
         return Kernel(group.name, "", None, why, segments)
     if group.contract is not None:
-        problem: Any = gemm_problem(group, group.contract, options, misaligned, _widest_tile(group, fused.values))
+        given = fused.values.base(group.contract.b.base) in fused.values.given
+        itemsize = _widest_tile(group, fused.values)
+        problem: Any = gemm_problem(group, group.contract, options, misaligned, itemsize, given)
         return _chosen(segments, "", problem, options)
     if group.kind == "row" and isinstance(group.cols, Size):
         raise Undecided(f"%{group.name} reduces rows of {group.cols} columns, and its tile has to hold one")
@@ -267,9 +269,19 @@ def _widest_tile(group: Group, values: Values) -> int:
 
 
 def gemm_problem(
-    group: Group, product: Contract, options: Options, misaligned: Collection[str] = (), widest: int = 0
+    group: Group,
+    product: Contract,
+    options: Options,
+    misaligned: Collection[str] = (),
+    widest: int = 0,
+    given: bool = False,
 ) -> GemmProblem:
-    """A GEMM group as its families see it; `widest`: bytes per element of what its epilogue moves."""
+    """A GEMM group as its families see it.
+
+    Args:
+        widest: bytes per element of what its epilogue moves.
+        given: the second operand is an argument of the piece that the piece leaves as it is.
+    """
     x, w = product.a, product.b
     (sk, sn), (sm, sx) = w.layout.stride, x.layout.stride
     for number in (group.cols, product.k, group.pair, sk, sn, sm, sx, x.offset, w.offset):
@@ -292,6 +304,7 @@ def gemm_problem(
         epilogue_itemsize=widest,
         plain=_plain(group, product),
         rounds=product.rounded,
+        w_given=given,
     )
 
 

@@ -192,6 +192,11 @@ class Values:
         """Where the kernels run."""
         return home(layout.device for layout in self.layouts.values())
 
+    @cached_property
+    def given(self) -> frozenset[str]:
+        """The inputs that the piece leaves as they are."""
+        return frozenset(i.name for i in self.inputs) - {target for target, _ in self.mutations}
+
     def base(self, name: str) -> str:
         """The value in whose memory `name` lies."""
         return self.views[name].base if name in self.views else name

@@ -143,7 +143,8 @@ class Tuning:
                 vendor = isinstance(launch.planned, gemm_vendor.VendorGemm)
                 body = launch.planned.epilogue if vendor else launch.planned.kernel.constexprs["EPILOGUE"]
                 for family, config in space(launch.problem, target):
-                    made = launch.candidates[config] = family.prepare(body, config, launch.problem, pdl=True)
+                    how = {"pdl": True} | ({"leads": launch.planned.leads} if family is gemm_stream else {})
+                    made = launch.candidates[config] = family.prepare(body, config, launch.problem, **how)
                     made(*launch.args)
 
     def ratio(self, replays: int) -> float:

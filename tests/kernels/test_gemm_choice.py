@@ -124,7 +124,7 @@ def test_the_rule_is_near_the_table() -> None:
     rows = [(key, m, entry) for key, row in gemm_stream.CONFIGS.items() for m, entry in row.items()]
     tiles = 0
     for (n, k, paired), m, entry in rows:
-        config = gemm_stream._alike(GemmProblem(m, n, k, torch.bfloat16, paired=paired, pair_offset=n), H200)
+        config = gemm_stream.alike(GemmProblem(m, n, k, torch.bfloat16, paired=paired, pair_offset=n), H200)
         assert config.split_k <= 2 * entry.config.split_k or entry.config.split_k <= 2 * config.split_k
         tiles += (config.block_m, config.block_n) == (entry.config.block_m, entry.config.block_n)
     assert tiles >= 0.85 * len(rows)

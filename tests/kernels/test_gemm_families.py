@@ -263,7 +263,7 @@ def test_large_sizes(family: ModuleType, config: Any, size: tuple[int, int, int]
 @pytest.mark.parametrize(("family", "config"), [f for f in FAMILIES if f.id != "simple"])
 def test_dependent_launch_keeps_the_order(family: ModuleType, config: Any, device: torch.device) -> None:
     # Each product reads what the one before it wrote; an early read would repeat an older link of the chain.
-    problem = GemmProblem(70, 512, 512, torch.bfloat16)
+    problem = GemmProblem(70, 512, 512, torch.bfloat16, w_given=True)
     x, w = operands(problem, device)
     links: dict[bool, list[torch.Tensor]] = {}
     for pdl in (False, True):
