@@ -57,7 +57,7 @@ class KernelInfo:
         domain: rows and columns of each segment.
         holds: the values computed here. inlined: values computed here that every reader computes for itself.
         bytes, flops: of all segments. floor_us: least time on the target. bound: 'memory' or 'compute'.
-        pdl: launched with programmatic dependent launch.
+        pdl: launched with programmatic dependent launch. early: it asks for its weights before it waits.
     """
 
     name: str
@@ -72,6 +72,7 @@ class KernelInfo:
     floor_us: float
     bound: str
     pdl: bool
+    early: bool
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ def describe(piece: Piece, size: int, options: Options, plan: Plan, retraced: st
         stages=tuple((name, seconds * 1e3, stage_text(made)) for name, made, seconds in journal.stages),
         ops=sum(n.op.startswith("call") for n in piece.graph.graph.nodes),
         computed=len(computed),
-        kernels=tuple(_kernel(k, fused, options) for k in plan.schedule.launches()),
+        kernels=tuple(_kernel(k, k.name in plan.schedule.leading, fused, options) for k in plan.schedule.launches()),
         refusals=fused.refusals,
         retraced=retraced,
         weight_bytes=piece.weight_bytes(size),
@@ -189,13 +190,14 @@ def stage_text(result: Any) -> str:
     return result.source if isinstance(result, Plan) else str(result)
 
 
-def _kernel(kernel: Kernel, fused: Fused, options: Options) -> KernelInfo:
+def _kernel(kernel: Kernel, leads: bool, fused: Fused, options: Options) -> KernelInfo:
     values = fused.values
     moved, work = sum(traffic(g, values) for g in kernel.segments), sum(map(flops, kernel.segments))
     memory_us = moved / options.target.bandwidth_bytes_s * 1e6
     compute_us = work / _peak(kernel.group, options) * 1e6
     foreign = kernel.group.foreign
     members = [n for g in kernel.segments for n in g.members]
+    early = kernel.pdl and kernel.family == "gemm_stream" and kernel.problem.w_given and not leads
     return KernelInfo(
         name=kernel.name,
         family=kernel.family,
@@ -209,6 +211,7 @@ def _kernel(kernel: Kernel, fused: Fused, options: Options) -> KernelInfo:
         floor_us=max(memory_us, compute_us),
         bound="compute" if compute_us > memory_us else "memory",
         pdl=kernel.pdl,
+        early=early,
     )
 
 

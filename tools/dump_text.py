@@ -88,7 +88,8 @@ def _schedule(kernel: KernelInfo) -> str:
     if not kernel.family:
         return f"itself: {kernel.config}"
     domain = " + ".join(f"{rows} x {cols}" for rows, cols in kernel.domain)
-    return f"{kernel.family}{' (pdl)' if kernel.pdl else ''}\n{kernel.config}\n{domain}"
+    how = " (pdl, W early)" if kernel.early else " (pdl)" if kernel.pdl else ""
+    return f"{kernel.family}{how}\n{kernel.config}\n{domain}"
 
 
 def _holds(kernel: KernelInfo) -> list[str]:
