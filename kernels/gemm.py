@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as LaidOutDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..lowering.errors import Unsupported
@@ -276,13 +277,14 @@ def w_block(problem: GemmProblem, block_n: int, block_k: int) -> list[int]:
     return [block_n, block_k] if problem.layout == "nk" else [block_k, block_n]
 
 
-def descriptor(tensor: torch.Tensor, block: list[int], name: str) -> TensorDescriptor:
-    """Describe a row-major matrix for TMA.
+def descriptor(tensor: torch.Tensor, block: list[int], name: str, layout: Any = None) -> Any:
+    """Describe a row-major matrix for TMA: a `TensorDescriptor`, or Gluon's where a layout is given.
 
     Args:
         tensor: 2-D, unit innermost stride; rows may be apart (a slice of a wider matrix).
         block: tile shape in the tensor's axis order.
         name: for the error.
+        layout: of a tile in shared memory.
 
     Raises:
         Unsupported: base or row stride is not a multiple of 16 bytes, or the innermost stride is not 1.
@@ -299,7 +301,12 @@ def descriptor(tensor: torch.Tensor, block: list[int], name: str) -> TensorDescr
             stage="kernels.gemm",
             remedy="Choose gemm_simple for operands that are not 16-byte aligned.",
         )
-    return TensorDescriptor(tensor, [rows, cols], [row_stride, 1], block)
+    # Without their own checks, which repeat these and cost a third of a launch.
+    made = object.__new__(TensorDescriptor if layout is None else LaidOutDescriptor)
+    made.base, made.shape, made.strides, made.block_shape = tensor, [rows, cols], [row_stride, 1], block
+    if layout is not None:
+        made.layout = layout
+    return made
 
 
 def type_name(dtype: torch.dtype) -> str:

@@ -22,7 +22,6 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from . import workspace
 from .gemm import (
@@ -311,11 +310,6 @@ def _shared_layout(block: list[int], dtype: torch.dtype) -> gl.NVMMASharedLayout
     return gl.NVMMASharedLayout.get_default_for(block, kind)
 
 
-def _described(tensor: torch.Tensor, block: list[int], layout: gl.NVMMASharedLayout, name: str) -> TensorDescriptor:
-    plain = descriptor(tensor, block, name)
-    return TensorDescriptor(plain.base, plain.shape, plain.strides, plain.block_shape, layout)
-
-
 class StreamGemm:
     """A prepared launch; call it with x [M, K], W in the problem's layout and the epilogue's tensors."""
 
@@ -336,8 +330,8 @@ class StreamGemm:
         need = tiles_n * tiles_m if config.split_k > 1 else 0
         tile = config.block_n * config.block_m * self.problem.accumulators
         scratch = workspace.get(x.device, need * config.split_k * tile, need, self.slot)
-        x_desc = _described(x, self._x_block, self._x_layout, "x")
-        w_desc = _described(w, self._w_block, self._w_layout, "W")
+        x_desc = descriptor(x, self._x_block, "x", self._x_layout)
+        w_desc = descriptor(w, self._w_block, "W", self._w_layout)
         return (tiles_m, tiles_n, config.split_k), (x_desc, w_desc, scratch.partials, scratch.counters, m, t)
 
     def __call__(self, x: torch.Tensor, w: torch.Tensor, t: tuple) -> None:
