@@ -140,8 +140,8 @@ def remainder_int(a, b):
 @triton.jit
 def pow_int(a, b):
     """a to the power of b modulo a's size; a negative power of what is not 1 or -1 is 0."""
-    a, b = a + tl.zeros_like(b), b + tl.zeros_like(a)
-    power, square, rest = tl.full(a.shape, 1, a.dtype), a, b
+    a, b = a + b * 0, b + a * 0
+    power, square, rest = a * 0 + 1, a, b
     for _ in range(a.dtype.primitive_bitwidth):
         power = tl.where(rest & 1 != 0, power * square, power)
         square, rest = square * square, rest >> 1

@@ -179,8 +179,8 @@ def row_of(table: Table, problem: GemmProblem) -> Mapping[int, Measured]:
 
 def lookup(table: Table, buckets: tuple[int, ...], problem: GemmProblem) -> Measured | None:
     """Return the entry measured for exactly this N, K and pairing in the bucket that holds m, if there is one."""
-    bucket = next((bound for bound in buckets if problem.m <= bound), buckets[-1])
-    return row_of(table, problem).get(bucket)
+    bucket = next((bound for bound in buckets if problem.m <= bound), None)
+    return None if bucket is None else row_of(table, problem).get(bucket)
 
 
 def tma_obstacle(problem: GemmProblem) -> str | None:

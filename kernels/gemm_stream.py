@@ -79,8 +79,8 @@ def choose(problem: GemmProblem, target: Target) -> tuple[Config, str]:
 
 # Launch, first tiles and epilogue that the predecessor's end does not hide.
 FIXED_US = 1.2
-# Counting in and reading back (as gemm_skinny).
-SPLIT_US = 1.0
+# Counting in, once, and per MB of fp32 parts that the last program reads (as gemm_skinny).
+SPLIT_US, SPLIT_US_PER_MB = 1.0, 29.0
 # A byte from L2 costs this share of one from memory: 64 tokens for 1 add 3 to 4 us to a piece of 154, 0.9 GB of x's
 # tiles from L2 (the rows of CONFIGS).
 AGAIN = 0.05
@@ -100,7 +100,9 @@ def estimate_us(problem: GemmProblem, config: Config, target: Target) -> float:
     idle = max(1.0, 0.45 * target.sm_count / (tiles_m * tiles_n * config.split_k))
     padded = 2 * tiles_m * config.block_m * problem.n * problem.k * problem.accumulators
     product_us = padded / FLOPS * MEASURED_SM_COUNT / target.sm_count * 1e6
-    return FIXED_US + SPLIT_US * (config.split_k > 1) + max(stream_us * idle, product_us)
+    parts_mb = (config.split_k - 1) * config.block_n * config.block_m * problem.accumulators * 4e-6
+    split_us = SPLIT_US + SPLIT_US_PER_MB * parts_mb if config.split_k > 1 else 0.0
+    return FIXED_US + split_us + max(stream_us * idle, product_us)
 
 
 @gluon.jit
@@ -159,8 +161,11 @@ def gemm_stream_kernel(
     EPILOGUE: gl.constexpr,
 ):
     ACCS: gl.constexpr = 2 if PAIRED else 1
-    # Programs that share a tile of W follow one another: the second finds it in L2.
-    tile_m, tile_n, split = gl.program_id(0), gl.program_id(1), gl.program_id(2)
+    # Programs that share a tile of W follow one another: the second finds it in L2. All in the grid's first dimension:
+    # the others end at 65535.
+    unit, split = gl.program_id(0), gl.program_id(1)
+    tiles_m = gl.cdiv(m_size, BLOCK_M)
+    tile_m, tile_n = unit % tiles_m, unit // tiles_m
     n0, m0, k0 = tile_n * BLOCK_N, tile_m * BLOCK_M, split * K_PER_SPLIT
     k_end = gl.minimum(k0 + K_PER_SPLIT, K)
     if PDL and not LEADS:
@@ -222,7 +227,6 @@ def gemm_stream_kernel(
 
     if SPLIT_K > 1:
         TILE: gl.constexpr = ROWS * COLS
-        unit = tile_n * gl.num_programs(0) + tile_m
         base = partials + unit.to(gl.int64) * (SPLIT_K * ACCS * TILE)
         row = gl.expand_dims(gl.arange(0, ROWS, gl.SliceLayout(1, sums)), 1)
         at = row * COLS + gl.expand_dims(gl.arange(0, COLS, gl.SliceLayout(0, sums)), 0)
@@ -314,6 +318,7 @@ class StreamGemm:
     """A prepared launch; call it with x [M, K], W in the problem's layout and the epilogue's tensors."""
 
     def __init__(self, epilogue: Any, config: Config, problem: GemmProblem, pdl: bool, leads: bool, slot: int) -> None:
+        assert config.stages > 1, "a ring of one slot is never refilled"
         self.config, self.problem, self.leads, self.slot = config, problem, leads, slot
         self.kernel = Kernel(
             gemm_stream_kernel, _constexprs(problem, config, epilogue, pdl, leads), num_warps=config.warps, pdl=pdl
@@ -332,7 +337,7 @@ class StreamGemm:
         scratch = workspace.get(x.device, need * config.split_k * tile, need, self.slot)
         x_desc = descriptor(x, self._x_block, "x", self._x_layout)
         w_desc = descriptor(w, self._w_block, "W", self._w_layout)
-        return (tiles_m, tiles_n, config.split_k), (x_desc, w_desc, scratch.partials, scratch.counters, m, t)
+        return (tiles_m * tiles_n, config.split_k, 1), (x_desc, w_desc, scratch.partials, scratch.counters, m, t)
 
     def __call__(self, x: torch.Tensor, w: torch.Tensor, t: tuple) -> None:
         if x.shape[0] == 0:

@@ -117,6 +117,9 @@ def alike(problem: GemmProblem, target: Target) -> Config:
     tiles = ceil(problem.n / block_n) * ceil(problem.m / block_m)
     enough = target.sm_count * (0.9 if problem.k >= 8192 or problem.m <= 8 else 0.45)
     split_k = next(split for split in (1, 2, 4) if tiles * split >= enough or split == 4)
+    # No split without a step of its own.
+    steps = ceil(problem.k / 128)
+    split_k = ceil(steps / ceil(steps / split_k))
     one = Config(block_m, block_n, 128, 1, 4, split_k, tokens_first)
     stages = min(8, (target.smem_bytes - 1024) // (smem_bytes(problem, one) - 1024))
     return replace(one, stages=stages)

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cache, lru_cache
 from itertools import groupby
+from math import inf
 from typing import Any
 
 from ..kernels import rows
@@ -113,6 +114,8 @@ def _fewer(best: Mapping[int, Choice], problem: GemmProblem, options: Options) -
         """What it takes longer than the best, at the most."""
         if choice.key == best[bound].key and bound in fixed:
             return 0.0
+        if any(_module(choice.family).supports(asked[size]) is not None for size in ends[bound]):
+            return inf
         return max(0.0, *(_us(choice, asked[size], options) / least[size] - 1 for size in ends[bound]))
 
     candidates = list({choice.key: choice for choice in best.values()}.values())

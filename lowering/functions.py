@@ -77,7 +77,7 @@ def constant(expr: Const) -> str:
         number = float(value)
         if number == 0 and math.copysign(1, number) < 0:
             # Triton makes every constant that equals 0 a positive one.
-            return f"(tl.full([1, 1], -1.0, {TYPES[register(expr.dtype)]}) * 0.0)"
+            return f"(tl.cast(-1.0, {TYPES[register(expr.dtype)]}) * 0.0)"
         return f'float("{number}")' if not math.isfinite(number) else repr(number)
     return str(int(value))
 
@@ -93,7 +93,7 @@ def apply_text(expr: Apply, parts: list[str]) -> str:
     if not of.is_floating_point and expr.fn in INTEGERS:
         if expr.fn in OF_TENSORS:
             wrapped = [
-                f"tl.full([1, 1], {p}, {TYPES[of]})" if isinstance(a, Const) else p
+                f"tl.cast({p}, {TYPES[of]})" if isinstance(a, Const) else p
                 for p, a in zip(parts, expr.args, strict=True)
             ]
         return INTEGERS[expr.fn].format(*wrapped)

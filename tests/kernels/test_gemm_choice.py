@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import ceil
 
 import pytest
 import torch
@@ -128,6 +129,18 @@ def test_the_rule_is_near_the_table() -> None:
         assert config.split_k <= 2 * entry.config.split_k or entry.config.split_k <= 2 * config.split_k
         tiles += (config.block_m, config.block_n) == (entry.config.block_m, entry.config.block_n)
     assert tiles >= 0.85 * len(rows)
+
+
+def test_every_split_has_a_step_and_a_grid_holds_any_n() -> None:
+    for n, k in ((768, 768), (512, 256), (512, 128), (4096, 14336)):
+        config = gemm_stream.alike(GemmProblem(16, n, k, torch.bfloat16), H200)
+        per_split = ceil(ceil(k / config.block_k) / config.split_k) * config.block_k
+        assert (config.split_k - 1) * per_split < k
+    launch = gemm_stream.prepare(store_sample, gemm_stream.Config(64, 32, 64, 3, 4, 1, True), replace(DENSE, k=64))
+    wide = replace(launch.problem, n=2_200_000)
+    launch.problem = wide
+    x, w = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in ((64, 64), (wide.n, 64)))
+    assert launch.arguments(x, w, ())[0] == (68750, 1, 1)
 
 
 def test_lookup_takes_the_bucket_that_holds_m() -> None:

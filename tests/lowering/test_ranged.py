@@ -14,15 +14,16 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
+from terrazzo.kernels.gemm import GemmProblem
 from terrazzo.kernels.target import Target
-from terrazzo.lowering.choices import LOSS, MOST, Choice, _measured, at_size, choose
+from terrazzo.lowering.choices import LOSS, MOST, Choice, _measured, at_size, by_size, choose
 from terrazzo.lowering.emit import Plan
 from terrazzo.lowering.intake import Examples
 from terrazzo.lowering.options import Options
 from terrazzo.lowering.pipeline import plan, trace
 from terrazzo.lowering.ranged import LIMIT, Regime, regimes
 from terrazzo.lowering.select import Kernel, is_looped
-from terrazzo.lowering.size import Undecided
+from terrazzo.lowering.size import Span, Undecided
 from terrazzo.lowering.specialize import failed_guard
 from terrazzo.runtime.compiled import CompiledPiece
 from terrazzo.tools.models import pieces
@@ -209,6 +210,9 @@ def test_the_config_is_that_of_the_size_that_runs(name: str) -> None:
         for kernel in regime.plan.schedule.launches():
             for size in some_sizes(regime) if kernel.family else ():
                 problem = at_size(kernel.problem, size)
+                if kernel.group.contract is not None:
+                    family = importlib.import_module(f"terrazzo.kernels.{configured(kernel, size).family}")
+                    assert family.supports(problem) is None
                 own = choose(kernel.family, problem, options, is_looped(kernel))
                 given = configured(kernel, size)
                 if kernel.group.contract is None:
@@ -226,6 +230,18 @@ def test_the_config_is_that_of_the_size_that_runs(name: str) -> None:
                 ]
                 # The grid is asked at both ends of its steps, and a choice may lose LOSS there.
                 assert times[0] <= (1 + LOSS + 0.02) * times[1], f"%{kernel.name} at {size}: {given} for {own}"
+
+
+@pytest.mark.parametrize(("n", "k"), [(4096, 4096), (5120, 5120), (768, 768)])
+def test_a_product_by_size_is_never_one_that_its_family_refuses(n: int, k: int) -> None:
+    problem = GemmProblem(Span(1, 16384, 16384).size(), n, k, torch.bfloat16, rounds=True)  # type: ignore[arg-type]
+    table = by_size("", problem, Options(Target.named("h100")))
+    below = 1
+    for bound, choice in table:
+        family = importlib.import_module(f"terrazzo.kernels.{choice.family}")
+        assert not any(family.supports(at_size(problem, size)) for size in (below, bound)), (below, bound, choice)
+        below = bound + 1
+    assert next(choice.family for bound, choice in table if bound >= 16) == "gemm_stream"
 
 
 @pytest.mark.parametrize("name", MODELS)

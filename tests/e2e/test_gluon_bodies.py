@@ -1,0 +1,68 @@
+"""Bodies compile in a Gluon kernel, where nothing may name a layout of its own; for sm_90, without a GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from terrazzo.kernels.target import Target
+from terrazzo.lowering.intake import Examples
+from terrazzo.lowering.options import Options
+from terrazzo.lowering.pipeline import plan, trace
+from terrazzo.tools.dump_compile import compile_launch, launches
+
+H100 = Target.named("h100")
+
+
+def exponents(p: torch.Tensor) -> torch.Tensor:
+    return torch.arange(p.shape[1], device=p.device) % 3
+
+
+EPILOGUES = {
+    "relu": torch.relu,
+    "minus zero": lambda p: torch.clamp(p, min=-0.0) + torch.where(p > 1, p, -0.0),
+    "two constants": lambda p: torch.where(p > 0, 1.0, -1.0),
+    "shift": lambda p: (p.to(torch.int32) >> 2) + (p.to(torch.int32) << 2),
+    "power of integers": lambda p: p.to(torch.int32) ** exponents(p).to(torch.int32),
+    "integer division": lambda p: (p.to(torch.int32) // 7) + p.to(torch.int32) % 5,
+    "floor division": lambda p: p // 0.3 + torch.remainder(p, 0.7),
+    "erf, tanh, exp": lambda p: torch.nn.functional.gelu(p) + torch.tanh(p) * torch.exp(-p),
+    "bool": lambda p: torch.logical_and(p > 0, torch.isfinite(p)),
+    "bias by row and column": lambda p: (
+        p + p.new_ones(p.shape[1]) * 2 + torch.arange(p.shape[0], device=p.device)[:, None]
+    ),
+}
+
+
+def compiled(epilogue: str) -> str:
+    """What is wrong with the kernel of a product with this epilogue; '' when nothing is."""
+
+    def fn(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return EPILOGUES[epilogue](x @ w)
+
+    x, w = (torch.randn(shape, dtype=torch.bfloat16) for shape in ((16, 256), (256, 512)))
+    graph = torch.fx.experimental.proxy_tensor.make_fx(fn)(x, w)
+    made = plan(trace(graph, Examples.of(graph, (x, w))), {}, Options(H100))
+    families = [k.family for k in made.schedule.launches()]
+    if "gemm_stream" not in families:
+        return f"its families are {families}"
+    return "; ".join(filter(None, (compile_launch(one, 90).wrong for one in launches(made, H100))))
+
+
+@pytest.mark.slow
+def test_every_kind_of_epilogue_compiles() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert done.stdout.count("compiles") == len(EPILOGUES)
+
+
+if __name__ == "__main__":
+    wrong = {name: compiled(name) for name in EPILOGUES}
+    for name, why in wrong.items():
+        print(f"{name}: {why or 'compiles'}")
+    sys.exit(any(wrong.values()))
