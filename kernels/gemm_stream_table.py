@@ -105,22 +105,26 @@ CONFIGS = measured(
 
 
 def alike(problem: GemmProblem, target: Target) -> Config:
-    """The rule that CONFIGS follows but for a few rows, each of which it misses by less than 2 % of its piece.
+    """What most rows of CONFIGS have in common, for shapes without a row.
 
     Up to 32 tokens W's columns are the rows, 64 a tile; at 64 tokens tokens are, with 32 columns a tile, so that twice
-    as many programs load; beyond, both are 64. K is split where tiles occupy less than half of the multiprocessors, a
-    long one until they occupy nearly all. The ring is as deep as shared memory allows, eight stages at most.
+    as many programs load. Beyond, a tile holds 128 tokens where its 64 columns of W still occupy most of the
+    multiprocessors, else 64 of them. K is split where tiles occupy less than half of the multiprocessors, a long one
+    until they occupy most. The ring is as deep as shared memory allows, eight stages at most.
     """
-    block_m = max(8, triton.next_power_of_2(problem.m)) if problem.m <= 32 else 64
+    most = 0.7 * target.sm_count
     tokens_first = 32 < problem.m <= 64
-    block_n = 32 if tokens_first else 64
+    block_n, block_k = 32 if tokens_first else 64, 128
+    block_m = max(8, triton.next_power_of_2(problem.m)) if problem.m <= 32 else 64
+    if problem.m > 64 and ceil(problem.n / block_n) >= most:
+        block_m, block_k = 128, 64
     tiles = ceil(problem.n / block_n) * ceil(problem.m / block_m)
-    enough = target.sm_count * (0.9 if problem.k >= 8192 or problem.m <= 8 else 0.45)
+    enough = 0.8 * target.sm_count if problem.k >= 8192 or problem.m <= 8 else 0.45 * target.sm_count
     split_k = next(split for split in (1, 2, 4) if tiles * split >= enough or split == 4)
     # No split without a step of its own.
-    steps = ceil(problem.k / 128)
+    steps = ceil(problem.k / block_k)
     split_k = ceil(steps / ceil(steps / split_k))
-    one = Config(block_m, block_n, 128, 1, 4, split_k, tokens_first)
+    one = Config(block_m, block_n, block_k, 1, 4, split_k, tokens_first)
     stages = min(8, (target.smem_bytes - 1024) // (smem_bytes(problem, one) - 1024))
     return replace(one, stages=stages)
 

@@ -98,7 +98,7 @@ def stream_space(problem: GemmProblem, target: Target) -> Iterator[gemm_stream.C
 def space(problem: GemmProblem, target: Target) -> Iterator[tuple[Any, Any]]:
     """Families and configs that a problem is tuned over."""
     if gemm_stream.supports(problem) is None:
-        yield from ((gemm_stream, config) for config in stream_space(problem, target))
+        yield from ((gemm_stream, config) for config in dict.fromkeys(stream_space(problem, target)))
         return
     for config in persistent_space(problem):
         if gemm_persistent.smem_bytes(problem, config) <= target.smem_bytes:
