@@ -23,10 +23,11 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from terrazzo.tools.device import HERE, exit_status, screen
+from terrazzo.tools.device import HERE, screen
 from terrazzo.tools.measure import KernelTime, Target, chain, floor_us, host_us, interleaved_us, kernel_times, layers_of
 from terrazzo.tools.models import Piece, config, pieces
 from terrazzo.tools.piece_check import CompiledPiece, check_piece
+from terrazzo.tools.status import exit_status
 
 MODELS = ("llama-3.1-8b", "llama-3.2-1b")
 SIZES = (1, 16, 64, 2048, 8192)

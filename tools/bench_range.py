@@ -25,6 +25,7 @@ from terrazzo.runtime.compiled import CompiledPiece
 from terrazzo.tools.measure import chain, interleaved_us, layers_of
 from terrazzo.tools.models import Piece, pieces
 from terrazzo.tools.piece_check import check_sizes
+from terrazzo.tools.status import exit_status
 
 MODELS = "llama-3.1-8b,llama-3.2-1b"
 # Beside the bounds of the tables, between them, and of no tile's multiple.
@@ -96,4 +97,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(place.exit_status(main))
+    sys.exit(exit_status(main))

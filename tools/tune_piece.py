@@ -36,9 +36,10 @@ from terrazzo.kernels.launch import compiling_together
 from terrazzo.kernels.target import Target
 from terrazzo.runtime.compiled import CompiledPiece
 from terrazzo.tools.bench import middle
-from terrazzo.tools.device import HERE, exit_status
+from terrazzo.tools.device import HERE
 from terrazzo.tools.measure import HEAD_START, chain, floor_us, kernel_times, layers_of
 from terrazzo.tools.models import Piece
+from terrazzo.tools.status import exit_status
 from terrazzo.tools.tune_gemm import persistent_space
 
 # Rounds over all launches, and how many of a launch's candidates each takes: all, then the best so far.

