@@ -22,7 +22,7 @@ import triton.language as tl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as LaidOutDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..lowering.errors import Unsupported
+from ..lowering.errors import InternalError, Unsupported
 from .target import Target
 
 # TMA takes bases and outer strides in units of 16 bytes.
@@ -154,7 +154,12 @@ def measured(config: Any, rows: str, source: str) -> Table:
     kinds: list[Callable[[int], Any]] = [type(getattr(config, field.name, 0)) for field in fields(config)]
     for row in rows.strip().splitlines()[1:]:
         n, k, accumulators, m, *values = row.split()
-        values, (us, *vendor_us) = values[: len(kinds)], values[len(kinds) :]
+        values, (us, *vendor_us) = values[: len(kinds)], values[len(kinds) :] or ["-"]
+        if us == "-" or len(vendor_us) > 1:
+            names = " ".join(field.name for field in fields(config))
+            raise InternalError(
+                f"row {row.strip()!r}", f"it is not N K accs m {names} us [cuBLAS]", stage="kernels.gemm"
+            )
         made = config(*(kind(int(value)) for kind, value in zip(kinds, values, strict=True)))
         line = table.setdefault((int(n), int(k), accumulators == "pair"), {})
         line[int(m)] = Measured(made, float(us), float(vendor_us[0]) if vendor_us else nan, source)

@@ -74,7 +74,7 @@ def choose(problem: GemmProblem, target: Target) -> tuple[Config, str]:
         return hit.config, hit.why
     config = alike(problem, target)
     us = estimate_us(problem, config, target)
-    return config, f"estimated {us:.1f} us, no measurement for this N and K: a tile as those of the measured ones"
+    return config, f"estimated {us:.1f} us, no measurement for this N, K and m: a tile as those of the measured ones"
 
 
 # Launch, first tiles and epilogue that the predecessor's end does not hide.

@@ -39,7 +39,8 @@ class Config:
     tokens_first: bool = False
 
     def __str__(self) -> str:
-        tile = f"{self.block_m}x{self.block_n}" if self.tokens_first else f"{self.block_n}x{self.block_m}"
+        # Rows by columns by depth; where the rows are tokens it says so.
+        tile = f"{self.block_m} tokens x {self.block_n}" if self.tokens_first else f"{self.block_n}x{self.block_m}"
         return f"{tile}x{self.block_k} stages {self.stages} warps {self.warps} split {self.split_k}"
 
 

@@ -68,7 +68,8 @@ def supports(problem: GemmProblem) -> str | None:
 
 def choose(problem: GemmProblem, target: Target) -> tuple[Config, str]:
     """Return the config and why."""
-    how = "estimated" if vendor_us(problem) is None else "measured (between its neighbours)"
+    measured = target.arch == 90 and vendor_us(problem) is not None
+    how = "between the times measured beside gemm_persistent's," if measured else "estimated"
     more = "" if problem.plain else " and the kernel of the epilogue after it"
     return Config(), f"{how} {estimate_us(problem, Config(), target):.1f} us with the gap before it{more}"
 

@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from terrazzo.tools.command import exit_status, sizes
 from terrazzo.tools.device import HERE, screen
 from terrazzo.tools.measure import KernelTime, Target, chain, floor_us, host_us, interleaved_us, kernel_times, layers_of
 from terrazzo.tools.models import Piece, config, pieces
 from terrazzo.tools.piece_check import CompiledPiece, check_piece
-from terrazzo.tools.status import exit_status
 
 MODELS = ("llama-3.1-8b", "llama-3.2-1b")
 SIZES = (1, 16, 64, 2048, 8192)
@@ -142,7 +142,7 @@ def middle(name: str, tiny: bool = False) -> Piece:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default=",".join(MODELS), help="names, comma-separated")
-    parser.add_argument("--sizes", default=",".join(map(str, SIZES)), help="numbers of tokens, comma-separated")
+    parser.add_argument("--sizes", default=list(SIZES), type=sizes, help="numbers of tokens, comma-separated")
     parser.add_argument("--contenders", default=",".join(CONTENDERS), help="comma-separated")
     parser.add_argument("--max-autotune", action="store_true", help="also Inductor with max-autotune")
     parser.add_argument(
@@ -163,7 +163,7 @@ def main() -> int:
         print("bench: torch sees no CUDA device, and an interpreter's times say nothing", file=sys.stderr)
         return 2
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    models, sizes = options.models.split(","), tuple(map(int, options.sizes.split(",")))
+    models = options.models.split(",")
     for name in models:
         config(name)
     contenders = options.contenders.split(",") + [AUTOTUNED] * options.max_autotune
@@ -171,7 +171,7 @@ def main() -> int:
     host = host_us(middle("llama-3.1-8b", tiny=True), 16, HERE)
     results: list[dict[str, Any]] = []
     for name in models:
-        results += bench_piece(middle(name), sizes, contenders, kernels)
+        results += bench_piece(middle(name), options.sizes, contenders, kernels)
     _report(options.json, results, host)
     return int(any(r["failures"] for r in results))
 

@@ -22,10 +22,10 @@ from rich.table import Table
 
 import terrazzo.tools.device as place  # before Triton is imported, whose interpreter it may choose
 from terrazzo.runtime.compiled import CompiledPiece
+from terrazzo.tools.command import exit_status, sizes
 from terrazzo.tools.measure import chain, interleaved_us, layers_of
 from terrazzo.tools.models import Piece, pieces
 from terrazzo.tools.piece_check import check_sizes
-from terrazzo.tools.status import exit_status
 
 MODELS = "llama-3.1-8b,llama-3.2-1b"
 # Beside the bounds of the tables, between them, and of no tile's multiple.
@@ -76,16 +76,16 @@ def table(found: Sequence[dict[str, Any]]) -> Table:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default=MODELS, help="names, comma-separated")
-    parser.add_argument("--sizes", default=SIZES, help="numbers of tokens, comma-separated")
+    parser.add_argument("--sizes", default=SIZES, type=sizes, help="numbers of tokens, comma-separated")
     parser.add_argument("--largest", type=int, default=LARGEST, help="the range's largest size")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     if place.HERE.type != "cuda":
         print("error: there is no CUDA device to time on", file=sys.stderr)
         return 2
-    sizes, found = list(map(int, options.sizes.split(","))), []
+    found: list[dict[str, Any]] = []
     for name in options.models.split(","):
-        found += bench(pieces(name, device=place.HERE)[1], sizes, options.largest)
+        found += bench(pieces(name, device=place.HERE)[1], options.sizes, options.largest)
     if options.json:
         print(json.dumps(found))
     else:

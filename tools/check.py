@@ -26,10 +26,10 @@ from itertools import groupby
 import torch
 from rich.table import Table
 
+from terrazzo.tools.command import exit_status, sizes
 from terrazzo.tools.device import HERE, screen
 from terrazzo.tools.models import Piece, config, names, pieces
 from terrazzo.tools.piece_check import Result, bounds, check_sizes
-from terrazzo.tools.status import exit_status
 
 SIZES = (1, 2, 7, 16, 64, 128, 1000, 2048, 8192)
 # The interpreter takes about 12 ms per 128 x 128 x 128 product.
@@ -110,7 +110,7 @@ def table(results: Sequence[Result]) -> Table:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default="all", help="names, comma-separated, or 'all'")
-    parser.add_argument("--sizes", help="numbers of tokens, comma-separated")
+    parser.add_argument("--sizes", type=sizes, help="numbers of tokens, comma-separated")
     parser.add_argument("--range", metavar="LO:HI", help="plan for these sizes at once; default: at their bounds")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--tiny", action="store_true", help="the models' tiny twins")
@@ -132,10 +132,10 @@ def main() -> int:
     on_gpu = HERE.type == "cuda"
     usual = SIZES if on_gpu else INTERPRETED_SIZES
     span = _span(options.range) if options.range else None
-    sizes = tuple(map(int, options.sizes.split(","))) if options.sizes else () if span else usual
+    asked = options.sizes or (() if span else usual)
     procs = options.procs or (min(8, os.cpu_count() or 1) if on_gpu else 1)
     started, results = time.perf_counter(), []
-    for result in check_all(models, sizes, options.dtype, options.tiny or not on_gpu, procs, span):
+    for result in check_all(models, asked, options.dtype, options.tiny or not on_gpu, procs, span):
         results.append(result)
         state = f"error {result.ratio:.2f}" if result.ok else "; ".join(result.failures)
         print(f"{result.model} {result.piece} at {result.size}: {state}", file=sys.stderr, flush=True)

@@ -30,10 +30,10 @@ from rich.table import Table
 
 from terrazzo.lowering.errors import UserError
 from terrazzo.tools import opdb, pool
+from terrazzo.tools.command import exit_status
 from terrazzo.tools.coverage import Coverage
 from terrazzo.tools.device import HERE, screen
 from terrazzo.tools.op_check import DTYPES, PATHS, Result, check
-from terrazzo.tools.status import exit_status
 
 Task = tuple[str, str]
 

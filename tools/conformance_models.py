@@ -25,10 +25,10 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from terrazzo.tools.command import exit_status
 from terrazzo.tools.coverage import Coverage
 from terrazzo.tools.device import HERE, screen
 from terrazzo.tools.oracle import judge
-from terrazzo.tools.status import exit_status
 from terrazzo.tools.tiny_models import TABLE, architecture, model
 from terrazzo.tools.wide_model import run_wide
 

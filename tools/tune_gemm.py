@@ -8,7 +8,8 @@
 A time is that of one GEMM within a CUDA graph of many, each on its own copy of W, so that L2 holds no W it reads;
 kernels wait for one another with programmatic dependent launch, as in a plan. cuBLAS (`F.linear`) runs in the same
 harness, without the epilogue; ours includes it (SiLU·mul for pairs). A config that errs by more than twice what cuBLAS
-does is reported and never timed. The last lines are entries for `CONFIGS`; exit status 1 when any config was wrong.
+does is reported and never timed. The last lines are rows for gemm_persistent's table; exit status 1 when any config was
+wrong.
 """
 
 from __future__ import annotations
@@ -27,13 +28,16 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import terrazzo.tools.device as place  # isort: skip  # before Triton is imported, whose interpreter it may choose
 import torch
 import triton
 import triton.language as tl
 
 from terrazzo.kernels import gemm_persistent, gemm_vendor
 from terrazzo.kernels.gemm import GemmProblem, reference
+from terrazzo.tools.command import exit_status, sizes
 
+FAMILIES = ("gemm_persistent", "gemm_vendor")
 # Projections of Llama-3.1-8B, Llama-3.2-1B and Qwen3-8B, as (N, K, paired).
 SHAPES = (
     (4096, 4096, False),
@@ -245,33 +249,48 @@ def ratio(line: dict[str, Any]) -> float:
 
 
 def table(lines: Sequence[dict[str, Any]]) -> list[str]:
-    """The best of each family, shape and size, as entries for `CONFIGS`."""
+    """The best of ours for each shape and size, as rows of gemm_persistent's table; cuBLAS has nothing to choose."""
     best: dict[tuple, dict[str, Any]] = {}
     for line in lines:
         key = (line["family"], line["n"], line["k"], line["paired"], line["m"])
         if "us" in line and (key not in best or ratio(line) < ratio(best[key])):
             best[key] = line
     return [
-        f"{family} ({n}, {k}, {paired}) {m}: Measured(Config({', '.join(map(str, line['config'].values()))}), "
-        f"{line['us']:.1f}, {line['vendor_us']:.1f}),"
+        f"{n} {k} {'pair' if paired else 'one'} {m} {' '.join(str(int(v)) for v in line['config'].values())} "
+        f"{line['us']:.1f} {line['vendor_us']:.1f}"
         for (family, n, k, paired, m), line in sorted(best.items())
+        if family == "gemm_persistent"
     ]
+
+
+def shape(text: str) -> tuple[int, int, bool]:
+    """NxK, with p for paired."""
+    n, _, k = text.removesuffix("p").partition("x")
+    if not (n.isdecimal() and k.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no shape: NxK, with p for paired")
+    return int(n), int(k), text.endswith("p")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m terrazzo.tools.tune_gemm", description=__doc__.splitlines()[0])
-    parser.add_argument("--families", default="gemm_persistent,gemm_vendor")
+    parser.add_argument("--families", default=",".join(FAMILIES))
     parser.add_argument("--shapes", default="", help="NxK, with p for paired; default: the projections in SHAPES")
-    parser.add_argument("--m", default="192,256,512,1024,2048,8192")
+    parser.add_argument("--m", default="192,256,512,1024,2048,8192", type=sizes)
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
     parser.add_argument("--budget-s", type=float, default=3600, help="start no further problem after so many seconds")
     parser.add_argument("--json", default="", help="write every measurement there, one JSON object a line")
     options = parser.parse_args(arguments)
-    shapes = [
-        (*map(int, text.rstrip("p").split("x")), text.endswith("p")) for text in options.shapes.split(",") if text
-    ]
+    if unknown := set(options.families.split(",")) - set(FAMILIES):
+        parser.error(f"no configs of {', '.join(sorted(unknown))} are tried here; there are {', '.join(FAMILIES)}")
+    try:
+        shapes = [shape(text) for text in options.shapes.split(",") if text]
+    except argparse.ArgumentTypeError as error:
+        parser.error(str(error))
+    if place.HERE.type != "cuda":
+        print("tune_gemm: torch sees no CUDA device", file=sys.stderr)
+        return 2
     deadline = time.monotonic() + options.budget_s
-    found = candidates(options.families.split(","), shapes or SHAPES, [int(m) for m in options.m.split(",")])
+    found = candidates(options.families.split(","), shapes or SHAPES, options.m)
     with open(options.json or os.devnull, "w") as journal:
 
         def write(line: dict[str, Any]) -> None:
@@ -289,4 +308,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

@@ -5,11 +5,11 @@
 
 What a GEMM costs depends on its neighbours: with programmatic dependent launch it starts while the kernel before it
 ends, so configs timed alone (`tune_gemm.py`) do not tell. One launch after the other, heaviest first, takes the config
-with which the piece is fastest; then again among each launch's best, until nothing changes or the time is over. The
-piece as it is planned runs in turn with every candidate, and ratios are to that. A config that changes the piece's
+with which the piece is fastest; twice more among each launch's best, as long as there is time. The piece as it is
+planned runs in turn with every candidate, and ratios are to that. A config that changes the piece's
 result by more than its dtype explains is reported and never timed.
-The last lines are rows for the tables, with what each launch then adds to the piece; exit status 1 when a config was
-wrong.
+The last lines are rows for a family's table, with what each launch then adds to the piece; exit status 1 when a config
+was wrong. A row serves the sizes below its own, down to the next: tune at the buckets of the table.
 """
 
 from __future__ import annotations
@@ -28,18 +28,17 @@ from dataclasses import astuple, dataclass, field, replace
 from typing import Any
 
 import torch
-import triton
 
+import terrazzo.tools.device as place  # before Triton is imported, whose interpreter it may choose
 from terrazzo.kernels import gemm_persistent, gemm_stream, gemm_vendor
 from terrazzo.kernels.gemm import GemmProblem
 from terrazzo.kernels.launch import compiling_together
 from terrazzo.kernels.target import Target
 from terrazzo.runtime.compiled import CompiledPiece
 from terrazzo.tools.bench import middle
-from terrazzo.tools.device import HERE
+from terrazzo.tools.command import exit_status, sizes
 from terrazzo.tools.measure import HEAD_START, chain, floor_us, kernel_times, layers_of
 from terrazzo.tools.models import Piece
-from terrazzo.tools.status import exit_status
 from terrazzo.tools.tune_gemm import persistent_space
 
 # Rounds over all launches, and how many of a launch's candidates each takes: all, then the best so far.
@@ -74,7 +73,7 @@ class Launch:
 
 def stream_space(problem: GemmProblem, target: Target) -> Iterator[gemm_stream.Config]:
     """Tiles of either orientation, rings for one and two programs a multiprocessor."""
-    whole, accs = max(8, triton.next_power_of_2(problem.m)), problem.accumulators
+    whole, accs = max(8, 1 << (problem.m - 1).bit_length()), problem.accumulators
     if problem.m <= 32:
         shapes = [(whole, 64, False, k, s) for k in (64, 128) for s in (1, 2, 4)]
         shapes += [(64, n, True, k, s) for n in (16, 32, 64) for k in (64, 128, 256) for s in (1, 2)]
@@ -114,7 +113,7 @@ class Tuning:
     def __init__(self, piece: Piece, size: int) -> None:
         self.piece, self.size = piece, size
         compiled = CompiledPiece(piece.graph)
-        self.layers = layers_of(piece, size, HERE)
+        self.layers = layers_of(piece, size, place.HERE)
         self.run = compiled.at(self.layers[0])
         (self.loaded,) = [made for (sizes, _), made in compiled.plans.items() if sizes == (size,)]
         self.module = self.loaded.call.__globals__
@@ -189,7 +188,7 @@ class Tuning:
         return None
 
     def rows(self) -> list[str]:
-        """The configs as rows of a table, with what each launch adds to the piece."""
+        """The configs as rows of their families' tables, with what each launch adds to the piece."""
         timed = kernel_times(chain(self.run, self.layers), len(self.layers), self.loaded)
         times = {k.launch.partition(":")[0].lstrip("_"): k.adds_us for k in timed}
         found = []
@@ -198,9 +197,9 @@ class Tuning:
             accs = "pair" if problem.paired else "one"
             numbers = " ".join(str(int(value)) for value in astuple(config))
             us = times.get(launch.variable.removeprefix("launch_"), float("nan"))
-            family = type(self.module[launch.variable]).__name__
-            found.append(f"{family} {problem.n} {problem.k} {accs} {self.size} {numbers} {us:.1f}")
-        return found
+            found.append((type(config).__module__, f"{problem.n} {problem.k} {accs} {self.size} {numbers} {us:.1f}"))
+        # A family's name, then its rows.
+        return [line for table in dict(found) for line in (f"# {table}", *(row for t, row in found if t == table))]
 
 
 @contextmanager
@@ -252,15 +251,15 @@ def tune_size(piece: Piece, size: int, deadline: float, write: Callable[[dict[st
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m terrazzo.tools.tune_piece", description=__doc__.splitlines()[0])
     parser.add_argument("--models", default="llama-3.1-8b,llama-3.2-1b")
-    parser.add_argument("--sizes", default="1,16,32,64,128", help="numbers of tokens, comma-separated")
+    parser.add_argument("--sizes", default="8,16,32,64,128", type=sizes, help="numbers of tokens, comma-separated")
     parser.add_argument("--budget-s", type=float, default=600, help="seconds in all, shared evenly")
     parser.add_argument("--json", default="", help="a file that gets every measurement, a JSON object a line")
     options = parser.parse_args()
-    if HERE.type != "cuda":
+    if place.HERE.type != "cuda":
         print("tune_piece: torch sees no CUDA device", file=sys.stderr)
         return 2
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    work = [(model, int(size)) for model in options.models.split(",") for size in options.sizes.split(",")]
+    work = [(model, size) for model in options.models.split(",") for size in options.sizes]
     end, wrong = time.monotonic() + options.budget_s, []
     with open(options.json or os.devnull, "a") as journal, torch.no_grad():
 

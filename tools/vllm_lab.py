@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.table import Table
 
 from terrazzo.lowering.errors import UserError
-from terrazzo.tools.status import exit_status
+from terrazzo.tools.command import exit_status
 
 MODELS = ("llama-3.1-8b", "llama-3.2-1b", "qwen3-8b", "qwen3-30b-a3b")
 GRAPHS = ("FULL_AND_PIECEWISE", "PIECEWISE", "NONE")

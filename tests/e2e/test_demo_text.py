@@ -13,8 +13,8 @@ from rich.console import Console
 
 from terrazzo.lowering.errors import UserError
 from terrazzo.tools import demo_text
+from terrazzo.tools.command import exit_status
 from terrazzo.tools.demo_text import Piece, Told
-from terrazzo.tools.status import exit_status
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 if int(transformers.__version__.split(".")[0]) < 5:

@@ -49,7 +49,10 @@ def test_the_check_itself_sees_inductor():
     assert "torch._inductor.compile_fx" in done.stdout
 
 
-@pytest.mark.parametrize("tool", ["bench_range", "check", "conformance", "conformance_models", "demo", "demo_text"])
+@pytest.mark.parametrize(
+    "tool",
+    ["bench_range", "check", "conformance", "conformance_models", "demo", "demo_text", "tune_gemm", "tune_piece"],
+)
 def test_a_tool_that_runs_pieces_starts_without_a_gpu_and_without_settings(tool):
     plain = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", f"terrazzo.tools.{tool}", "--help"]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from terrazzo.kernels import gemm_stream
-from terrazzo.kernels.gemm import GemmProblem
+from terrazzo.kernels import gemm_persistent, gemm_stream
+from terrazzo.kernels.gemm import GemmProblem, measured
 from terrazzo.kernels.target import Target
+from terrazzo.tools.tune_gemm import table
 from terrazzo.tools.tune_piece import space
 
 H100 = Target.named("h100")
@@ -32,6 +34,30 @@ def test_every_config_tried_fits_and_is_its_familys(m: int, n: int, k: int, pair
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so() -> None:
-    command = [sys.executable, "-m", "terrazzo.tools.tune_piece", "--models", "llama-3.2-1b"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and "no CUDA device" in done.stderr
+    for tool in ("tune_piece", "tune_gemm"):
+        done = run(tool)
+        assert done.returncode == 2 and done.stderr.splitlines() == [f"{tool}: torch sees no CUDA device"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["tune_gemm --shapes foo", "tune_gemm --m x", "tune_gemm --families gemm_skinny", "tune_piece --sizes 1,x"],
+)
+def test_a_request_that_cannot_be_right_costs_a_line(command: str) -> None:
+    done = run(*command.split())
+    assert done.returncode == 2 and "error: " in done.stderr.splitlines()[-1]
+
+
+def test_rows_are_what_the_table_reads() -> None:
+    line = {"family": "gemm_persistent", "m": 512, "n": 64, "k": 32, "paired": True, "us": 2.0, "vendor_us": 3.0}
+    line["config"] = vars(gemm_persistent.Config(64, 128, 64, 8, 4, flatten=True))
+    (row,) = table([line, line | {"family": "gemm_vendor", "config": {}}])
+    found = measured(gemm_persistent.Config, f"header\n{row}", "a source")
+    assert found[64, 32, True][512].config == gemm_persistent.Config(64, 128, 64, 8, 4, flatten=True)
+
+
+def run(tool: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A tool as a user starts it, without this process's settings."""
+    plain = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", f"terrazzo.tools.{tool}", *arguments]
+    return subprocess.run(command, env=plain, capture_output=True, text=True, check=False)
