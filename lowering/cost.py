@@ -13,8 +13,8 @@ from functools import lru_cache
 
 import torch
 
-from .affine import Affine, Indirect, Var
-from .expr import Apply, walk
+from .affine import Affine, Atom, Indirect, Var
+from .expr import Apply, Index, Load, walk
 from .group import Group
 from .size import typical
 from .values import Layout, Values
@@ -91,7 +91,8 @@ def _union(spans: Iterable[tuple[int, int]]) -> int:
 
 @lru_cache(maxsize=1 << 14)
 def footprint(offset: Affine) -> int:
-    """Elements that one read at this offset touches: as many as its variables take values."""
+    """Elements that one read at this offset touches, at most: as many as its variables take values together, and as its
+    terms do. The row that each head of a token looks up is one and the same."""
     seen: dict[int, int] = {}
     stack = [offset]
     while stack:
@@ -99,8 +100,23 @@ def footprint(offset: Affine) -> int:
             if isinstance(atom, Var):
                 seen[atom.dim] = atom.size
             elif isinstance(atom, Indirect):
-                stack.extend(n.offset for n in walk(atom.value) if hasattr(n, "offset"))
-    return math.prod(map(typical, seen.values()))
+                stack.extend(_looked_up(atom))
+    return min(math.prod(map(typical, seen.values())), math.prod(_values(atom) for atom, _ in offset.terms))
+
+
+def _values(atom: Atom) -> int:
+    """How many values an atom takes, at most."""
+    low, high = map(typical, atom.range)
+    count = high - low + 1
+    if isinstance(atom, Var):
+        return count
+    inner = _looked_up(atom) if isinstance(atom, Indirect) else [atom.base]
+    return min(count, math.prod(map(footprint, inner)))
+
+
+def _looked_up(atom: Indirect) -> list[Affine]:
+    """Where an index is read from, or what it is computed from."""
+    return [node.offset for node in walk(atom.value) if isinstance(node, (Load, Index))]
 
 
 def _numel(layout: Layout) -> int:
