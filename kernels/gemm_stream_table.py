@@ -47,7 +47,8 @@ class Config:
 EVIDENCE = "added to a piece, NVIDIA H100 80GB, torch 2.11, triton 3.6, bf16, 2026-11-25"
 
 # What `tools/tune_piece.py` found best where the GEMM runs: in the model's middle piece, its neighbours' kernels around
-# it. A row serves the m below it too; `us` is what the launch adds to the piece.
+# it. A row serves the m below it too; `us` is what the launch adds to the piece, counted from the end of the kernel
+# before: less than W's bytes take, where they were on their way by then. The piece's first product asked early as well.
 CONFIGS = measured(
     Config,
     """

@@ -1,13 +1,13 @@
 """Tune the GEMMs of a model's middle piece where they run: a config is put into the plan, and the whole piece is timed.
 
-    python -m terrazzo.tools.tune_piece --models llama-3.1-8b --sizes 1,16,32,64,128
+    python -m terrazzo.tools.tune_piece --models llama-3.1-8b --sizes 8,16,32,64,128
     python -m terrazzo.tools.tune_piece --models qwen3-8b --sizes 64 --budget-s 60 --json out.jsonl
 
 What a GEMM costs depends on its neighbours: with programmatic dependent launch it starts while the kernel before it
 ends, so configs timed alone (`tune_gemm.py`) do not tell. One launch after the other, heaviest first, takes the config
 with which the piece is fastest; twice more among each launch's best, as long as there is time. The piece as it is
-planned runs in turn with every candidate, and ratios are to that. A config that changes the piece's
-result by more than its dtype explains is reported and never timed.
+planned runs in turn with every candidate, and ratios are to that. A config that changes the piece's result by more than
+its dtype explains is reported and never timed.
 The last lines are rows for a family's table, with what each launch then adds to the piece; exit status 1 when a config
 was wrong. A row serves the sizes below its own, down to the next: tune at the buckets of the table.
 """
@@ -88,7 +88,9 @@ def stream_space(problem: GemmProblem, target: Target) -> Iterator[gemm_stream.C
         base = gemm_stream.Config(m, n, k, 1, warps, split, tokens_first)
         one = gemm_stream.smem_bytes(problem, base) - 1024
         stages = min(8, (target.smem_bytes // resident - 2048) // one)
-        in_flight = n * k * accs * problem.dtype.itemsize * (stages - 1) * max(1, min(resident, programs / 132))
+        in_flight = (
+            n * k * accs * problem.dtype.itemsize * (stages - 1) * max(1, min(resident, programs / target.sm_count))
+        )
         fits = 0.4 <= programs / target.sm_count <= 6 and (split == 1 or tiles_of_w <= 100)
         holds = sums_per_thread <= 128 and (warps == 4 or (rows >= 128 and sums_per_thread >= 32))
         if fits and holds and stages >= 2 and in_flight >= 24_000:
