@@ -74,7 +74,8 @@ def choose(problem: GemmProblem, target: Target) -> tuple[Config, str]:
     if problem.paired and config.block_n == 128:
         # Two accumulators of 128x128 spill 120 bytes a thread on sm_80.
         config = replace(config, block_n=64)
-    return config, f"the tile for up to {bound} tokens"
+    largest = bound == CONFIGS[-1][0]
+    return config, "the tile for the most tokens" if largest else f"the tile for up to {bound} tokens"
 
 
 # Masked pointer loads reach about this share of the memory's bandwidth: the loss that loading x that way cost at 64

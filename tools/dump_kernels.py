@@ -76,8 +76,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--stage", help=f"print one stage's result: {', '.join(STAGES)}")
     parser.add_argument("--ops", action="store_true", help="list ops that run as themselves")
     parser.add_argument("--stats", action="store_true", help="compile: registers, spills, shared memory, seconds")
-    parser.add_argument("--ptx", action="store_true", help="compile and print PTX")
-    parser.add_argument("--sass", action="store_true", help="compile and print SASS")
+    parser.add_argument("--ptx", action="store_true", help="compile and print PTX; with --stats after the report")
+    parser.add_argument("--sass", action="store_true", help="compile and print SASS; with --stats after the report")
     parser.add_argument("--kernel", help="only this kernel's PTX or SASS")
     parser.add_argument("--json", action="store_true", help="a list with one object per size")
     return parser
@@ -191,6 +191,8 @@ def _compile(plan: Plan, target: Target, args: argparse.Namespace) -> list[Stats
     made = launches(plan, target)
     if args.kernel:
         _known("kernel", args.kernel, [launch.kernel for launch in made])
+        # Its code alone does not need the others.
+        made = made if args.stats else [launch for launch in made if launch.kernel == args.kernel]
     code = "sass" if args.sass else "ptx" if args.ptx else ""
     known: dict[Any, Any] = {}
     compiled = [compile_launch(launch, target.arch, code, known) for launch in made]
@@ -199,6 +201,10 @@ def _compile(plan: Plan, target: Target, args: argparse.Namespace) -> list[Stats
 
 def _print(dump: Dump, stats: Sequence[Stats], args: argparse.Namespace) -> None:
     console = dump_text.console()
+    code = "".join(f"// {s.kernel} sm_{dump.target.arch}\n{s.code}\n" for s in stats if s.code)
+    if code and not args.stats:
+        print(code, end="")
+        return
     if args.stage:
         print(next(text for name, _, text in dump.stages if name == args.stage))
     elif args.ops:
@@ -209,9 +215,7 @@ def _print(dump: Dump, stats: Sequence[Stats], args: argparse.Namespace) -> None
         console.print(dump_text.screen(dump, stats))
         if args.source:
             print(dump.source, end="")
-    for s in stats:
-        if s.code:
-            print(f"// {s.kernel} sm_{dump.target.arch}\n{s.code}")
+    print(code, end="")
 
 
 def _all_models(args: argparse.Namespace) -> int:
