@@ -20,8 +20,7 @@ DECIDING = ["{a}.floor()", "{a}.round()", "{a}.trunc()", "{a}.sign()", "{a}.isna
 INTEGRAL = [
     "-{a}", "{a} * 3 - 1", "{a} // 2", "{a} % 3", "{a}.abs()", "{a}.clamp(-3, 4)", "{a} & 5", "~{a}", "{a} ^ 2",
     "{a}.clone()", "{a}.bool()", "{a}.sign()", "({a} + 0) ** 2", "({a} + 0) << 1", "({a} + 0) >> 1",
-    # Eager makes a contiguous result of a number to a tensor's power, torch's fake tensors one like the tensor.
-    "(2 ** ({a} + 0).abs()).contiguous()",
+    "2 ** ({a} + 0).abs()",
 ]  # fmt: skip
 
 
