@@ -247,7 +247,7 @@ class PersistentGemm:
     """A prepared launch; call it with x [M, K], W in the problem's layout and the epilogue's tensors."""
 
     def __init__(self, epilogue: Any, config: Config, problem: GemmProblem, pdl: bool) -> None:
-        self.config, self.problem = config, problem
+        self.config, self.problem, self.epilogue = config, problem, epilogue
         self.kernel = Kernel(
             gemm_persistent_kernel,
             _constexprs(problem, config, epilogue, pdl),

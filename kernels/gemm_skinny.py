@@ -25,11 +25,13 @@ from .gemm import (
     GemmProblem,
     descriptor,
     job_configs,
+    k_per_split,
     label,
     load_tile,
     reference,
     silu_mul_sample,
     store_sample,
+    sum_of_splits,
     tma_obstacle,
     type_name,
     w_block,
@@ -209,22 +211,15 @@ def gemm_skinny_kernel(
         tl.debug_barrier()
         arrived = tl.atomic_add(counters + unit, 1, sem="acq_rel", scope="gpu")
         if arrived == SPLIT_K - 1:
-            # .cg: other SMs wrote these, so L1 must not answer.
-            total = tl.load(base + at, cache_modifier=".cg")
-            for i in tl.static_range(1, SPLIT_K):
-                total += tl.load(base + i * (ACCS * TILE) + at, cache_modifier=".cg")
+            total = sum_of_splits(base, at, SPLIT_K, ACCS * TILE)
             total2 = total
             if PAIRED:
-                total2 = tl.load(base + TILE + at, cache_modifier=".cg")
-                for i in tl.static_range(1, SPLIT_K):
-                    total2 += tl.load(base + i * (ACCS * TILE) + TILE + at, cache_modifier=".cg")
+                total2 = sum_of_splits(base + TILE, at, SPLIT_K, ACCS * TILE)
             tl.store(counters + unit, 0)
             EPILOGUE(total, total2, m, n, mask, t)
 
 
 def _constexprs(problem: GemmProblem, config: Config, epilogue: Any, pdl: bool) -> dict[str, Any]:
-    # Splits are whole depth steps; the last may be shorter, or empty.
-    per_split = ceil(ceil(problem.k / config.block_k) / config.split_k) * config.block_k
     return {
         "N": problem.n,
         "K": problem.k,
@@ -234,7 +229,7 @@ def _constexprs(problem: GemmProblem, config: Config, epilogue: Any, pdl: bool) 
         "BLOCK_K": config.block_k,
         "STAGES": config.stages,
         "SPLIT_K": config.split_k,
-        "K_PER_SPLIT": per_split,
+        "K_PER_SPLIT": k_per_split(problem.k, config.block_k, config.split_k),
         "PAIRED": problem.paired,
         "KN": problem.layout == "kn",
         "PDL": pdl,
@@ -261,9 +256,8 @@ class SkinnyGemm:
         """Return grid and kernel arguments, as the next call would launch them."""
         config, m = self.config, x.shape[0]
         tiles_n, tiles_m = ceil(self.problem.n / config.block_n), ceil(m / config.block_m)
-        need = tiles_n * tiles_m if config.split_k > 1 else 0
-        tile = config.block_n * config.block_m * self.problem.accumulators
-        scratch = workspace.get(x.device, need * config.split_k * tile, need, self.slot)
+        sums = config.block_n * config.block_m * self.problem.accumulators
+        scratch = workspace.for_splits(x.device, tiles_n * tiles_m, config.split_k, sums, self.slot)
         x_desc = descriptor(x, [config.block_m, config.block_k], "x")
         w_desc = descriptor(w, self._w_block, "W")
         args = (x_desc, w_desc, scratch.partials, scratch.counters, m, t)

@@ -29,11 +29,13 @@ from .gemm import (
     GemmProblem,
     descriptor,
     job_configs,
+    k_per_split,
     label,
     lookup,
     reference,
     silu_mul_sample,
     store_sample,
+    sum_of_splits,
     tma_obstacle,
     type_name,
     w_block,
@@ -45,17 +47,9 @@ from .launch import Kernel
 from .target import Target
 
 __all__ = [
-    "CONFIGS",
-    "EVIDENCE",
-    "Config",
-    "choose",
-    "compile_jobs",
-    "estimate_us",
-    "prepare",
-    "reference",
-    "smem_bytes",
+    "CONFIGS", "EVIDENCE", "Config", "choose", "compile_jobs", "estimate_us", "prepare", "reference", "smem_bytes",
     "supports",
-]
+]  # fmt: skip
 
 
 def supports(problem: GemmProblem) -> str | None:
@@ -76,6 +70,11 @@ def choose(problem: GemmProblem, target: Target) -> tuple[Config, str]:
     config = alike(problem, target)
     us = estimate_us(problem, config, target)
     return config, f"estimated {us:.1f} us, no measurement for this N, K and m: a tile as those of the measured ones"
+
+
+def asks_early(problem: GemmProblem, leads: bool) -> bool:
+    """Whether W may be asked for before the wait: it is given, and another kernel of the plan has waited."""
+    return problem.w_given and not leads
 
 
 # Launch, first tiles and epilogue that the predecessor's end does not hide.
@@ -104,6 +103,10 @@ def estimate_us(problem: GemmProblem, config: Config, target: Target) -> float:
     parts_mb = (config.split_k - 1) * config.block_n * config.block_m * problem.accumulators * 4e-6
     split_us = SPLIT_US + SPLIT_US_PER_MB * parts_mb if config.split_k > 1 else 0.0
     return FIXED_US + split_us + max(stream_us * idle, product_us)
+
+
+# For Gluon, which cannot call what Triton interprets.
+_sum_of_splits = gluon.jit(sum_of_splits.fn)
 
 
 @gluon.jit
@@ -238,14 +241,9 @@ def gemm_stream_kernel(
         gl.thread_barrier()
         arrived = gl.atomic_add(counters + unit, 1, sem="acq_rel", scope="gpu")
         if arrived == SPLIT_K - 1:
-            # .cg: other SMs wrote these, so L1 must not answer.
-            acc = gl.load(base + at, cache_modifier=".cg")
-            for i in gl.static_range(1, SPLIT_K):
-                acc += gl.load(base + i * (ACCS * TILE) + at, cache_modifier=".cg")
+            acc = _sum_of_splits(base, at, SPLIT_K, ACCS * TILE)
             if PAIRED:
-                acc2 = gl.load(base + TILE + at, cache_modifier=".cg")
-                for i in gl.static_range(1, SPLIT_K):
-                    acc2 += gl.load(base + i * (ACCS * TILE) + TILE + at, cache_modifier=".cg")
+                acc2 = _sum_of_splits(base + TILE, at, SPLIT_K, ACCS * TILE)
             gl.store(counters + unit, 0)
             _finish(acc, acc2, m0, n0, m_size, t, N, TOKENS_FIRST, PAIRED, WARPS, EPILOGUE)
     else:
@@ -287,8 +285,6 @@ def _finish(
 
 
 def _constexprs(problem: GemmProblem, config: Config, epilogue: Any, pdl: bool, leads: bool = False) -> dict[str, Any]:
-    # Splits are whole depth steps; the last may be shorter, or empty.
-    per_split = ceil(ceil(problem.k / config.block_k) / config.split_k) * config.block_k
     return {
         "N": problem.n,
         "K": problem.k,
@@ -298,13 +294,13 @@ def _constexprs(problem: GemmProblem, config: Config, epilogue: Any, pdl: bool, 
         "BLOCK_K": config.block_k,
         "STAGES": config.stages,
         "SPLIT_K": config.split_k,
-        "K_PER_SPLIT": per_split,
+        "K_PER_SPLIT": k_per_split(problem.k, config.block_k, config.split_k),
         "TOKENS_FIRST": config.tokens_first,
         "PAIRED": problem.paired,
         "KN": problem.layout == "kn",
         "PDL": pdl,
         "LEADS": leads,
-        "ASKS_EARLY": problem.w_given and not leads,
+        "ASKS_EARLY": asks_early(problem, leads),
         "WARPS": config.warps,
         "EPILOGUE": epilogue,
     }
@@ -320,7 +316,7 @@ class StreamGemm:
 
     def __init__(self, epilogue: Any, config: Config, problem: GemmProblem, pdl: bool, leads: bool, slot: int) -> None:
         assert config.stages > 1, "a ring of one slot is never refilled"
-        self.config, self.problem, self.leads, self.slot = config, problem, leads, slot
+        self.config, self.problem, self.epilogue, self.leads, self.slot = config, problem, epilogue, leads, slot
         self.kernel = Kernel(
             gemm_stream_kernel, _constexprs(problem, config, epilogue, pdl, leads), num_warps=config.warps, pdl=pdl
         )
@@ -332,13 +328,12 @@ class StreamGemm:
     def arguments(self, x: torch.Tensor, w: torch.Tensor, t: tuple) -> tuple[tuple[int, int, int], tuple]:
         """Return grid and kernel arguments, as the next call would launch them."""
         config, m = self.config, x.shape[0]
-        tiles_n, tiles_m = ceil(self.problem.n / config.block_n), ceil(m / config.block_m)
-        need = tiles_n * tiles_m if config.split_k > 1 else 0
-        tile = config.block_n * config.block_m * self.problem.accumulators
-        scratch = workspace.get(x.device, need * config.split_k * tile, need, self.slot)
+        tiles = ceil(self.problem.n / config.block_n) * ceil(m / config.block_m)
+        sums = config.block_n * config.block_m * self.problem.accumulators
+        scratch = workspace.for_splits(x.device, tiles, config.split_k, sums, self.slot)
         x_desc = descriptor(x, self._x_block, "x", self._x_layout)
         w_desc = descriptor(w, self._w_block, "W", self._w_layout)
-        return (tiles_m * tiles_n, config.split_k, 1), (x_desc, w_desc, scratch.partials, scratch.counters, m, t)
+        return (tiles, config.split_k, 1), (x_desc, w_desc, scratch.partials, scratch.counters, m, t)
 
     def __call__(self, x: torch.Tensor, w: torch.Tensor, t: tuple) -> None:
         if x.shape[0] == 0:

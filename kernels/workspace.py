@@ -61,6 +61,12 @@ def get(device: torch.device, partials: int, counters: int, slot: int = 0) -> Wo
         return _grow(device, partials, counters, slot)
 
 
+def for_splits(device: torch.device, tiles: int, split_k: int, sums: int, slot: int = 0) -> Workspace:
+    """Return scratch for `split_k` programs that share each of so many tiles of `sums` sums; without a split, any."""
+    need = tiles if split_k > 1 else 0
+    return get(device, need * split_k * sums, need, slot)
+
+
 def _grow(device: torch.device, partials: int, counters: int, slot: int) -> Workspace:
     held = _current.get((device, slot))
     if held is not None:

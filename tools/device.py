@@ -1,4 +1,4 @@
-"""Where a tool runs and writes: the GPU, or without one Triton's interpreter on the CPU; a console; how it ends.
+"""Where a tool runs and writes: the GPU, or without one Triton's interpreter on the CPU; a console.
 
 Triton decides when it is imported whether it interprets, so importing this module decides. It comes before every import
 that brings triton in (`terrazzo.tools.models` does, through torch's tracer); in sorted imports it does.

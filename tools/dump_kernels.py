@@ -202,17 +202,13 @@ def _compile(plan: Plan, target: Target, args: argparse.Namespace) -> list[Stats
 def _print(dump: Dump, stats: Sequence[Stats], args: argparse.Namespace) -> None:
     console = dump_text.console()
     code = "".join(f"// {s.kernel} sm_{dump.target.arch}\n{s.code}\n" for s in stats if s.code)
-    if code and not args.stats:
-        print(code, end="")
-        return
     if args.stage:
         print(next(text for name, _, text in dump.stages if name == args.stage))
     elif args.ops:
         console.print(dump_text.ops(dump))
-    elif args.source and not stats:
-        print(dump.source, end="")
     else:
-        console.print(dump_text.screen(dump, stats))
+        if args.stats or not (args.source or code):
+            console.print(dump_text.screen(dump, stats))
         if args.source:
             print(dump.source, end="")
     print(code, end="")

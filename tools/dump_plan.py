@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from terrazzo.kernels.gemm_stream import asks_early
 from terrazzo.kernels.target import Target
 from terrazzo.lowering.cost import flops, traffic
 from terrazzo.lowering.depend import direct_reads
@@ -197,7 +198,7 @@ def _kernel(kernel: Kernel, leads: bool, fused: Fused, options: Options) -> Kern
     compute_us = work / _peak(kernel.group, options) * 1e6
     foreign = kernel.group.foreign
     members = [n for g in kernel.segments for n in g.members]
-    early = kernel.pdl and kernel.family == "gemm_stream" and kernel.problem.w_given and not leads
+    early = kernel.pdl and kernel.family == "gemm_stream" and asks_early(kernel.problem, leads)
     return KernelInfo(
         name=kernel.name,
         family=kernel.family,

@@ -91,13 +91,13 @@ def chain(run: Runner, layers: Sequence[Sequence[Any]]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def interleaved_us(graphs: Mapping[str, torch.cuda.CUDAGraph], layers: int) -> dict[str, float]:
-    """Median time per layer of each graph, over `REPLAYS` rounds in which every graph is replayed once."""
+def interleaved_us(graphs: Mapping[str, torch.cuda.CUDAGraph], layers: int, replays: int = REPLAYS) -> dict[str, float]:
+    """Median time per layer of each graph, over `replays` rounds in which every graph is replayed once."""
     times: dict[str, list[float]] = {name: [] for name in graphs}
     for graph in graphs.values():
         graph.replay()
     torch.cuda.synchronize()
-    for _ in range(REPLAYS):
+    for _ in range(replays):
         for name, graph in graphs.items():
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda._sleep(HEAD_START)

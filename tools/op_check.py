@@ -186,18 +186,15 @@ class _References:
 
     def on_cpu(self) -> tuple[Any, Any] | None:
         """What eager makes of the case on the CPU, in its own dtype and in fp64; None where it refuses."""
-        given = pytree.tree_map(lambda v: v.cpu() if isinstance(v, torch.Tensor) else v, compare.copied(self.given))
-        torch.set_default_dtype(torch.float64)
+        given = compare.copied(self.given, torch.device("cpu"))
+        exact = self._widely(compare.copied(given))
+        if exact is None:
+            return None
         try:
-            exact = _outcome(self.case.fn, compare.widened(given), 0)
-            torch.set_default_dtype(torch.float32)
             eager = _outcome(self.case.fn, given, 0)
         except Exception:
             return None
-        finally:
-            torch.set_default_dtype(torch.float32)
-        there = [pytree.tree_map(lambda v: v.to(HERE) if isinstance(v, torch.Tensor) else v, r) for r in (eager, exact)]
-        return there[0], there[1]
+        return compare.copied(eager, HERE), compare.copied(exact, HERE)
 
     def traced(self) -> Any:
         """What torch makes of its own trace of the call, op by op; None where it cannot trace it. A trace may take

@@ -20,6 +20,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import statistics
 import sys
 import time
@@ -97,8 +98,6 @@ def persistent_space(problem: GemmProblem) -> Iterable[gemm_persistent.Config]:
         yield config(64, 128 // half, 128, 4, 4)
         yield config(64, 64 // half, 128, 6, 4)
         yield config(128, 64, 64, 4, 4, programs_per_sm=2)
-    if problem.m <= 128:
-        return
     for flatten, parts in ((False, 1), (True, 1), (True, 2)):
         yield config(128, 256 // half, 64, 3, 8, flatten=flatten, parts=parts)
         yield config(128, 256 // half, 64, 4, 8, flatten=flatten, parts=parts)
@@ -252,29 +251,28 @@ def table(lines: Sequence[dict[str, Any]]) -> list[str]:
     """The best of ours for each shape and size, as rows of gemm_persistent's table; cuBLAS has nothing to choose."""
     best: dict[tuple, dict[str, Any]] = {}
     for line in lines:
-        key = (line["family"], line["n"], line["k"], line["paired"], line["m"])
-        if "us" in line and (key not in best or ratio(line) < ratio(best[key])):
+        key = (line["n"], line["k"], line["paired"], line["m"])
+        if line["family"] == "gemm_persistent" and "us" in line and (key not in best or ratio(line) < ratio(best[key])):
             best[key] = line
     return [
         f"{n} {k} {'pair' if paired else 'one'} {m} {' '.join(str(int(v)) for v in line['config'].values())} "
         f"{line['us']:.1f} {line['vendor_us']:.1f}"
-        for (family, n, k, paired, m), line in sorted(best.items())
-        if family == "gemm_persistent"
+        for (n, k, paired, m), line in sorted(best.items())
     ]
 
 
-def shape(text: str) -> tuple[int, int, bool]:
-    """NxK, with p for paired."""
-    n, _, k = text.removesuffix("p").partition("x")
-    if not (n.isdecimal() and k.isdecimal()):
-        raise argparse.ArgumentTypeError(f"{text!r} is no shape: NxK, with p for paired")
-    return int(n), int(k), text.endswith("p")
+def shapes(text: str) -> list[tuple[int, int, bool]]:
+    """Comma-separated NxK, with p for paired, as the `type` of an argument."""
+    found = [re.fullmatch(r"(\d+)x(\d+)(p?)", part) for part in text.split(",")]
+    if not all(found):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of shapes: NxK, with p for paired")
+    return [(int(match[1]), int(match[2]), bool(match[3])) for match in found if match]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m terrazzo.tools.tune_gemm", description=__doc__.splitlines()[0])
     parser.add_argument("--families", default=",".join(FAMILIES))
-    parser.add_argument("--shapes", default="", help="NxK, with p for paired; default: the projections in SHAPES")
+    parser.add_argument("--shapes", default=SHAPES, type=shapes, help="NxK, with p for paired; default: SHAPES")
     parser.add_argument("--m", default="192,256,512,1024,2048,8192", type=sizes)
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
     parser.add_argument("--budget-s", type=float, default=3600, help="start no further problem after so many seconds")
@@ -282,15 +280,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if unknown := set(options.families.split(",")) - set(FAMILIES):
         parser.error(f"no configs of {', '.join(sorted(unknown))} are tried here; there are {', '.join(FAMILIES)}")
-    try:
-        shapes = [shape(text) for text in options.shapes.split(",") if text]
-    except argparse.ArgumentTypeError as error:
-        parser.error(str(error))
     if place.HERE.type != "cuda":
         print("tune_gemm: torch sees no CUDA device", file=sys.stderr)
         return 2
     deadline = time.monotonic() + options.budget_s
-    found = candidates(options.families.split(","), shapes or SHAPES, options.m)
+    found = candidates(options.families.split(","), options.shapes, options.m)
     with open(options.json or os.devnull, "w") as journal:
 
         def write(line: dict[str, Any]) -> None:

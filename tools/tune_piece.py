@@ -19,7 +19,6 @@ import itertools
 import json
 import logging
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -37,7 +36,7 @@ from terrazzo.kernels.target import Target
 from terrazzo.runtime.compiled import CompiledPiece
 from terrazzo.tools.bench import middle
 from terrazzo.tools.command import exit_status, sizes
-from terrazzo.tools.measure import HEAD_START, chain, floor_us, kernel_times, layers_of
+from terrazzo.tools.measure import chain, floor_us, interleaved_us, kernel_times, layers_of
 from terrazzo.tools.models import Piece
 from terrazzo.tools.tune_gemm import persistent_space
 
@@ -88,9 +87,8 @@ def stream_space(problem: GemmProblem, target: Target) -> Iterator[gemm_stream.C
         base = gemm_stream.Config(m, n, k, 1, warps, split, tokens_first)
         one = gemm_stream.smem_bytes(problem, base) - 1024
         stages = min(8, (target.smem_bytes // resident - 2048) // one)
-        in_flight = (
-            n * k * accs * problem.dtype.itemsize * (stages - 1) * max(1, min(resident, programs / target.sm_count))
-        )
+        tiles_at_once = (stages - 1) * max(1, min(resident, programs / target.sm_count))
+        in_flight = n * k * accs * problem.dtype.itemsize * tiles_at_once
         fits = 0.4 <= programs / target.sm_count <= 6 and (split == 1 or tiles_of_w <= 100)
         holds = sums_per_thread <= 128 and (warps == 4 or (rows >= 128 and sums_per_thread >= 32))
         if fits and holds and stages >= 2 and in_flight >= 24_000:
@@ -129,12 +127,10 @@ class Tuning:
     def _found(self) -> list[Launch]:
         families = (gemm_stream.StreamGemm, gemm_persistent.PersistentGemm, gemm_vendor.VendorGemm)
         names = [n for n, value in self.module.items() if n.startswith("launch_") and isinstance(value, families)]
-        found: list[Launch] = []
         # A preparation may have several names: each of its calls is a launch of its own.
         with _noting(self.module, names) as noted:
             self.run(*self.layers[0])
-        for name in names:
-            found.append(Launch(name, self.module[name], noted[name]))
+        found = [Launch(name, self.module[name], noted[name]) for name in names]
         return sorted(found, key=lambda launch: -launch.problem.weight_bytes)
 
     def prepare(self) -> None:
@@ -142,27 +138,18 @@ class Tuning:
         target = Target.current()
         with compiling_together():
             for launch in self.launches:
-                vendor = isinstance(launch.planned, gemm_vendor.VendorGemm)
-                body = launch.planned.epilogue if vendor else launch.planned.kernel.constexprs["EPILOGUE"]
                 for family, config in space(launch.problem, target):
                     how = {"pdl": True} | ({"leads": launch.planned.leads} if family is gemm_stream else {})
-                    made = launch.candidates[config] = family.prepare(body, config, launch.problem, **how)
+                    made = launch.candidates[config] = family.prepare(
+                        launch.planned.epilogue, config, launch.problem, **how
+                    )
                     made(*launch.args)
 
     def ratio(self, replays: int) -> float:
         """Time of the piece as it is now over that of the piece as planned, medians of replays in turn."""
-        ours = chain(self.run, self.layers)
-        times: tuple[list[float], list[float]] = ([], [])
-        for _ in range(replays):
-            for graph, found in zip((self.planned, ours), times, strict=True):
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                torch.cuda._sleep(HEAD_START)
-                start.record()
-                graph.replay()
-                end.record()
-                end.synchronize()
-                found.append(start.elapsed_time(end))
-        return statistics.median(times[1]) / statistics.median(times[0])
+        graphs = {"planned": self.planned, "now": chain(self.run, self.layers)}
+        us = interleaved_us(graphs, len(self.layers), replays)
+        return us["now"] / us["planned"]
 
     def tune(self, launch: Launch, configs: Iterable[Any], replays: int, check: bool, deadline: float) -> None:
         """The launch takes the config of these with which the piece is fastest, if faster than with its present one."""
