@@ -22,9 +22,7 @@ Under TRITON_INTERPRET=1 the call goes to the interpreter, whose small floats ar
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -52,7 +50,7 @@ _I32 = 1 << 31
 _COMPILED: dict[tuple, dict[tuple, Any]] = {}
 
 
-# Launches noted instead of made; None outside `compiling_together`.
+# Launches noted instead of made; None outside `noting`.
 _noted: list[tuple[Kernel, tuple]] | None = None
 
 
@@ -147,19 +145,24 @@ class Kernel:
         key = _describe(args, hollow=True)[1]
         return self._compiled.get(key) or self._loaded(key, args)
 
+    def wanting(self, args: tuple) -> tuple | None:
+        """What the binary for arguments like these is known by in the process, where it is not loaded yet."""
+        key = _describe(args, hollow=True)[1]
+        return None if key in self._compiled else (id(self._compiled), key)
+
+    def compile(self, args: tuple) -> Any:
+        """Triton's kernel for these arguments, not loaded; inside its asynchronous mode a promise of one."""
+        named = dict(zip(self._names, args, strict=True))
+        self._refuse_specialised(named)
+        return self.fn.warmup(grid=(1, 1, 1), **named, **self.constexprs, **self.options)
+
     def _loaded(self, key: tuple, args: tuple) -> Any:
-        compiled = self._compile(args)
+        compiled = self.compile(args)
         compiled = compiled.result() if hasattr(compiled, "result") else compiled
         # Loads the module: cuModuleLoad must not happen for the first time inside a capture.
         compiled._init_handles()
         self._compiled[key] = compiled
         return compiled
-
-    def _compile(self, args: tuple) -> Any:
-        """Triton's kernel for these arguments; inside its asynchronous mode a promise of one."""
-        named = dict(zip(self._names, args, strict=True))
-        self._refuse_specialised(named)
-        return self.fn.warmup(grid=(1, 1, 1), **named, **self.constexprs, **self.options)
 
     def _refuse_specialised(self, named: dict[str, Any]) -> None:
         """An int that Triton specialises on is not in the key: 1 would run for 2."""
@@ -184,46 +187,14 @@ class Kernel:
 
 
 @contextmanager
-def compiling_together() -> Iterator[list[tuple[Kernel, tuple]]]:
-    """Inside, launches are noted instead of made; at the end their kernels are compiled side by side, in threads.
-
-    A kernel that does not compile raises nothing here: its first launch does. For one thread of a process at a time.
-    Tensors may be without memory, as for `Kernel.precompile`.
-
-    Yields:
-        the list that will hold kernel and arguments of each launch.
-    """
+def noting() -> Iterator[list[tuple[Kernel, tuple]]]:
+    """Inside, launches are noted instead of made, kernel and arguments of each. One thread of a process at a time."""
     global _noted
     _noted = []
     try:
         yield _noted
-        noted = _noted
     finally:
         _noted = None
-    workers = min(len(noted), os.cpu_count() or 1)
-    if workers < 1:
-        return
-    with ThreadPoolExecutor(workers) as pool:
-        with triton.AsyncCompileMode(pool, ignore_errors=True):
-            promised = [
-                kernel._compile(args)
-                for kernel, args in noted
-                if _describe(args, hollow=True)[1] not in kernel._compiled
-            ]
-        made = (p.result(ignore_errors=True) if hasattr(p, "result") else p for p in promised)
-        # Threads that wait for the C compiler leave Python to the others.
-        list(pool.map(_build_launcher, {_launcher_key(k): k for k in made if k is not None}.values()))
-
-
-def _launcher_key(compiled: Any) -> str:
-    """What the C source of a binary's launcher depends on: the parameters' types and which of them are constexprs."""
-    descriptors = getattr(compiled.metadata, "tensordesc_meta", None)
-    return repr((list(compiled.src.signature.values()), sorted(compiled.src.constants), descriptors))
-
-
-def _build_launcher(compiled: Any) -> None:
-    """Put a binary's launcher, which Triton makes with the C compiler at the first launch, into Triton's cache."""
-    driver.active.launcher_cls(compiled.src, compiled.metadata)
 
 
 def _describe(args: tuple, hollow: bool = False) -> tuple[int, tuple, list]:

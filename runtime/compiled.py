@@ -24,8 +24,8 @@ import triton
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from ..kernels.launch import compiling_together
 from ..kernels.target import Target
+from ..kernels.together import compiling_together
 from ..lowering.emit import Plan
 from ..lowering.errors import Unsupported, UserError
 from ..lowering.intake import Examples, held
@@ -33,9 +33,11 @@ from ..lowering.options import Options
 from ..lowering.ranged import Regime
 from .arguments import Arguments
 from .cache import Shelf
+from .compilers import asked
 from .fingerprint import fingerprint
 from .lowered import Loaded, Lowered, Runner
-from .warm import uncollected, warm
+from .memory import copied, span
+from .warm import Warming, uncollected, warm
 
 log = logging.getLogger("terrazzo")
 
@@ -90,6 +92,8 @@ class CompiledPiece:
         self._range: tuple[int, int] | None = None
         self._regimes: dict[tuple[int, ...], _Regimes] = {}
         self._unserved: Regime | None = None
+        # Being compiled, and for which alignments.
+        self._warming: tuple[tuple[int, ...], Warming] | None = None
         # Why the piece runs as the graph it was; empty while it does not.
         self.refusal = ""
 
@@ -125,7 +129,7 @@ class CompiledPiece:
         sizes = tuple(args[p] if d is None else args[p].shape[d] for p, d in self._places)
         return sizes, tuple(i for i in self._tensors if args[i].data_ptr() & 15)
 
-    def ranged(self, lo: int, hi: int) -> tuple[Regime, ...]:
+    def ranged(self, lo: int, hi: int, *, later: bool = False) -> tuple[Regime, ...]:
         """Plans for every number of tokens from `lo` to `hi`, made and compiled now, for aligned inputs.
 
         From then on `at` and calls with such a size plan and compile nothing, but where the size already had a plan of
@@ -134,6 +138,7 @@ class CompiledPiece:
 
         Args:
             lo, hi: both included.
+            later: planned now, compiled in the background; the first call waits, or `ready` before it.
 
         Returns:
             the regimes; those without a plan say why, and their sizes are planned one by one when they come.
@@ -144,7 +149,7 @@ class CompiledPiece:
         if not 0 <= lo <= hi:
             raise UserError("a range of sizes", f"{lo} to {hi}", stage="runtime", remedy="Give 0 <= lo <= hi.")
         self._regimes.clear()
-        self._unserved = None
+        self._unserved = self._warming = None
         if len(self._places) != 1:
             self._range = None
             why = f"the piece has {len(self._places)} sizes, a range is of one"
@@ -152,17 +157,38 @@ class CompiledPiece:
             return (self._unserved,)
         self._range = lo, hi
         with uncollected():
-            return self._served(()).regimes
+            self._served(())
+        if not later:
+            self.ready()
+        return self._regimes[()].regimes
+
+    def ready(self) -> None:
+        """Wait until nothing that `ranged` began is left to compile or to load."""
+        if self._warming is None:
+            return
+        misaligned, warming = self._warming
+        self._warming = None
+        served = self._regimes.pop(misaligned)
+        try:
+            with uncollected():
+                warming.finish()
+        except UNCOMPILED as cause:
+            served = self._lost(cause)
+        self._regimes[misaligned] = served
 
     def _in_range(self, sizes: tuple[int, ...], misaligned: tuple[int, ...]) -> Runner | None:
         """The plan of the range for this size, if it has one."""
         if self._range is None or not self._range[0] <= sizes[0] <= self._range[1]:
             return None
-        served = self._regimes.get(misaligned) or self._served(misaligned)
+        if misaligned not in self._regimes:
+            self._served(misaligned)
+        self.ready()
+        served = self._regimes[misaligned]
         return served.runs[bisect_left(served.bounds, sizes[0])]
 
-    def _served(self, misaligned: tuple[int, ...]) -> _Regimes:
-        """The range for these alignments: planned, compiled, ready."""
+    def _served(self, misaligned: tuple[int, ...]) -> None:
+        """Plan the range for these alignments, and begin to compile it."""
+        self.ready()
         assert self._range is not None
         try:
             lowered = self._shared(self.examples.values)
@@ -170,15 +196,20 @@ class CompiledPiece:
             found = lowered.regimes(*self._range, names)
             served = [(made.plan, made.call, r.lo, r.hi) for r, made in found if made is not None]
             key = *self._range, names
-            if not lowered.options.target.interpreted and key not in lowered.warmed:
-                warm(served, self._device(), names)
-                lowered.warmed.add(key)
+            if not lowered.options.target.interpreted:
+                if key not in lowered.warming:
+                    lowered.warming[key] = Warming(served, self._device(), names)
+                self._warming = misaligned, lowered.warming[key]
             runs = [None if loaded is None else self._bound(loaded, own) for _, loaded in found]
             made = _Regimes([r.hi for r, _ in found], runs, tuple(r for r, _ in found))
         except (Unsupported, *UNCOMPILED) as cause:
-            made = _Regimes([self._range[1]], [self._fall_back(cause)], (Regime(*self._range, None, str(cause)),))
+            made = self._lost(cause)
         self._regimes[misaligned] = made
-        return made
+
+    def _lost(self, cause: Exception) -> _Regimes:
+        """The range of a piece that runs as the graph it was."""
+        assert self._range is not None
+        return _Regimes([self._range[1]], [self._fall_back(cause)], (Regime(*self._range, None, str(cause)),))
 
     def __call__(self, *args: Any) -> Any:
         """Run the piece; returns what its graph returns.
@@ -259,7 +290,7 @@ class CompiledPiece:
         depends on which addresses were passed, and the graph itself runs."""
 
         def checked(*args: Any) -> Any:
-            spans = {i: _span(args[i]) for i in self._tensors}
+            spans = {i: span(args[i]) for i in self._tensors}
             for i in written:
                 start, end = spans[i]
                 if any(start < e and s < end for j, (s, e) in spans.items() if j != i):
@@ -301,13 +332,13 @@ class CompiledPiece:
         if facts.absolute and any(args[i].storage_offset() for i in self._tensors):
             return run  # the graph runs instead
         named = zip(self._names, args, strict=True)
-        trial = [_copy(a, facts.absolute) if name in facts.mutated else a for name, a in named]
+        trial = [copied(a, facts.absolute) if name in facts.mutated else a for name, a in named]
         try:
             if facts.foreign:
                 # Ops that run as themselves must not read memory that nobody filled.
                 warm([(loaded.plan, loaded.call, 0, 0)], self._device(), unaligned)
             else:
-                with compiling_together():
+                with compiling_together(asked()):
                     run(*trial)
             run(*trial)
         except UNCOMPILED as cause:
@@ -327,26 +358,6 @@ class CompiledPiece:
             )
         self.refusal = str(cause)
         return self.graph.forward
-
-
-def _copy(tensor: torch.Tensor, whole: bool) -> torch.Tensor:
-    """A copy with the tensor's strides and alignment; `whole`: with all that its storage holds behind it as well."""
-    start, end = _span(tensor)
-    size = tensor.dtype.itemsize
-    count = tensor.untyped_storage().nbytes() // size - tensor.storage_offset() if whole else (end - start) // size
-    shift = start % 16 // size
-    memory = torch.empty(shift + count, dtype=tensor.dtype, device=tensor.device)
-    memory[shift:].copy_(tensor.as_strided((count,), (1,)))
-    return memory.as_strided(tensor.shape, tensor.stride(), shift)
-
-
-def _span(tensor: torch.Tensor) -> tuple[int, int]:
-    """First byte of a tensor and the one after its last."""
-    if not tensor.numel():
-        return 0, 0
-    start = tensor.data_ptr()
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return start, start + (last + 1) * tensor.element_size()
 
 
 def options_for(args: Sequence[Any]) -> Options:

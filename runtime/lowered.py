@@ -25,6 +25,7 @@ from ..lowering.specialize import failed_guard
 from .cache import Shelf, key
 from .load import load
 from .stored import from_json, to_json
+from .warm import Warming
 
 Runner = Callable[..., Any]
 
@@ -47,7 +48,7 @@ class Lowered:
         digest, shelf: the fingerprint, and where plans for ranges are kept under it; either may be missing.
         symbolic, refusal: the trace for all sizes, or why there is none; neither until it was tried.
         plans: by sizes and misaligned inputs.
-        ranges, warmed: the regimes of each range and misaligned inputs; those whose kernels are compiled.
+        ranges, warming: the regimes of each range and misaligned inputs; their kernels, compiled or being compiled.
     """
 
     graph: fx.GraphModule
@@ -59,7 +60,7 @@ class Lowered:
     refusal: Unsupported | None = None
     plans: dict[tuple[Any, ...], Loaded] = field(default_factory=dict)
     ranges: dict[tuple[Any, ...], tuple[tuple[Regime, Loaded | None], ...]] = field(default_factory=dict)
-    warmed: set[tuple[Any, ...]] = field(default_factory=set)
+    warming: dict[tuple[Any, ...], Warming] = field(default_factory=dict)
 
     def traced(self) -> Trace:
         """The trace for all sizes; a piece that cannot be traced is not tried twice."""

@@ -5,7 +5,7 @@ all of a piece's callables are one `SizedPiece`, which chooses by the size that 
 
 | size | runs |
 |---|---|
-| in a range | the plan of its regime: all of them are made, compiled and loaded when vLLM asks for the range |
+| in a range | the plan of its regime: all are made when vLLM asks for it, and compiled by the piece's first call |
 | in `compile_sizes`, or captured, where its range has no plan | its own plan, made at its first call |
 | another, or an input at an alignment not seen before vLLM serves | the piece's graph |
 | any, of a piece that cannot be lowered | the piece's graph, after one warning |
@@ -33,7 +33,7 @@ from torch import fx
 from torch._guards import tracing
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from . import vllm_compat
+from . import compilers, vllm_compat
 from .cache import Shelf
 from .compiled import CompiledPiece
 
@@ -59,6 +59,8 @@ class Compiler:
         self.pieces: list[SizedPiece] = []
         self.shelf: Shelf | None = None
         self.seconds = 0.0
+        # vLLM makes its compiler with the model, long before there is something to compile.
+        compilers.open_for(self)
 
     def compute_hash(self, vllm_config: Any) -> str:
         """What of us decides what is compiled: vLLM's caches are apart for each. Called before the first piece."""
@@ -121,6 +123,7 @@ class Compiler:
         """Told of every piece's first call; says, at the last one's, what it all came to."""
         if piece is not self.pieces[-1]:
             return
+        compilers.close_for(self)
         counts = [p.counts(tokens) for p in self.pieces]
         kernels, foreign = (sum(c[i] for c in counts) for i in range(2))
         kinds = len({id(p.piece.plans) for p in self.pieces})
@@ -148,7 +151,7 @@ class SizedPiece:
         start = time.perf_counter()
         # vLLM compiles inside Dynamo, whose own fake tensors have nothing to do with those of a trace.
         with tracing(None), unset_fake_temporarily():
-            self._guarded(lambda: self.piece.ranged(lo, hi))
+            self._guarded(lambda: self.piece.ranged(lo, hi, later=True))
         self.compiler.seconds += time.perf_counter() - start
 
     def __call__(self, *args: Any) -> Any:
@@ -159,6 +162,11 @@ class SizedPiece:
     def _choose(self, args: tuple[Any, ...]) -> Callable[..., Any]:
         """What runs on arguments of a first call, and on those for which no plan was made yet."""
         tokens = args[self._size] if self._size is not None else None
+        if not self._met:
+            # What vLLM asked for was compiled while it went on.
+            start = time.perf_counter()
+            self._guarded(self.piece.ready)
+            self.compiler.seconds += time.perf_counter() - start
         run = self.piece.known(args) or self._own(args, tokens) or self.graph.forward
         if not self._met:
             self._met = True

@@ -22,20 +22,23 @@ from typing import Any
 import torch
 
 from ..kernels import workspace
-from ..kernels.launch import compiling_together
+from ..kernels.launch import noting
+from ..kernels.together import Compiling
 from ..lowering.emit import Plan
 from ..lowering.facts import Argument, Facts
 from ..lowering.size import Size
+from .compilers import asked
 
 log = logging.getLogger("terrazzo")
 
 META = torch.device("meta")
 
 
-def warm(
-    served: Iterable[tuple[Plan, Callable[..., Any], int, int]], device: torch.device, misaligned: Collection[str] = ()
-) -> None:
-    """Compile and load what these plans launch at any size of their ranges.
+Served = Iterable[tuple[Plan, Callable[..., Any], int, int]]
+
+
+class Warming:
+    """What plans launch at any size of their ranges, being compiled in the background.
 
     Ops that run as themselves are called on arguments without memory as well. Where one of them cannot be, the kernels
     of its plan are compiled at the plan's first calls.
@@ -44,23 +47,45 @@ def warm(
         served: plans, each with its call and its smallest and largest size.
         device: where they will run.
         misaligned: inputs whose memory does not start at a multiple of 16 bytes.
-
-    Raises:
-        triton.CompilationError and its kin: a kernel does not compile.
     """
-    with compiling_together() as noted, torch.no_grad():
-        for plan, call, lo, hi in served:
+
+    def __init__(self, served: Served, device: torch.device, misaligned: Collection[str] = ()) -> None:
+        self._device = device
+        with noting() as self._noted, torch.no_grad():
+            for plan, call, lo, hi in served:
+                try:
+                    for size in telling(plan.facts, lo, hi):
+                        call(*hollow(plan.facts, size, misaligned))
+                except Exception as cause:
+                    if not plan.facts.foreign:
+                        raise
+                    said = "a plan with %d ops as themselves compiles its kernels at its first calls: %s: %s"
+                    log.info(said, plan.facts.foreign, type(cause).__name__, cause)
+        self._compiling = Compiling(self._noted, asked())
+        self._cause: Exception | None = None
+
+    def finish(self) -> None:
+        """Wait for all of them and load them; further calls do nothing more.
+
+        Raises:
+            triton.CompilationError and its kin: a kernel does not compile. Further calls raise it again.
+        """
+        if self._cause is None and self._noted:
+            self._compiling.wait()
             try:
-                for size in telling(plan.facts, lo, hi):
-                    call(*hollow(plan.facts, size, misaligned))
+                for kernel, args in self._noted:
+                    kernel.precompile(*args)
             except Exception as cause:
-                if not plan.facts.foreign:
-                    raise
-                said = "a plan with %d ops as themselves compiles its kernels at its first calls: %s: %s"
-                log.info(said, plan.facts.foreign, type(cause).__name__, cause)
-    for kernel, args in noted:
-        kernel.precompile(*args)
-    workspace.reserve(device, META)
+                self._cause = cause
+            self._noted = []
+            workspace.reserve(self._device, META)
+        if self._cause is not None:
+            raise self._cause
+
+
+def warm(served: Served, device: torch.device, misaligned: Collection[str] = ()) -> None:
+    """Compile and load what these plans launch, as `Warming` says, now."""
+    Warming(served, device, misaligned).finish()
 
 
 @contextmanager

@@ -31,8 +31,8 @@ import torch
 import terrazzo.tools.device as place  # before Triton is imported, whose interpreter it may choose
 from terrazzo.kernels import gemm_persistent, gemm_stream, gemm_vendor
 from terrazzo.kernels.gemm import GemmProblem
-from terrazzo.kernels.launch import compiling_together
 from terrazzo.kernels.target import Target
+from terrazzo.kernels.together import compiling_together
 from terrazzo.runtime.compiled import CompiledPiece
 from terrazzo.tools.bench import middle
 from terrazzo.tools.command import exit_status, sizes

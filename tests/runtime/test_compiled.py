@@ -11,6 +11,7 @@ from torch import fx, nn
 from terrazzo.lowering.errors import Unsupported
 from terrazzo.runtime import compiled, lowered
 from terrazzo.runtime.compiled import CompiledPiece, options_for
+from terrazzo.runtime.memory import copied
 from terrazzo.tools.models import pieces
 
 UNALIGNED = 1  # fp32 elements: four bytes past a multiple of 16
@@ -200,7 +201,7 @@ def test_the_first_run_writes_an_input_once(device):
 )
 def test_a_copy_has_the_strides_and_the_alignment(make, whole, device):
     x = make(torch.arange(64.0, device=device))
-    copy = compiled._copy(x, whole)
+    copy = copied(x, whole)
     assert (copy.shape, copy.stride()) == (x.shape, x.stride())
     assert torch.equal(copy, x)
     assert not x.numel() or (copy.data_ptr() - x.data_ptr()) % 16 == 0

@@ -1,0 +1,210 @@
+"""Processes that compile kernels for this one, so that Triton's frontend does not hold its interpreter's lock.
+
+    compilers.open_for(user)      # early: they import while a model is loaded
+    ask = compilers.asked()       # for `kernels/together.py`; None where there are none
+    compilers.close_for(user)     # they end with their last user, and with this process however it ends
+
+What goes over is what Triton is about to compile: function, signature, constants, options, target, and the key that the
+binary will have in Triton's cache on disk. A function goes as its module and name, a generated body as its plan's text.
+What comes back is whether the binary is in that cache now; this process then finds it there as it would find one of
+last week. So nothing depends on a worker: where one fails, is gone, is not ready yet or would make another key, Triton
+compiles here, counted and said once.
+
+One process is started, which imports and then forks the others: importing costs seconds, a fork milliseconds. It is a
+program of its own (`compile_worker.py`), not a fork of this process, whose threads and CUDA context no fork survives,
+and not `multiprocessing`'s, which would run the caller's main module again. It never imports vLLM nor touches a GPU.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import threading
+import weakref
+from hashlib import sha256
+from multiprocessing.connection import Connection
+from typing import Any
+
+import triton
+from triton.compiler.compiler import make_backend
+from triton.runtime.cache import get_cache_key, triton_key
+
+from ..kernels.launch import INTERPRETED
+from ..kernels.together import Ahead, cores
+from .load import origin
+from .vllm_compat import logger
+
+# Sixteen compile what a model of a few pieces launches in the time of its slowest kernel.
+MOST = 16
+# Kernels take seconds; a worker that says nothing for so long is not waited for.
+PATIENCE_S = 300
+
+_open: Compilers | None = None
+_users: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def open_for(user: Any) -> None:
+    """Start the processes, where none run, for whoever will compile; the interpreter needs none."""
+    global _open
+    if INTERPRETED:
+        return
+    _users.add(user)
+    if _open is None:
+        _open = Compilers(min(cores(), MOST))
+
+
+def close_for(user: Any) -> None:
+    """`user` compiles no more; with the last one the processes end."""
+    global _open
+    _users.discard(user)
+    if _open is not None and not _users:
+        _open.close()
+        _open = None
+
+
+def asked() -> Ahead | None:
+    """What asks an open process; None where there is none, or none that has imported what it needs by now."""
+    return _open.compiled if _open is not None and _open.ready() else None
+
+
+class Compilers:
+    """So many processes.
+
+    Args:
+        count: of them, besides the one that they are forked from.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.done = self.missed = 0
+        self._free = threading.Condition()
+        self._idle: list[Connection] = []
+        self._alive, self._pid = 0, os.getpid()
+        self._process: subprocess.Popen | None = None
+        pairs = [socket.socketpair() for _ in range(count)]
+        theirs = [there.fileno() for _, there in pairs]
+        # What is importable here is so there; one thread is enough for each.
+        path = os.pathsep.join(sys.path)
+        environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "terrazzo.runtime.compile_worker", str(os.getpid()), *map(str, theirs)]
+        try:
+            self._process = subprocess.Popen(
+                command, env=environment, pass_fds=theirs, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+            )
+        except OSError as cause:
+            self._miss(f"they do not start: {cause}")
+        connections = [Connection(here.detach()) for here, _ in pairs]
+        for _, there in pairs:
+            there.close()
+        self.greeting = threading.Thread(
+            target=self._greet, args=(connections,), name="terrazzo-compilers", daemon=True
+        )
+        self.greeting.start()
+
+    def ready(self) -> bool:
+        """Whether one of them is, which is counted where not; none is for a fork of this process."""
+        return self._pid == os.getpid() and (self._alive > 0 or self._miss("none of them is ready"))
+
+    def compiled(self, source: Any, target: Any, options: dict[str, Any]) -> bool:
+        """Have one of them compile into Triton's cache; may be called from many threads.
+
+        Args:
+            source: Triton's `ASTSource`, or Gluon's. target: Triton's `GPUTarget`. options: the backend's, by name.
+
+        Returns:
+            whether the binary is there; where not, it was counted and nobody else is asked.
+        """
+        try:
+            job = packed(source, target, options)
+        except Exception as cause:  # whatever Triton of another version does otherwise
+            return self._miss(f"{source.name} cannot be sent: {type(cause).__name__}: {cause}")
+        with self._free:
+            self._free.wait_for(lambda: self._idle or self._alive <= 0)
+            if not self._idle:
+                return self._miss("none of them is left")
+            worker = self._idle.pop()
+        try:
+            worker.send_bytes(job)
+            if not worker.poll(PATIENCE_S):
+                raise TimeoutError(f"nothing was heard for {PATIENCE_S} s")
+            said = worker.recv_bytes().decode()
+        except (OSError, EOFError) as cause:
+            worker.close()
+            with self._free:
+                self._alive -= 1
+                self._free.notify_all()
+            return self._miss(f"one of them is gone: {type(cause).__name__} {cause}")
+        with self._free:
+            self._idle.append(worker)
+            self._free.notify()
+            self.done += not said
+        return self._miss(f"{source.name}: {said}") if said else True
+
+    def close(self) -> None:
+        """End them, once what they do is done, and say what it came to."""
+        if self.done:
+            said = "terrazzo: %d binaries compiled in %d processes beside this one, %d not"
+            logger().info(said, self.done, self._alive, self.missed)
+        with self._free:
+            idle, self._idle, self._alive = self._idle, [], 0
+            self._free.notify_all()
+        for worker in idle:
+            worker.close()
+        if self._process is not None:
+            # Each ends at the end of its pipe, and the first one with them.
+            threading.Thread(target=self._process.wait, name="terrazzo-compilers-end", daemon=True).start()
+
+    def _greet(self, connections: list[Connection]) -> None:
+        """Take each process in once it says that it is ready; meanwhile compute what every key here needs."""
+        triton_key()
+        for worker in connections:
+            try:
+                worker.recv_bytes()
+            except (OSError, EOFError):
+                worker.close()
+                continue
+            with self._free:
+                self._idle.append(worker)
+                self._alive += 1
+                self._free.notify()
+
+    def _miss(self, why: str) -> bool:
+        if not self.missed:
+            logger().info("terrazzo: kernels are compiled in this process where others cannot: %s", why)
+        self.missed += 1
+        return False
+
+
+def packed(source: Any, target: Any, options: dict[str, Any]) -> bytes:
+    """What a worker needs to compile this, and under which key it will be looked for."""
+    backend = make_backend(target)
+    variables = triton.knobs.cache.dir, dict(os.environ)
+    key = get_cache_key(source, backend, backend.parse_options(dict(options)), environment_variables())
+    given = source.fn, source.signature, source.constants, source.attrs
+    held = io.BytesIO()
+    _Packer(held).dump((given, target, options, variables, sha256(key.encode()).hexdigest()))
+    return held.getvalue()
+
+
+def environment_variables() -> dict[str, str]:
+    """Those that change what Triton makes, as it counts them."""
+    from triton._C.libtriton import get_cache_invalidating_env_vars
+
+    return get_cache_invalidating_env_vars()
+
+
+class _Packer(pickle.Pickler):
+    """Functions for the compiler go by where they stand."""
+
+    def persistent_id(self, value: Any) -> Any:
+        if not isinstance(value, triton.runtime.jit.JITCallable):
+            return None
+        if (text := origin(value)) is not None:
+            return "plan", *text
+        module, name = value.fn.__module__, value.fn.__name__
+        if getattr(sys.modules.get(module), name, None) is not value:
+            raise pickle.PicklingError(f"{value!r} is not what its module calls {name}")
+        return "module", module, name

@@ -1,0 +1,25 @@
+"""The memory of a tensor: which bytes are its, and the same bytes elsewhere."""
+
+from __future__ import annotations
+
+import torch
+
+
+def copied(tensor: torch.Tensor, whole: bool) -> torch.Tensor:
+    """A copy with the tensor's strides and alignment; `whole`: with all that its storage holds behind it as well."""
+    start, end = span(tensor)
+    size = tensor.dtype.itemsize
+    count = tensor.untyped_storage().nbytes() // size - tensor.storage_offset() if whole else (end - start) // size
+    shift = start % 16 // size
+    memory = torch.empty(shift + count, dtype=tensor.dtype, device=tensor.device)
+    memory[shift:].copy_(tensor.as_strided((count,), (1,)))
+    return memory.as_strided(tensor.shape, tensor.stride(), shift)
+
+
+def span(tensor: torch.Tensor) -> tuple[int, int]:
+    """First byte of a tensor and the one after its last."""
+    if not tensor.numel():
+        return 0, 0
+    start = tensor.data_ptr()
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, start + (last + 1) * tensor.element_size()

@@ -1,0 +1,270 @@
+"""Kernels compiled by other processes: what they compile is found here, and nothing depends on them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from triton.runtime.errors import OutOfResources
+
+from terrazzo.runtime import compiled, compilers
+from terrazzo.runtime.compiled import CompiledPiece
+from terrazzo.tools.models import pieces
+
+# A process that compiles for a device which is not there.
+ALONE = """
+import json, os, sys, threading, torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+class Device:
+    launcher_cls = staticmethod(lambda source, metadata: None)
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device: 0)
+
+driver.set_active(Device())
+torch.cuda.current_device = lambda: 0
+from terrazzo.kernels.launch import noting
+from terrazzo.kernels.target import Target
+from terrazzo.kernels.together import Compiling
+from terrazzo.lowering.intake import Examples
+from terrazzo.lowering.options import Options
+from terrazzo.runtime import compile_worker, compilers
+from terrazzo.runtime.load import load
+from terrazzo.runtime.lowered import planned_range
+from terrazzo.runtime.warm import hollow
+from terrazzo.tools.models import pieces
+
+target = Target.named("h100")
+Target.current = staticmethod(lambda device=None: target)
+
+def launches():
+    # Gluon's and Triton's kernels, with bodies from two plans.
+    found = []
+    graph = pieces("llama-3.1-8b", tiny=True)[1].graph
+    for regime in planned_range(graph, Examples.of(graph, None), 60, 700, Options(target)):
+        with noting() as noted:
+            load(regime.plan)(*hollow(regime.plan.facts, regime.lo))
+        found += noted
+    return found
+
+def opened(count):
+    made = compilers.Compilers(count)
+    made.greeting.join()
+    return made
+
+compiled = []
+triton.knobs.compilation.listener = lambda **said: compiled.append(said["cache_hit"])
+"""
+
+
+def alone(code, folder, **more):
+    """What a process prints as JSON that runs this after `ALONE`, with Triton's cache in a folder."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(folder)}
+    return subprocess.run(
+        [sys.executable, "-c", ALONE + code], capture_output=True, text=True, env=environment, check=False, **more
+    )
+
+
+def said(done):
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+HITS = """
+noted = launches()
+others = opened(2)
+Compiling([*noted, *noted], others.compiled).wait()
+kinds = sorted({kernel.fn.is_gluon() for kernel, _ in noted})
+print(json.dumps([kinds, len(noted), others.done, others.missed, compiled]))
+"""
+
+
+def test_what_others_compile_is_found_here_under_its_key(tmp_path):
+    kinds, launched, done, missed, hits = said(alone(HITS, tmp_path))
+    assert kinds == [False, True]
+    # Every binary once, none of them here.
+    assert 4 < done <= launched and missed == 0
+    assert hits == [True] * done
+
+
+OTHER_KEY = """
+def otherwise(source, *more):
+    # As if the function were another over there.
+    kept, source.fn.hash = source.fn.cache_key, "another"
+    try:
+        return compilers.packed(source, *more)
+    finally:
+        source.fn.hash = kept
+
+jobs = []
+Compiling(launches()[:1], lambda *job: jobs.extend([compilers.packed(*job), otherwise(*job)])).wait()
+compiled.clear()
+print(json.dumps([[compile_worker.answer(job) for job in jobs], compiled]))
+"""
+
+
+def test_what_would_have_another_key_is_not_compiled(tmp_path):
+    (right, wrong), hits = said(alone(OTHER_KEY, tmp_path))
+    assert right == "" and "another key" in wrong and hits == [True]
+
+
+NOT_SENT = """
+kernel, args = launches()[0]
+body = next(value for value in kernel.constexprs.values() if hasattr(value, "origin"))
+del body.origin
+others = opened(1)
+Compiling([(kernel, args)], others.compiled).wait()
+print(json.dumps([others.done, others.missed, compiled]))
+"""
+
+
+def test_a_function_that_is_not_to_be_found_over_there_is_compiled_here(tmp_path):
+    assert said(alone(NOT_SENT, tmp_path)) == [0, 1, [False]]
+
+
+GONE = """
+noted = launches()[:3]
+others = opened(1)
+others._process.kill()
+for worker in others._idle:
+    worker.close()
+binaries = len({kernel.wanting(args) for kernel, args in noted})
+Compiling(noted, others.compiled).wait()
+print(json.dumps([others.done, others.missed, compiled, binaries]))
+"""
+
+
+def test_where_nobody_is_left_kernels_are_compiled_here(tmp_path):
+    done, missed, hits, binaries = said(alone(GONE, tmp_path))
+    assert (done, missed) == (0, binaries) and hits == [False] * binaries
+
+
+def test_they_end_with_the_process_even_when_it_is_killed(tmp_path):
+    # Whoever is left holds the end of the error stream that is read here; the fork holds their pipes, and not that.
+    code = """
+others = opened(2)
+if os.fork() == 0:
+    os.closerange(0, 3)
+    threading.Event().wait(20)
+    os._exit(0)
+os.kill(os.getpid(), 9)
+"""
+    assert alone(code, tmp_path, timeout=15).returncode == -9
+
+
+def test_they_neither_import_vllm_nor_touch_a_gpu(tmp_path):
+    code = """
+from terrazzo.runtime import compile_worker
+print(json.dumps([[name for name in sys.modules if name.split(".")[0] == "vllm"], torch.cuda.is_initialized()]))
+"""
+    assert said(alone(code, tmp_path)) == [[], False]
+
+
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch):
+    """A process in which nothing was compiled yet."""
+    monkeypatch.setattr(compiled, "_SHARED", {})
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Stand-ins for processes, as they are started."""
+    made = []
+
+    class Stand:
+        def __init__(self, count):
+            made.append(self)
+            self.closed, self.there = False, True
+
+        def ready(self):
+            return self.there
+
+        def compiled(self, *job):
+            return True
+
+        def close(self):
+            self.closed = True
+
+    monkeypatch.setattr(compilers, "Compilers", Stand)
+    monkeypatch.setattr(compilers, "INTERPRETED", False)
+    monkeypatch.setattr(compilers, "_open", None)
+    monkeypatch.setattr(compilers, "_users", type(compilers._users)())
+    return made
+
+
+class User:
+    """Somebody who compiles."""
+
+
+def test_they_are_started_once_and_end_with_their_last_user(started):
+    first, second = User(), User()
+    assert compilers.asked() is None
+    for user in (first, second, first):
+        compilers.open_for(user)
+    (others,) = started
+    assert compilers.asked() == others.compiled
+    others.there = False
+    assert compilers.asked() is None
+    compilers.close_for(first)
+    assert not others.closed
+    del second
+    compilers.close_for(first)
+    assert others.closed and compilers.asked() is None
+
+
+def test_the_interpreter_needs_none(started, monkeypatch):
+    monkeypatch.setattr(compilers, "INTERPRETED", True)
+    compilers.open_for(User())
+    assert started == []
+
+
+class Waiting:
+    """Kernels being compiled: how often they were waited for, and what that raises."""
+
+    def __init__(self):
+        self.times, self.raises = 0, None
+
+    def finish(self):
+        self.times += 1
+        if self.raises is not None:
+            raise self.raises
+
+
+@pytest.fixture
+def later(device):
+    """A piece whose range is planned and being compiled, the latter, and arguments."""
+    graph = pieces("gpt2", tiny=True, dtype=torch.float32)[1]
+    piece = CompiledPiece(graph.graph)
+    piece.ranged(2, 40, later=True)
+    waiting = Waiting()
+    piece._warming = (), waiting
+    return piece, waiting, graph.make_inputs(5, device)
+
+
+def test_the_first_call_waits_for_what_is_compiled_later(later):
+    piece, waiting, args = later
+    assert waiting.times == 0
+    for _ in range(2):
+        piece(*args)
+        assert waiting.times == 1
+
+
+def test_a_kernel_that_does_not_compile_later_sends_the_piece_back(later):
+    piece, waiting, args = later
+    waiting.raises = OutOfResources(2, 1, "shared memory")
+    piece.ready()
+    assert "shared memory" in piece.refusal and piece.known(args) == piece.graph.forward
+
+
+def test_what_else_goes_wrong_later_is_raised_and_leaves_no_plan(later):
+    piece, waiting, args = later
+    waiting.raises = RuntimeError("the driver")
+    with pytest.raises(RuntimeError, match="the driver"):
+        piece.ready()
+    assert piece.known(args) is None
