@@ -12,7 +12,7 @@ Source: grouped tile order from Triton's public matmul tutorial; persistence and
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from math import ceil
 from typing import Any
@@ -62,7 +62,7 @@ def choose(problem: GemmProblem, target: Target) -> tuple[Config, str]:
         config = _fitted(problem, hit.config, target)
         how = "" if config == hit.config else f"; the epilogue is wider than the measured one: {config.parts} parts"
         return config, hit.why + how
-    tried = [_fitted(problem, hit.config, target) for hit in row.values()] or list(_candidates(problem, target))
+    tried = list(_measured_at(problem, target)) or list(_candidates(problem, target))
     config = min(tried, key=lambda c: estimate_us(problem, c, target))
     us = estimate_us(problem, config, target)
     if row:
@@ -75,6 +75,19 @@ def _row(problem: GemmProblem, target: Target) -> Mapping[int, Measured]:
     """What was measured for this N and K on this architecture."""
     return row_of(CONFIGS, problem) if target.arch == 90 and not target.interpreted else {}
 
+
+def _measured_at(problem: GemmProblem, target: Target) -> Mapping[Config, Sequence[int]]:
+    """At which m each config was measured for this N and K, as the problem's epilogue needs it."""
+    key = problem.n, problem.k, problem.paired, problem.dtype, problem.layout, problem.batch, problem.epilogue_itemsize
+    if (known := _MEASURED_AT.get((key, target))) is None:
+        # Asked for every config at every size of a range; the number of tokens changes none of it.
+        known = _MEASURED_AT[key, target] = {}
+        for m, hit in _row(problem, target).items():
+            known.setdefault(_fitted(problem, hit.config, target), []).append(m)
+    return known
+
+
+_MEASURED_AT: dict[tuple[Any, ...], dict[Config, list[int]]] = {}
 
 # bf16 FLOP/s by columns times rows of a tile, all 132 multiprocessors busy: medians of the timings behind CONFIGS at m
 # up to 2048, less FIXED_US. A pair's tile counts both halves. Held against those timings without the table, what the
@@ -105,21 +118,20 @@ def estimate_us(problem: GemmProblem, config: Config, target: Target) -> float:
         limit = SUSTAINED_FLOPS * rate / max(TILE_FLOPS.values())
     wave_us = resident * 2 * area * problem.k / rate * 1e6
     row = _row(problem, target)
-    at = [m for m, hit in row.items() if config == _fitted(problem, hit.config, target)]
-    if at:
+    if at := _measured_at(problem, target).get(config):
         nearest = min(at, key=lambda m: max(m, problem.m) / min(m, problem.m))
         if nearest == problem.m:
             return row[nearest].us
-        wave_us = (row[nearest].us - FIXED_US) / _waves(replace(problem, m=nearest), config, target)
+        wave_us = (row[nearest].us - FIXED_US) / _waves(nearest, problem.n, config, target)
     floor_us = max(problem.flops / limit, problem.bytes_moved / target.bandwidth_bytes_s) * 1e6
     # No config tried was faster for fewer tokens than the best of them, so none is for more.
     fewer_us = max((hit.us for m, hit in row.items() if m <= problem.m), default=0.0)
-    return max(FIXED_US + max(_waves(problem, config, target) * wave_us, floor_us), fewer_us)
+    return max(FIXED_US + max(_waves(problem.m, problem.n, config, target) * wave_us, floor_us), fewer_us)
 
 
-def _waves(problem: GemmProblem, config: Config, target: Target) -> int:
+def _waves(m: int, n: int, config: Config, target: Target) -> int:
     """How often every multiprocessor computes a tile, the last time perhaps not all."""
-    tiles = ceil(problem.m / config.block_m) * ceil(problem.n / config.width)
+    tiles = ceil(m / config.block_m) * ceil(n / config.width)
     return ceil(tiles / (target.sm_count * config.programs_per_sm))
 
 

@@ -120,7 +120,7 @@ class Affine:
             return Affine((), 0)
         return Affine(((value, 1),), 0)
 
-    @property
+    @functools.cached_property
     def range(self) -> tuple[int, int]:
         """Smallest and largest value, from the atoms' ranges."""
         lo = hi = self.const
@@ -204,6 +204,11 @@ class Affine:
             out = out + replaced * coefficient
         return out
 
+    @functools.cached_property
+    def looked_up(self) -> tuple[Expr, ...]:
+        """The expressions inside its indices."""
+        return tuple(a.value for a in self.atoms() if isinstance(a, Indirect))
+
     def atoms(self) -> Iterable[Atom]:
         """Every atom, nested ones included (those inside an `Indirect`'s expression are not)."""
         for atom, _ in self.terms:
@@ -232,6 +237,8 @@ def _coarse(rest: Affine, divisor: int) -> tuple[int, Affine, Affine] | None:
 
 def _rejoin(total: Affine) -> Affine:
     """`c·(b // c) + b mod c` written as `b`, at any common factor."""
+    if not any(isinstance(atom, Mod) for atom, _ in total.terms):
+        return total
     terms = dict(total.terms)
     for atom, factor in total.terms:
         if isinstance(atom, Mod):

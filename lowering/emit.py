@@ -12,6 +12,7 @@ import ast
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import sympy
@@ -75,9 +76,8 @@ def emit(schedule: Schedule, title: str) -> Plan:
     bodies = [text for step in schedule.steps if step.kernel.family and (text := writer.body(step.kernel))]
     prepared = [writer.prepared(step.kernel) for step in schedule.steps if step.kernel.family]
     call = writer.call()
-    text = "\n\n\n".join(
-        [writer.header(title, "\n".join([*bodies, *prepared, call])), *bodies, "\n".join(prepared), call]
-    )
+    header = writer.header(title, "\n".join([*bodies, *prepared, call]))
+    text = "\n\n\n".join([header, *bodies, "\n".join(prepared), call])
     text = text.replace("\n\n\n\n\n", "\n\n\n").rstrip() + "\n"
     constants = {i.name: i.value for i in schedule.values.inputs if i.kind == "constant"}
     return Plan(text, Facts.of(schedule), schedule, tuple(writer.objects), constants)
@@ -162,7 +162,7 @@ class _Writer:
 
     def sizeless(self, kernel: Kernel, body: str) -> str:
         """The body, which is compiled once for all sizes of a range: the size must not stand in it."""
-        found = re.search(rf".*\b{NAME}\b.*", body)
+        found = re.search(rf".*\b{NAME}\b.*", body) if NAME in body else None
         if found is not None:
             raise Undecided(f"the size stands in the body of %{kernel.name}: `{found[0].strip()}`")
         return body
@@ -363,6 +363,7 @@ class _Text(str):
         return str(self)
 
 
+@lru_cache(maxsize=1 << 12)
 def nameless(function: str) -> str:
     """A function's text without comments and decorators, its own name and those of its variables replaced by numbers:
     equal for functions that do the same to their arguments."""
@@ -384,8 +385,7 @@ def _python(value: Any) -> str:
     if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
         return f'float("{value}")'
     if isinstance(value, (list, tuple)):
-        inner = ", ".join(map(_python, value))
-        return f"[{inner}]"
+        return "[" + ", ".join(map(_python, value)) + "]"
     if isinstance(value, dict):
         return "{" + ", ".join(f"{k!r}: {_python(v)}" for k, v in value.items()) + "}"
     return repr(value)

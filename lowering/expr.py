@@ -223,7 +223,7 @@ def children(expr: Expr) -> tuple[Expr, ...]:
     if isinstance(expr, Masked):
         return expr.cond, expr.body
     if isinstance(expr, (Load, Index)):
-        return tuple(a.value for a in expr.offset.atoms() if isinstance(a, Indirect))
+        return expr.offset.looked_up
     return ()
 
 

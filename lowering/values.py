@@ -39,7 +39,7 @@ class Layout:
     def contiguous(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Layout:
         return Layout(shape, contiguous_strides(shape), dtype, device)
 
-    @property
+    @cached_property
     def numel(self) -> int:
         return math.prod(self.shape)
 
