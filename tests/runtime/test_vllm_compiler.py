@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from terrazzo.lowering.errors import Unsupported
-from terrazzo.runtime import compiled, lowered, vllm_compat, vllm_compiler
+from terrazzo.runtime import compiled, compilers, lowered, vllm_compat, vllm_compiler
 from terrazzo.runtime.vllm_compiler import Compiler
 from terrazzo.tools.models import pieces
 
@@ -26,6 +26,15 @@ def said(monkeypatch, caplog):
     monkeypatch.setattr(vllm_compat, "_said", set())
     caplog.set_level(logging.INFO)
     return caplog
+
+
+@pytest.fixture(autouse=True)
+def compiling(monkeypatch):
+    """Who has processes that compile; here they are none."""
+    users = []
+    monkeypatch.setattr(compilers, "open_for", users.append)
+    monkeypatch.setattr(compilers, "close_for", users.remove)
+    return users
 
 
 def stand_in(monkeypatch, name, **held):
@@ -163,6 +172,38 @@ def test_one_line_says_what_it_came_to(model, device, capturing, said):
     kinds = len({id(run.piece.plans) for run in runs})
     assert line.startswith(f"terrazzo: {len(model)} pieces ({kinds} different) compiled in ")
     assert line.endswith(f"; at 4 tokens {kernels} kernels, 0 ops as themselves") and kernels > len(model)
+
+
+def test_processes_compile_from_the_compilers_first_moment_to_the_last_pieces_call(model, device, capturing, compiling):
+    made = compiler()
+    assert compiling == [made]
+    runs = compile_all(made, model)
+    for run, piece in zip(runs, model, strict=True):
+        assert compiling == [made]
+        same(run, piece, 4, device)
+    assert compiling == []
+
+
+def test_a_piece_waits_for_its_kernels_at_its_first_call_only(model, device, capturing):
+    made = compiler()
+    (run,) = compile_all(made, model[1:2])
+    waited = []
+    run.piece._warming = (), SimpleNamespace(finish=lambda: waited.append(1))
+    for _ in range(2):
+        same(run, model[1], 4, device)
+        assert waited == [1]
+
+
+def test_what_goes_wrong_while_kernels_compile_leaves_the_graph(model, device, capturing, said):
+    def fail():
+        raise RuntimeError("the driver says no")
+
+    (run,) = compile_all(compiler(), model[1:2])
+    run.piece._warming = (), SimpleNamespace(finish=fail)
+    for _ in range(2):
+        same(run, model[1], 4, device)
+    (warning,) = [r.getMessage() for r in said.records if r.levelno == logging.WARNING]
+    assert "the driver says no" in warning and run.counts(4) == (0, 0)
 
 
 def test_a_piece_is_traced_before_it_runs_and_inside_dynamo(model, device, monkeypatch):
