@@ -54,7 +54,10 @@ def open_for(user: Any) -> None:
         return
     _users.add(user)
     if _open is None:
-        _open = Compilers(min(cores(), MOST))
+        try:
+            _open = Compilers(min(cores(), MOST))
+        except Exception as cause:  # a start without them is slower, nothing else
+            logger().info("terrazzo: no processes that compile: %s: %s", type(cause).__name__, cause)
 
 
 def close_for(user: Any) -> None:
@@ -83,19 +86,17 @@ class Compilers:
         self._free = threading.Condition()
         self._idle: list[Connection] = []
         self._alive, self._pid = 0, os.getpid()
-        self._process: subprocess.Popen | None = None
         pairs = [socket.socketpair() for _ in range(count)]
         theirs = [there.fileno() for _, there in pairs]
         # What is importable here is so there; one thread is enough for each.
         path = os.pathsep.join(sys.path)
         environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "terrazzo.runtime.compile_worker", str(os.getpid()), *map(str, theirs)]
-        try:
-            self._process = subprocess.Popen(
-                command, env=environment, pass_fds=theirs, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-            )
-        except OSError as cause:
-            self._miss(f"they do not start: {cause}")
+        # Python 3.12 warns of a fork beside threads that some library may have started; none of them compiles.
+        worker = ["-P", "-W", "ignore::DeprecationWarning", "-m", "terrazzo.runtime.compile_worker"]
+        command = [sys.executable, *worker, str(os.getpid()), *map(str, theirs)]
+        self._process = subprocess.Popen(
+            command, env=environment, pass_fds=theirs, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
         connections = [Connection(here.detach()) for here, _ in pairs]
         for _, there in pairs:
             there.close()
@@ -146,16 +147,15 @@ class Compilers:
     def close(self) -> None:
         """End them, once what they do is done, and say what it came to."""
         if self.done:
-            said = "terrazzo: %d binaries compiled in %d processes beside this one, %d not"
+            said = "terrazzo: %d binaries came from %d processes beside this one, %d were compiled in it"
             logger().info(said, self.done, self._alive, self.missed)
         with self._free:
             idle, self._idle, self._alive = self._idle, [], 0
             self._free.notify_all()
         for worker in idle:
             worker.close()
-        if self._process is not None:
-            # Each ends at the end of its pipe, and the first one with them.
-            threading.Thread(target=self._process.wait, name="terrazzo-compilers-end", daemon=True).start()
+        # Each ends at the end of its pipe, and the first one with them.
+        threading.Thread(target=self._process.wait, name="terrazzo-compilers-end", daemon=True).start()
 
     def _greet(self, connections: list[Connection]) -> None:
         """Take each process in once it says that it is ready; meanwhile compute what every key here needs."""

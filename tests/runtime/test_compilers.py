@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -216,6 +217,17 @@ def test_they_are_started_once_and_end_with_their_last_user(started):
     del second
     compilers.close_for(first)
     assert others.closed and compilers.asked() is None
+
+
+def test_where_they_cannot_be_started_one_line_says_so(monkeypatch, caplog):
+    monkeypatch.setattr(compilers, "INTERPRETED", False)
+    monkeypatch.setattr(compilers, "_open", None)
+    monkeypatch.setattr(compilers, "_users", type(compilers._users)())
+    monkeypatch.setattr(sys, "executable", "/no/such/python")
+    with caplog.at_level(logging.INFO):
+        compilers.open_for(User())
+    assert compilers.asked() is None
+    assert ["no processes that compile" in line for line in caplog.messages] == [True]
 
 
 def test_the_interpreter_needs_none(started, monkeypatch):
