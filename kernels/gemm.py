@@ -3,6 +3,8 @@
     y[M, N] = epilogue(x[M, K] @ W)        W stored [N, K] ("nk", as nn.Linear keeps it) or [K, N] ("kn")
 
 A paired problem has two accumulators from one x tile: columns `n` and `n + pair_offset` of W (gate and up of a GLU).
+A problem with `halves` has heads of 2 * halves columns, whose halves belong together (a rotation): it is computed as
+one product, and the epilogue gets the halves as its two accumulators, element beside element.
 Sums are fp32; fp32 operands are multiplied in IEEE precision unless the problem allows TF32.
 The tokens `m` are a run-time argument of every kernel: `GemmProblem.m` only chooses the config.
 """
@@ -10,9 +12,8 @@ The tokens `m` are a run-time argument of every kernel: `GemmProblem.m` only cho
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from itertools import product
 from math import ceil, isnan, nan
 from typing import Any
 
@@ -43,6 +44,8 @@ class GemmProblem:
         layout: "nk" (W is [N, K]) or "kn" (W is [K, N]).
         paired: two accumulators, columns `n` and `n + pair_offset` of W.
         pair_offset: distance of the second accumulator's columns, in columns of W.
+        halves: columns of half a head: a power of two; 0 where columns do not come in heads. The epilogue's `n` then
+            counts first halves: columns `n + n // halves * halves` and that plus `halves` of the product.
         batch: independent products (bmm); the epilogue's `m` then counts rows of all batches, `b * M + m`.
         x_strides: (batch, m, k) in elements; None means dense.
         w_strides: (batch, n, k) in elements whatever the layout; None means dense.
@@ -61,6 +64,7 @@ class GemmProblem:
     layout: str = "nk"
     paired: bool = False
     pair_offset: int = 0
+    halves: int = 0
     batch: int = 1
     x_strides: tuple[int, int, int] | None = None
     w_strides: tuple[int, int, int] | None = None
@@ -90,6 +94,11 @@ class GemmProblem:
         size = self.w_columns * self.k
         dense = (size, self.k, 1) if self.layout == "nk" else (size, 1, self.w_columns)
         return self.w_strides or dense
+
+    @property
+    def kind(self) -> str:
+        """How tables name it: "one" accumulator, a "pair" of them, or "head": one whose halves come together."""
+        return "pair" if self.paired else "head" if self.halves else "one"
 
     @property
     def accumulators(self) -> int:
@@ -137,12 +146,12 @@ class Measured:
         return f"measured {self.us:.1f} us{beside} ({self.source})"
 
 
-# (n, k, paired) -> largest m of the bucket -> what won there.
-Table = Mapping[tuple[int, int, bool], Mapping[int, Measured]]
+# (n, k, kind) -> largest m of the bucket -> what won there.
+Table = Mapping[tuple[int, int, str], Mapping[int, Measured]]
 
 
 def measured(config: Any, rows: str, source: str) -> Table:
-    """Read a table of measurements: a header, then a row of N, K, one|pair, m, the config's fields, us and, where it
+    """Read a table of measurements: a header, then a row of N, K, kind, m, the config's fields, us and, where it
     ran beside, cuBLAS us.
 
     Args:
@@ -150,25 +159,25 @@ def measured(config: Any, rows: str, source: str) -> Table:
         rows: the table as text.
         source: on what the times were taken, and when.
     """
-    table: dict[tuple[int, int, bool], dict[int, Measured]] = {}
-    kinds: list[Callable[[int], Any]] = [type(getattr(config, field.name, 0)) for field in fields(config)]
+    table: dict[tuple[int, int, str], dict[int, Measured]] = {}
+    types: list[Callable[[int], Any]] = [type(getattr(config, field.name, 0)) for field in fields(config)]
     for row in rows.strip().splitlines()[1:]:
-        n, k, accumulators, m, *values = row.split()
-        times = values[len(kinds) :]
-        if len(times) not in (1, 2):
+        n, k, kind, m, *values = row.split()
+        times = values[len(types) :]
+        if len(times) not in (1, 2) or kind not in ("one", "pair", "head"):
             names = " ".join(field.name for field in fields(config))
             raise InternalError(
-                f"row {row.strip()!r}", f"it is not N K accs m {names} us [cuBLAS]", stage="kernels.gemm"
+                f"row {row.strip()!r}", f"it is not N K kind m {names} us [cuBLAS]", stage="kernels.gemm"
             )
-        made = config(*(kind(int(value)) for kind, value in zip(kinds, values, strict=False)))
-        line = table.setdefault((int(n), int(k), accumulators == "pair"), {})
+        made = config(*(make(int(value)) for make, value in zip(types, values, strict=False)))
+        line = table.setdefault((int(n), int(k), kind), {})
         line[int(m)] = Measured(made, float(times[0]), float(times[1]) if len(times) > 1 else nan, source)
     return table
 
 
 def joined(*tables: Table) -> Table:
     """Tables of different sources as one, each row by m."""
-    whole: dict[tuple[int, int, bool], dict[int, Measured]] = {}
+    whole: dict[tuple[int, int, str], dict[int, Measured]] = {}
     for table in tables:
         for key, row in table.items():
             whole[key] = dict(sorted({**whole.get(key, {}), **row}.items()))
@@ -176,14 +185,15 @@ def joined(*tables: Table) -> Table:
 
 
 def row_of(table: Table, problem: GemmProblem) -> Mapping[int, Measured]:
-    """Return what was measured for exactly this N, K and pairing, by m."""
+    """Return what was measured for exactly this N, K and kind, by m; where heads were not, as one accumulator."""
     if problem.dtype not in (torch.float16, torch.bfloat16) or problem.layout != "nk" or problem.batch != 1:
         return {}
-    return table.get((problem.n, problem.k, problem.paired), {})
+    row = table.get((problem.n, problem.k, problem.kind), {})
+    return {**table.get((problem.n, problem.k, "one"), {}), **row} if problem.halves else row
 
 
 def lookup(table: Table, buckets: tuple[int, ...], problem: GemmProblem) -> Measured | None:
-    """Return the entry measured for exactly this N, K and pairing in the bucket that holds m, if there is one."""
+    """Return the entry measured for exactly this N, K and kind in the bucket that holds m, if there is one."""
     bucket = next((bound for bound in buckets if problem.m <= bound), None)
     return None if bucket is None else row_of(table, problem).get(bucket)
 
@@ -217,15 +227,18 @@ def reference(
     Args:
         x: [M, K] or [batch, M, K].
         w: W in the problem's layout, with a leading batch when x has one.
-        epilogue: function of one accumulator (two when paired); None stacks a pair as it is.
+        epilogue: function of one accumulator (two when paired, or with halves); None stacks two as they are.
     """
     columns = w.transpose(-1, -2) if problem.layout == "nk" else w
     parts = [x @ columns[..., : problem.n]]
+    if problem.halves:
+        heads = parts[0].unflatten(-1, (-1, 2, problem.halves))
+        parts = [heads[..., 0, :].flatten(-2), heads[..., 1, :].flatten(-2)]
     if problem.paired:
         parts.append(x @ columns[..., problem.pair_offset : problem.pair_offset + problem.n])
     if epilogue is not None:
         return epilogue(*parts)
-    return torch.stack(parts) if problem.paired else parts[0]
+    return torch.stack(parts) if len(parts) == 2 else parts[0]
 
 
 def pick(problem: GemmProblem, target: Target) -> tuple[str, Any, str]:
@@ -287,6 +300,24 @@ def sum_of_splits(parts, at, SPLIT_K: tl.constexpr, STRIDE: tl.constexpr):
     return total
 
 
+@triton.jit
+def halves_apart(acc, HALF: tl.constexpr, AXIS: tl.constexpr):
+    """First and second halves of the heads that a tile holds, its columns of W along AXIS; the tile is half as wide."""
+    rows: tl.constexpr = acc.shape[0]
+    cols: tl.constexpr = acc.shape[1]
+    if AXIS == 1:
+        heads = acc.reshape(rows, cols // (2 * HALF), 2, HALF).permute(0, 1, 3, 2)
+        return heads.reshape(rows, cols // 2, 2).split()
+    else:
+        heads = acc.reshape(rows // (2 * HALF), 2, HALF, cols).permute(0, 2, 3, 1)
+        return heads.reshape(rows // 2, cols, 2).split()
+
+
+def whole_heads(problem: GemmProblem, columns: int) -> bool:
+    """Whether a tile of so many columns holds whole heads, where columns come in heads."""
+    return not problem.halves or columns % (2 * problem.halves) == 0
+
+
 def k_per_split(k: int, block_k: int, split_k: int) -> int:
     """Depth of a split: whole steps; the last split may be shorter, or empty."""
     return ceil(ceil(k / block_k) / split_k) * block_k
@@ -332,46 +363,3 @@ def descriptor(tensor: torch.Tensor, block: list[int], name: str, layout: Any = 
 def type_name(dtype: torch.dtype) -> str:
     """Triton's name of an operand's dtype."""
     return {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
-
-
-def job_configs(
-    table: Table, buckets: tuple[int, ...], supports: Callable[..., Any], choose: Callable[..., Any], arch: int
-) -> Iterable[tuple[GemmProblem, Any]]:
-    """Yield a TMA family's problems and configs to compile: all measured, and one per layout, dtype and pairing."""
-    if arch < 90:
-        return
-    problems = [
-        GemmProblem(m, n, k, torch.bfloat16, paired=paired, pair_offset=n if paired else 0)
-        for (n, k, paired), row in table.items()
-        for m in row
-    ]
-    kinds = ((torch.bfloat16, False), (torch.float32, True), (torch.float32, False))
-    for m, layout, paired, (dtype, allow_tf32) in product(buckets, ("nk", "kn"), (False, True), kinds):
-        offset = 5120 if paired else 0
-        problems.append(GemmProblem(m, 5120, 3584, dtype, layout, paired, offset, allow_tf32=allow_tf32))
-    target = Target.named("b200" if arch >= 100 else "h200")
-    for problem in problems:
-        if supports(problem) is None:
-            yield problem, choose(problem, target)[0]
-
-
-def label(problem: GemmProblem) -> str:
-    """Name a problem in a few characters, unique among `job_configs`."""
-    dtype = "tf32" if problem.allow_tf32 else type_name(problem.dtype)
-    return f"{problem.n}x{problem.k} {problem.layout}{' paired' if problem.paired else ''} {dtype} m<={problem.m}"
-
-
-@triton.jit
-def store_sample(acc, acc2, m, n, mask, t):
-    """The smallest epilogue: the accumulator, rounded, into a dense [M, 4096] matrix. Compile jobs use it."""
-    tl.store(t[0] + m.to(tl.int64) * 4096 + n, acc.to(t[0].dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def silu_mul_sample(acc, acc2, m, n, mask, t):
-    """The paired sample: silu(acc) * acc2, rounded where separate kernels would, into a dense [M, 4096] matrix."""
-    dtype: tl.constexpr = t[0].dtype.element_ty
-    gate = acc.to(dtype).to(tl.float32)
-    up = acc2.to(dtype).to(tl.float32)
-    act = (gate / (1 + tl.exp(-gate))).to(dtype).to(tl.float32)
-    tl.store(t[0] + m.to(tl.int64) * 4096 + n, (act * up).to(dtype), mask=mask)

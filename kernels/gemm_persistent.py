@@ -21,19 +21,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .gemm import (
-    GemmProblem,
-    Measured,
-    descriptor,
-    job_configs,
-    label,
-    reference,
-    row_of,
-    silu_mul_sample,
-    store_sample,
-    tma_obstacle,
-    type_name,
-)
+from .gemm import GemmProblem, Measured, descriptor, reference, row_of, tma_obstacle, type_name, whole_heads
+from .gemm_jobs import job_configs, label, sample
 from .gemm_persistent_table import BUCKETS, CONFIGS, EVIDENCE, Config
 from .gemm_tiles import accumulate, run_epilogue, tile_origin, w_descriptor, w_descriptor_type
 from .jobs import CompileJob
@@ -58,17 +47,23 @@ def choose(problem: GemmProblem, target: Target) -> tuple[Config, str]:
         m, n, k = (max(16, triton.next_power_of_2(size)) for size in (problem.m, problem.n, problem.k))
         return Config(min(m, 128), min(n, 256), min(k, 256), 1, 4), "interpreter: few programs, large tiles"
     row = _row(problem, target)
-    if (hit := row.get(problem.m)) is not None:
+    if (hit := row.get(problem.m)) is not None and _holds_heads(problem, hit.config):
         config = _fitted(problem, hit.config, target)
         how = "" if config == hit.config else f"; the epilogue is wider than the measured one: {config.parts} parts"
         return config, hit.why + how
-    tried = list(_measured_at(problem, target)) or list(_candidates(problem, target))
+    known = list(_measured_at(problem, target))
+    tried = known or list(_candidates(problem, target))
     config = min(tried, key=lambda c: estimate_us(problem, c, target))
     us = estimate_us(problem, config, target)
-    if row:
+    if known:
         sources = "; ".join(dict.fromkeys(hit.source for hit in row.values()))
         return config, f"{us:.1f} us by the waves of what was measured at {', '.join(map(str, row))} ({sources})"
     return config, f"estimated {us:.1f} us, no measurement for this N and K"
+
+
+def _holds_heads(problem: GemmProblem, config: Config) -> bool:
+    """Whether the epilogue gets whole heads, where the problem has them."""
+    return whole_heads(problem, config.block_n) and (not problem.halves or not config.extra_n)
 
 
 def _row(problem: GemmProblem, target: Target) -> Mapping[int, Measured]:
@@ -78,12 +73,14 @@ def _row(problem: GemmProblem, target: Target) -> Mapping[int, Measured]:
 
 def _measured_at(problem: GemmProblem, target: Target) -> Mapping[Config, Sequence[int]]:
     """At which m each config was measured for this N and K, as the problem's epilogue needs it."""
-    key = problem.n, problem.k, problem.paired, problem.dtype, problem.layout, problem.batch, problem.epilogue_itemsize
+    kind = problem.paired, problem.halves, problem.dtype, problem.layout, problem.batch, problem.epilogue_itemsize
+    key = problem.n, problem.k, kind
     if (known := _MEASURED_AT.get((key, target))) is None:
         # Asked for every config at every size of a range; the number of tokens changes none of it.
         known = _MEASURED_AT[key, target] = {}
         for m, hit in _row(problem, target).items():
-            known.setdefault(_fitted(problem, hit.config, target), []).append(m)
+            if _holds_heads(problem, hit.config):
+                known.setdefault(_fitted(problem, hit.config, target), []).append(m)
     return known
 
 
@@ -165,6 +162,8 @@ def _fitted(problem: GemmProblem, config: Config, target: Target) -> Config:
     """
     if (problem.epilogue_itemsize or problem.dtype.itemsize) > 2 and config.block_m * config.block_n >= 128 * 256:
         config = replace(config, parts=4)
+    if problem.halves:
+        config = replace(config, parts=max(1, min(config.parts, config.block_n // (2 * problem.halves))))
     while smem_bytes(problem, config) > target.smem_bytes and config.stages > 2:
         config = replace(config, stages=config.stages - 1)
     return config
@@ -185,6 +184,8 @@ def _candidates(problem: GemmProblem, target: Target) -> Iterable[Config]:
     )  # fmt: skip
     for config in tiles:
         config = replace(config, block_k=config.block_k * 2 // problem.dtype.itemsize)
+        if not _holds_heads(problem, config):
+            continue
         config = _fitted(problem, config, target)
         if smem_bytes(problem, config) <= target.smem_bytes:
             yield config
@@ -208,6 +209,7 @@ def gemm_persistent_kernel(
     GROUP_M: tl.constexpr,
     FLATTEN: tl.constexpr,
     PARTS: tl.constexpr,
+    HALVES: tl.constexpr,
     PAIRED: tl.constexpr,
     KN: tl.constexpr,
     PDL: tl.constexpr,
@@ -229,9 +231,9 @@ def gemm_persistent_kernel(
             tl.extra.cuda.gdc_launch_dependents()
         # Bodies multiply m by a row length: M * N may exceed 2^31 here.
         m = m0.to(tl.int64) + tl.arange(0, BLOCK_M)[:, None]
-        run_epilogue(acc, acc2, m, n0, m_size, N, t, PARTS, EPILOGUE)
+        run_epilogue(acc, acc2, m, n0, m_size, N, t, PARTS, HALVES, EPILOGUE)
         if EXTRA_N > 0:
-            run_epilogue(acc2, acc2, m, n0 + BLOCK_N, m_size, N, t, PARTS, EPILOGUE)
+            run_epilogue(acc2, acc2, m, n0 + BLOCK_N, m_size, N, t, PARTS, 0, EPILOGUE)
 
 
 def _constexprs(problem: GemmProblem, config: Config, epilogue: Any, pdl: bool) -> dict[str, Any]:
@@ -247,6 +249,7 @@ def _constexprs(problem: GemmProblem, config: Config, epilogue: Any, pdl: bool) 
         "GROUP_M": config.group_m,
         "FLATTEN": config.flatten,
         "PARTS": config.parts,
+        "HALVES": problem.halves,
         "PAIRED": problem.paired,
         "KN": problem.layout == "kn",
         "PDL": pdl,
@@ -324,7 +327,7 @@ def _job(problem: GemmProblem, config: Config) -> CompileJob:
             "m_size": "i32",
             "t": (f"*{dtype}",),
         },
-        constexprs=_constexprs(problem, config, silu_mul_sample if problem.paired else store_sample, pdl=True),
+        constexprs=_constexprs(problem, config, sample(problem), pdl=True),
         num_warps=config.warps,
         num_stages=config.stages,
         divisible=("t",),

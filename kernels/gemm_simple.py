@@ -16,7 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .gemm import GemmProblem, reference, silu_mul_sample, store_sample, type_name
+from .gemm import GemmProblem, halves_apart, reference, type_name, whole_heads
+from .gemm_jobs import sample
 from .jobs import CompileJob
 from .launch import Kernel
 from .target import Target
@@ -74,6 +75,8 @@ def choose(problem: GemmProblem, target: Target) -> tuple[Config, str]:
     if problem.paired and config.block_n == 128:
         # Two accumulators of 128x128 spill 120 bytes a thread on sm_80.
         config = replace(config, block_n=64)
+    if not whole_heads(problem, config.block_n):
+        config = replace(config, block_n=2 * problem.halves, block_m=min(config.block_m, 64))
     largest = bound == CONFIGS[-1][0]
     return config, "the tile for the most tokens" if largest else f"the tile for up to {bound} tokens"
 
@@ -123,6 +126,7 @@ def gemm_simple_kernel(
     X_UNIT_K: tl.constexpr,
     W_UNIT: tl.constexpr,
     STRIDE_FACTOR: tl.constexpr,
+    HALVES: tl.constexpr,
     PAIRED: tl.constexpr,
     PRECISION: tl.constexpr,
     PROLOGUE: tl.constexpr,
@@ -167,7 +171,13 @@ def gemm_simple_kernel(
             )
     if not PAIRED:
         acc2 = acc
-    EPILOGUE(acc, acc2, batch * m_size + m, n, m_ok & n_ok, t)
+    row = batch * m_size + tl.minimum(m, m_size - 1)
+    if HALVES > 0:
+        first, second = halves_apart(acc, HALVES, 1)
+        n = in_group // rows * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)[None, :]
+        EPILOGUE(first, second, row, n, m_ok & (n < N // 2), t)
+    else:
+        EPILOGUE(acc, acc2, row, n, m_ok & n_ok, t)
 
 
 def _stride_factor(strides: tuple[int, ...]) -> int:
@@ -191,6 +201,7 @@ def _constexprs(
         "X_UNIT_K": x_unit_k,
         "W_UNIT": w_unit,
         "STRIDE_FACTOR": factor,
+        "HALVES": problem.halves,
         "PAIRED": problem.paired,
         "PRECISION": problem.precision,
         "PROLOGUE": prologue,
@@ -273,9 +284,7 @@ def _job(problem: GemmProblem, config: Config, factor: int) -> CompileJob:
             "t": (f"*{dtype}",),
             "t_prologue": (f"*{dtype}",),
         },
-        constexprs=_constexprs(
-            problem, config, silu_mul_sample if problem.paired else store_sample, None, (True, "k", factor)
-        ),
+        constexprs=_constexprs(problem, config, sample(problem), None, (True, "k", factor)),
         num_warps=config.warps,
         num_stages=config.stages,
         divisible=("x", "w", "t", "t_prologue") if factor == 16 else (),

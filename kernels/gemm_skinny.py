@@ -24,18 +24,17 @@ from . import workspace
 from .gemm import (
     GemmProblem,
     descriptor,
-    job_configs,
+    halves_apart,
     k_per_split,
-    label,
     load_tile,
     reference,
-    silu_mul_sample,
-    store_sample,
     sum_of_splits,
     tma_obstacle,
     type_name,
     w_block,
+    whole_heads,
 )
+from .gemm_jobs import job_configs, label, sample
 from .jobs import CompileJob
 from .launch import Kernel
 from .target import Target
@@ -72,11 +71,17 @@ class Config:
         return f"{tile} stages {self.stages} warps {self.warps} split {self.split_k}"
 
 
+# A tile of 128 columns holds a head of two such halves.
+WIDEST_HALVES = 64
+
+
 def supports(problem: GemmProblem) -> str | None:
     """Return why this family cannot do the problem, or None."""
     if problem.m > MOST_TOKENS:
         return f"{problem.m} tokens; beyond {MOST_TOKENS} reading W is no longer the cost"
-    if problem.dtype == torch.float32 and not problem.allow_tf32 and problem.m > 16:
+    if problem.halves > WIDEST_HALVES:
+        return f"heads of {2 * problem.halves} columns are wider than its tiles"
+    if problem.dtype == torch.float32 and not problem.allow_tf32 and (problem.m > 16 or problem.halves > 32):
         return f"{problem.m} tokens in fp32: an IEEE product of this tile spills registers"
     return tma_obstacle(problem)
 
@@ -144,6 +149,8 @@ def _candidates(problem: GemmProblem, target: Target) -> Iterable[Config]:
     whole = 16 if ieee else min(128, max(16, triton.next_power_of_2(problem.m)))
     depths = (32,) if ieee else (64, 128) if problem.dtype.itemsize == 2 else (32, 64)
     for block_m, block_n, block_k, split_k in product({whole, min(whole, 64)}, (64, 128), depths, (1, 2, 3, 4, 6, 8)):
+        if not whole_heads(problem, block_n):
+            continue
         if block_n == 128 and (ieee or block_m * problem.accumulators >= 128):
             continue
         base = Config(block_m, block_n, block_k, 1, 4, split_k)
@@ -170,6 +177,7 @@ def gemm_skinny_kernel(
     STAGES: tl.constexpr,
     SPLIT_K: tl.constexpr,
     K_PER_SPLIT: tl.constexpr,
+    HALVES: tl.constexpr,
     PAIRED: tl.constexpr,
     KN: tl.constexpr,
     PDL: tl.constexpr,
@@ -193,11 +201,8 @@ def gemm_skinny_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     if not PAIRED:
         acc2 = acc
-    n = n0 + tl.arange(0, BLOCK_N)[:, None]
-    m = m0 + tl.arange(0, BLOCK_M)[None, :]
-    mask = (n < N) & (m < m_size)
     if SPLIT_K == 1:
-        EPILOGUE(acc, acc2, m, n, mask, t)
+        _finish(acc, acc2, m0, n0, m_size, t, N, HALVES, EPILOGUE)
     else:
         unit = tile_m * tl.num_programs(0) + tile_n
         TILE: tl.constexpr = BLOCK_N * BLOCK_M
@@ -216,7 +221,20 @@ def gemm_skinny_kernel(
             if PAIRED:
                 total2 = sum_of_splits(base + TILE, at, SPLIT_K, ACCS * TILE)
             tl.store(counters + unit, 0)
-            EPILOGUE(total, total2, m, n, mask, t)
+            _finish(total, total2, m0, n0, m_size, t, N, HALVES, EPILOGUE)
+
+
+@triton.jit
+def _finish(acc, acc2, m0, n0, m_size, t, N: tl.constexpr, HALVES: tl.constexpr, EPILOGUE: tl.constexpr):
+    m = m0 + tl.arange(0, acc.shape[1])[None, :]
+    row = tl.minimum(m, m_size - 1)
+    if HALVES > 0:
+        first, second = halves_apart(acc, HALVES, 0)
+        n = n0 // 2 + tl.arange(0, acc.shape[0] // 2)[:, None]
+        EPILOGUE(first, second, row, n, (n < N // 2) & (m < m_size), t)
+    else:
+        n = n0 + tl.arange(0, acc.shape[0])[:, None]
+        EPILOGUE(acc, acc2, row, n, (n < N) & (m < m_size), t)
 
 
 def _constexprs(problem: GemmProblem, config: Config, epilogue: Any, pdl: bool) -> dict[str, Any]:
@@ -230,6 +248,7 @@ def _constexprs(problem: GemmProblem, config: Config, epilogue: Any, pdl: bool) 
         "STAGES": config.stages,
         "SPLIT_K": config.split_k,
         "K_PER_SPLIT": k_per_split(problem.k, config.block_k, config.split_k),
+        "HALVES": problem.halves,
         "PAIRED": problem.paired,
         "KN": problem.layout == "kn",
         "PDL": pdl,
@@ -291,7 +310,7 @@ def compile_jobs(arch: int) -> Iterable[CompileJob]:
 
 def _job(problem: GemmProblem, config: Config) -> CompileJob:
     dtype = type_name(problem.dtype)
-    epilogue = silu_mul_sample if problem.paired else store_sample
+    epilogue = sample(problem)
     return CompileJob(
         family="gemm_skinny",
         label=label(problem),

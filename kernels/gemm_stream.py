@@ -22,25 +22,23 @@ from typing import Any
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma_wait
 
 from . import workspace
 from .gemm import (
     GemmProblem,
     descriptor,
-    job_configs,
     k_per_split,
-    label,
     lookup,
     reference,
-    silu_mul_sample,
-    store_sample,
-    sum_of_splits,
     tma_obstacle,
     type_name,
     w_block,
+    whole_heads,
 )
+from .gemm_jobs import job_configs, label, sample
 from .gemm_persistent import MEASURED_SM_COUNT
+from .gemm_steps import ask_w, finish, let_successor_start, multiply, sum_of_splits, wait_for_predecessor
 from .gemm_stream_table import BUCKETS, CONFIGS, EVIDENCE, MOST_TOKENS, Config, alike, smem_bytes
 from .jobs import CompileJob
 from .launch import Kernel
@@ -60,6 +58,8 @@ def supports(problem: GemmProblem) -> str | None:
         return f"dtype {problem.dtype} is not float16 or bfloat16"
     if problem.epilogue_itemsize > 4:
         return "the epilogue moves 8-byte elements, and numbers of that size cannot be written in a Gluon body"
+    if problem.halves and problem.layout == "kn":
+        return "halves of heads are brought together as rows of W, which is stored the other way"
     return tma_obstacle(problem)
 
 
@@ -105,39 +105,6 @@ def estimate_us(problem: GemmProblem, config: Config, target: Target) -> float:
     return FIXED_US + split_us + max(stream_us * idle, product_us)
 
 
-# For Gluon, which cannot call what Triton interprets.
-_sum_of_splits = gluon.jit(sum_of_splits.fn)
-
-
-@gluon.jit
-def _wait_for_predecessor():
-    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _let_successor_start():
-    gl.inline_asm_elementwise(
-        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
-def _ask_w(w_desc, n, k, ready, tile, KN: gl.constexpr, pred):
-    if KN:
-        tma.async_copy_global_to_shared(w_desc, [k, n], ready, tile, pred=pred)
-    else:
-        tma.async_copy_global_to_shared(w_desc, [n, k], ready, tile, pred=pred)
-
-
-@gluon.jit
-def _multiply(w, x, acc, TOKENS_FIRST: gl.constexpr, KN: gl.constexpr):
-    """One step: acc += the product of the tiles, without waiting for it."""
-    if TOKENS_FIRST:
-        return warpgroup_mma(x, w if KN else w.permute((1, 0)), acc, is_async=True)
-    else:
-        return warpgroup_mma(w.permute((1, 0)) if KN else w, x.permute((1, 0)), acc, is_async=True)
-
-
 @gluon.jit(do_not_specialize=["m_size"])
 def gemm_stream_kernel(
     x_desc,
@@ -155,6 +122,7 @@ def gemm_stream_kernel(
     STAGES: gl.constexpr,
     SPLIT_K: gl.constexpr,
     K_PER_SPLIT: gl.constexpr,
+    HALVES: gl.constexpr,
     TOKENS_FIRST: gl.constexpr,
     PAIRED: gl.constexpr,
     KN: gl.constexpr,
@@ -165,6 +133,7 @@ def gemm_stream_kernel(
     EPILOGUE: gl.constexpr,
 ):
     ACCS: gl.constexpr = 2 if PAIRED else 1
+    APART: gl.constexpr = HALVES if BLOCK_N < 2 * HALVES else 0
     # Programs that share a tile of W follow one another: the second finds it in L2. All in the grid's first dimension:
     # the others end at 65535.
     unit, split = gl.program_id(0), gl.program_id(1)
@@ -173,11 +142,11 @@ def gemm_stream_kernel(
     n0, m0, k0 = tile_n * BLOCK_N, tile_m * BLOCK_M, split * K_PER_SPLIT
     k_end = gl.minimum(k0 + K_PER_SPLIT, K)
     if PDL and not LEADS:
-        _let_successor_start()
+        let_successor_start()
     if PDL and not ASKS_EARLY:
-        _wait_for_predecessor()
+        wait_for_predecessor()
     if PDL and LEADS:
-        _let_successor_start()
+        let_successor_start()
     w_ring = gl.allocate_shared_memory(w_desc.dtype, [STAGES * ACCS] + w_desc.block_shape, w_desc.layout)
     x_ring = gl.allocate_shared_memory(x_desc.dtype, [STAGES] + x_desc.block_shape, x_desc.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -188,9 +157,9 @@ def gemm_stream_kernel(
         k = k0 + s * BLOCK_K
         mbarrier.expect(ready.index(s), STEP_BYTES, pred=k < k_end)
         for a in gl.static_range(ACCS):
-            _ask_w(w_desc, n0 + a * PAIR_OFFSET, k, ready.index(s), w_ring.index(s * ACCS + a), KN, k < k_end)
+            ask_w(w_desc, n0 + a * PAIR_OFFSET, k, ready.index(s), w_ring.index(s * ACCS + a), APART, KN, k < k_end)
     if PDL and ASKS_EARLY:
-        _wait_for_predecessor()
+        wait_for_predecessor()
     for s in gl.static_range(STAGES):
         k = k0 + s * BLOCK_K
         tma.async_copy_global_to_shared(x_desc, [m0, k], ready.index(s), x_ring.index(s), pred=k < k_end)
@@ -205,9 +174,13 @@ def gemm_stream_kernel(
     for k in range(k0, k_end, BLOCK_K):
         mbarrier.wait(ready.index(slot), parity)
         x = x_ring.index(slot)
-        acc = _multiply(w_ring.index(slot * ACCS), x, acc, TOKENS_FIRST, KN)
+        w = w_ring.index(slot * ACCS)
+        if APART > 0:
+            tile: gl.constexpr = [BLOCK_N, w_desc.block_shape[2]]
+            w = w._reinterpret(w_desc.dtype, tile, gl.NVMMASharedLayout.get_default_for(tile, w_desc.dtype))
+        acc = multiply(w, x, acc, TOKENS_FIRST, KN)
         if PAIRED:
-            acc2 = _multiply(w_ring.index(slot * ACCS + 1), x, acc2, TOKENS_FIRST, KN)
+            acc2 = multiply(w_ring.index(slot * ACCS + 1), x, acc2, TOKENS_FIRST, KN)
             acc, acc2 = warpgroup_mma_wait(2, deps=(acc, acc2))
         else:
             acc = warpgroup_mma_wait(1, deps=(acc,))
@@ -217,7 +190,9 @@ def gemm_stream_kernel(
         there = (ahead < k_end) & (k > k0)
         mbarrier.expect(ready.index(free), STEP_BYTES, pred=there)
         for a in gl.static_range(ACCS):
-            _ask_w(w_desc, n0 + a * PAIR_OFFSET, ahead, ready.index(free), w_ring.index(free * ACCS + a), KN, there)
+            ask_w(
+                w_desc, n0 + a * PAIR_OFFSET, ahead, ready.index(free), w_ring.index(free * ACCS + a), APART, KN, there
+            )
         tma.async_copy_global_to_shared(x_desc, [m0, ahead], ready.index(free), x_ring.index(free), pred=there)
         last = slot == STAGES - 1
         slot = gl.where(last, 0, slot + 1)
@@ -241,47 +216,13 @@ def gemm_stream_kernel(
         gl.thread_barrier()
         arrived = gl.atomic_add(counters + unit, 1, sem="acq_rel", scope="gpu")
         if arrived == SPLIT_K - 1:
-            acc = _sum_of_splits(base, at, SPLIT_K, ACCS * TILE)
+            acc = sum_of_splits(base, at, SPLIT_K, ACCS * TILE)
             if PAIRED:
-                acc2 = _sum_of_splits(base + TILE, at, SPLIT_K, ACCS * TILE)
+                acc2 = sum_of_splits(base + TILE, at, SPLIT_K, ACCS * TILE)
             gl.store(counters + unit, 0)
-            _finish(acc, acc2, m0, n0, m_size, t, N, TOKENS_FIRST, PAIRED, WARPS, EPILOGUE)
+            finish(acc, acc2, m0, n0, m_size, t, N, HALVES, TOKENS_FIRST, PAIRED, WARPS, EPILOGUE)
     else:
-        _finish(acc, acc2, m0, n0, m_size, t, N, TOKENS_FIRST, PAIRED, WARPS, EPILOGUE)
-
-
-@gluon.jit
-def _finish(
-    acc,
-    acc2,
-    m0,
-    n0,
-    m_size,
-    t,
-    N: gl.constexpr,
-    TOKENS_FIRST: gl.constexpr,
-    PAIRED: gl.constexpr,
-    WARPS: gl.constexpr,
-    EPILOGUE: gl.constexpr,
-):
-    """The epilogue, on sums laid out so that a warp stores whole lines: columns of W are adjacent in memory."""
-    ALONG_N: gl.constexpr = acc.shape[1] if TOKENS_FIRST else acc.shape[0]
-    WIDE: gl.constexpr = 4 if ALONG_N >= 32 else 2
-    LANES: gl.constexpr = min(32, ALONG_N // WIDE)
-    lines: gl.constexpr = (
-        gl.BlockedLayout([1, WIDE], [32 // LANES, LANES], [WARPS, 1], [1, 0])
-        if TOKENS_FIRST
-        else gl.BlockedLayout([WIDE, 1], [LANES, 32 // LANES], [1, WARPS], [0, 1])
-    )
-    first = gl.expand_dims(gl.arange(0, acc.shape[0], gl.SliceLayout(1, lines)), 1)
-    second = gl.expand_dims(gl.arange(0, acc.shape[1], gl.SliceLayout(0, lines)), 0)
-    if TOKENS_FIRST:
-        m, n = m0 + first, n0 + second
-    else:
-        m, n = m0 + second, n0 + first
-    acc = gl.convert_layout(acc, lines)
-    acc2 = gl.convert_layout(acc2, lines) if PAIRED else acc
-    EPILOGUE(acc, acc2, m, n, (n < N) & (m < m_size), t)
+        finish(acc, acc2, m0, n0, m_size, t, N, HALVES, TOKENS_FIRST, PAIRED, WARPS, EPILOGUE)
 
 
 def _constexprs(problem: GemmProblem, config: Config, epilogue: Any, pdl: bool, leads: bool = False) -> dict[str, Any]:
@@ -295,6 +236,7 @@ def _constexprs(problem: GemmProblem, config: Config, epilogue: Any, pdl: bool, 
         "STAGES": config.stages,
         "SPLIT_K": config.split_k,
         "K_PER_SPLIT": k_per_split(problem.k, config.block_k, config.split_k),
+        "HALVES": problem.halves,
         "TOKENS_FIRST": config.tokens_first,
         "PAIRED": problem.paired,
         "KN": problem.layout == "kn",
@@ -311,6 +253,19 @@ def _shared_layout(block: list[int], dtype: torch.dtype) -> gl.NVMMASharedLayout
     return gl.NVMMASharedLayout.get_default_for(block, kind)
 
 
+def _w_box(problem: GemmProblem, config: Config) -> list[int]:
+    """What one request brings of W: a tile, or, where heads are wider than it, as much of either half of one."""
+    if whole_heads(problem, config.block_n):
+        return w_block(problem, config.block_n, config.block_k)
+    return [2, config.block_n // 2, config.block_k]
+
+
+def _by_halves(desc: Any, box: list[int], halves: int) -> None:
+    """W's descriptor as [halves of heads, columns of a half, K]."""
+    (rows, depth), (stride, one) = desc.shape, desc.strides
+    desc.shape, desc.strides, desc.block_shape = [rows // halves, halves, depth], [halves * stride, stride, one], box
+
+
 class StreamGemm:
     """A prepared launch; call it with x [M, K], W in the problem's layout and the epilogue's tensors."""
 
@@ -321,7 +276,7 @@ class StreamGemm:
             gemm_stream_kernel, _constexprs(problem, config, epilogue, pdl, leads), num_warps=config.warps, pdl=pdl
         )
         self._x_block = [config.block_m, config.block_k]
-        self._w_block = w_block(problem, config.block_n, config.block_k)
+        self._w_block = _w_box(problem, config)
         self._x_layout = _shared_layout(self._x_block, problem.dtype)
         self._w_layout = _shared_layout(self._w_block, problem.dtype)
 
@@ -332,7 +287,9 @@ class StreamGemm:
         sums = config.block_n * config.block_m * self.problem.accumulators
         scratch = workspace.for_splits(x.device, tiles, config.split_k, sums, self.slot)
         x_desc = descriptor(x, self._x_block, "x", self._x_layout)
-        w_desc = descriptor(w, self._w_block, "W", self._w_layout)
+        w_desc = descriptor(w, self._w_block[-2:], "W", self._w_layout)
+        if len(self._w_block) == 3:
+            _by_halves(w_desc, self._w_block, self.problem.halves)
         return (tiles, config.split_k, 1), (x_desc, w_desc, scratch.partials, scratch.counters, m, t)
 
     def __call__(self, x: torch.Tensor, w: torch.Tensor, t: tuple) -> None:
@@ -369,10 +326,10 @@ def compile_jobs(arch: int) -> Iterable[CompileJob]:
 
 def _job(problem: GemmProblem, config: Config) -> CompileJob:
     dtype = type_name(problem.dtype)
-    x_block, w_tile = [config.block_m, config.block_k], w_block(problem, config.block_n, config.block_k)
+    x_block, w_tile = [config.block_m, config.block_k], _w_box(problem, config)
 
     def described(block: list[int]) -> str:
-        return f"tensordesc<{dtype}[{block[0]},{block[1]}],{_shared_layout(block, problem.dtype)!r}>"
+        return f"tensordesc<{dtype}[{','.join(map(str, block))}],{_shared_layout(block, problem.dtype)!r}>"
 
     return CompileJob(
         family="gemm_stream",
@@ -386,7 +343,7 @@ def _job(problem: GemmProblem, config: Config) -> CompileJob:
             "m_size": "i32",
             "t": (f"*{dtype}",),
         },
-        constexprs=_constexprs(problem, config, silu_mul_sample if problem.paired else store_sample, pdl=True),
+        constexprs=_constexprs(problem, config, sample(problem), pdl=True),
         num_warps=config.warps,
         divisible=("partials", "counters", "t"),
     )

@@ -48,11 +48,12 @@ EVIDENCE = "added to a piece, NVIDIA H100 80GB, torch 2.11, triton 3.6, bf16, 20
 
 # What `tools/tune_piece.py` found best where the GEMM runs: in the model's middle piece, its neighbours' kernels around
 # it. A row serves the m below it too; `us` is what the launch adds to the piece, counted from the end of the kernel
-# before: less than W's bytes take, where they were on their way by then. The piece's first product asked early as well.
+# before: less than W's bytes take, where they were on their way by then. In most rows of
+# 4096x4096 and 2048x2048 the piece's first product asked early as well, which it does no more.
 CONFIGS = measured(
     Config,
     """
-    N     K accs    m   bm  bn  bk  st  wp  sk  tf      us
+    N     K kind    m   bm  bn  bk  st  wp  sk  tf      us
  2048  2048  one    8    8  64 128   8   4   2   0     6.0
  2048  2048  one   16   16  64 128   8   4   2   0     7.2
  2048  2048  one   32   32  64 128   8   4   2   0     7.2
@@ -69,35 +70,37 @@ CONFIGS = measured(
  3072  2048  one   64   64  32 128   8   4   1   1     5.3
  3072  2048  one  128   64  64 128   7   4   1   0     6.4
  4096  4096  one    8    8  64 128   6   4   4   0    12.4
- 4096  4096  one   16   16  64 128   8   4   1   0    14.9
- 4096  4096  one   32   32  64 128   8   4   1   0    14.4
+ 4096  4096  one   16   16  64 128   8   4   2   0    20.8
+ 4096  4096  one   32   64  32 128   8   4   1   1    19.2
  4096  4096  one   64   64  32 128   8   4   1   1    15.6
  4096  4096  one  128  128  64  64   8   4   1   0    16.9
  4096 12288  one    8    8  64 128   6   4   4   0    34.0
- 4096 12288  one   16   16  64 128   8   4   1   0    35.7
+ 4096 12288  one   16   16  64 128   5   4   4   0    32.8
  4096 12288  one   32   32  64 128   8   4   2   0    35.2
  4096 12288  one   64   64  32 128   8   4   1   1    38.2
  4096 12288  one  128   64  64  64   8   4   1   0    44.7
  4096 14336  one    8    8  64 128   8   4   2   0    38.8
- 4096 14336  one   16   16  64 128   8   4   2   0    38.3
+ 4096 14336  one   16   16  64 128   5   4   4   0    38.6
  4096 14336  one   32   32  64 128   8   4   1   0    42.1
  4096 14336  one   64   64  32 128   8   4   1   1    42.3
+ 4096 14336  one  128  128  32 128   5   4   1   1    50.1
  6144  4096  one    8    8  64 128   8   4   1   0    18.6
  6144  4096  one   16   16  64 128   8   4   1   0    18.1
  6144  4096  one   32   32  64 128   8   4   1   0    18.0
  6144  4096  one   64   64  32 128   4   4   1   1    19.1
  6144  4096  one  128  128  64 128   4   4   1   0    20.9
+ 6144  4096 head  128  128  64  64   8   4   1   1    21.3
  8192  2048 pair    8    8  64 128   6   4   1   0    18.9
  8192  2048 pair   16   16  64 128   6   4   1   0    20.5
  8192  2048 pair   32   32  64 128   5   4   1   0    21.9
  8192  2048 pair   64   64  32 128   3   4   1   1    23.7
  8192  2048 pair  128  128  64  64   7   4   1   0    25.0
-12288  4096 pair    8    8  64 128   3   4   1   0    68.2
-12288  4096 pair   16   16  64 128   6   4   1   0    66.0
+12288  4096 pair    8    8  64 128   6   4   1   0    68.4
+12288  4096 pair   16   16  64 128   6   4   1   0    68.0
 12288  4096 pair   32   32  64 128   5   4   1   0    68.9
 12288  4096 pair   64   64  32 128   7   4   1   1    70.0
 14336  4096 pair    8    8  64 128   3   4   1   0    76.3
-14336  4096 pair   16   16  64 128   6   4   1   0    78.0
+14336  4096 pair   16   16  64 128   3   4   1   0    78.4
 14336  4096 pair   32   32  64 128   5   4   1   0    78.0
 14336  4096 pair   64   64  32 128   3   4   1   1    80.6
 14336  4096 pair  128  128  64 128   3   4   1   0    85.0

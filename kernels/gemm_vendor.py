@@ -21,7 +21,8 @@ import triton
 import triton.language as tl
 
 from . import gemm_persistent
-from .gemm import GemmProblem, reference, silu_mul_sample, store_sample, tma_obstacle
+from .gemm import GemmProblem, reference, tma_obstacle
+from .gemm_jobs import sample
 from .gemm_persistent_table import vendor_us
 from .jobs import CompileJob
 from .launch import Kernel
@@ -97,6 +98,7 @@ def vendor_epilogue_kernel(
     m_size,
     t,
     N: tl.constexpr,
+    HALVES: tl.constexpr,
     PAIRED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -109,18 +111,30 @@ def vendor_epilogue_kernel(
     # Rows before columns: a grid's second dimension ends at 65535.
     m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     n = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    mask = (m < m_size) & (n < N)
     WIDTH: tl.constexpr = 2 * N if PAIRED else N
-    acc = tl.load(product + m * WIDTH + n, mask=mask, other=0.0).to(tl.float32)
-    acc2 = tl.load(product + m * WIDTH + N + n, mask=mask, other=0.0).to(tl.float32) if PAIRED else acc
-    EPILOGUE(acc, acc2, m, n, mask, t)
+    LAST: tl.constexpr = N // 2 if HALVES > 0 else N
+    mask = (m < m_size) & (n < LAST)
+    at = product + m * WIDTH + n
+    if HALVES > 0:
+        at += n // HALVES * HALVES
+    acc = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    acc2 = acc
+    if PAIRED or HALVES > 0:
+        acc2 = tl.load(at + (HALVES if HALVES > 0 else N), mask=mask, other=0.0).to(tl.float32)
+    EPILOGUE(acc, acc2, tl.minimum(m, m_size - 1), n, mask, t)
+
+
+def _columns(problem: GemmProblem) -> int:
+    """What the epilogue's `n` counts to."""
+    return problem.n // 2 if problem.halves else problem.n
 
 
 def _constexprs(problem: GemmProblem, epilogue: Any, pdl: bool) -> dict[str, Any]:
-    columns = min(COLUMNS, triton.next_power_of_2(problem.n))
+    columns = min(COLUMNS, triton.next_power_of_2(_columns(problem)))
     rows = ROWS * COLUMNS // columns
     return {
         "N": problem.n,
+        "HALVES": problem.halves,
         "PAIRED": problem.paired,
         "ROWS": rows,
         "COLUMNS": columns,
@@ -148,7 +162,7 @@ class VendorGemm:
             torch.mm(x, columns, out=product)
         if not problem.plain:
             tile = self.kernel.constexprs
-            self.kernel((ceil(m / tile["ROWS"]), ceil(problem.n / tile["COLUMNS"]), 1), product, m, t)
+            self.kernel((ceil(m / tile["ROWS"]), ceil(_columns(problem) / tile["COLUMNS"]), 1), product, m, t)
 
 
 def prepare(epilogue: Any, config: Config, problem: GemmProblem, *, pdl: bool = False) -> VendorGemm:
@@ -174,7 +188,7 @@ def compile_jobs(arch: int) -> Iterable[CompileJob]:
             label=f"epilogue{' paired' if paired else ''} bf16",
             fn=vendor_epilogue_kernel,
             signature={"product": "*bf16", "m_size": "i32", "t": ("*bf16",)},
-            constexprs=_constexprs(problem, silu_mul_sample if paired else store_sample, pdl=True),
+            constexprs=_constexprs(problem, sample(problem), pdl=True),
             num_warps=WARPS,
             num_stages=3,
             divisible=("product", "t"),

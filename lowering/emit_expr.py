@@ -2,13 +2,15 @@
 
 What a person would write: every load and every value of the source graph that is used twice, or that has an op of the
 graph behind it, is a line with its FX name; the rest is nested. Shapes: `row` is [R, 1] and always valid, `col` is
-[1, C], `mask` is [R, C]; a load that depends on the row alone needs no mask, one on the column alone `col < cols`.
+[1, C], `mask` is [R, C]; in an epilogue `m`, `n` and `mask`, or all of them the other way round. A load that depends on
+the row alone needs no mask, one on the column alone `col < cols`.
 """
 
 from __future__ import annotations
 
 import keyword
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -17,7 +19,7 @@ import torch
 from .affine import Affine, Atom, Bounded, Div, Indirect, Mod, Var
 from .expr import Acc, Apply, Const, Expr, Index, Load, Masked, RowScalar, children, walk
 from .functions import COMPARISONS, HELPER_NAMES, TYPES, apply_text, atomic, constant, register
-from .group import Group
+from .group import Group, Store
 from .size import NAME
 
 # Names that mean something else inside a body.
@@ -103,16 +105,18 @@ class Body:
     def write(self) -> list[str]:
         """The statements, without indentation."""
         roots = [r.expr for r in self.group.reductions] + [s.expr for s in self.group.stores]
-        for node in walk(*roots):
+        for node in dict.fromkeys(walk(*roots)):
             for child in children(node):
                 self.uses[child] = self.uses.get(child, 0) + 1
-            if isinstance(node, (Load, Masked)) or any(child in self.reading for child in children(node)):
+            if _conditional(node) or any(child in self.reading for child in children(node)):
                 self.reading.add(node)
+        for expr, count in Counter(stored(s)[1] for s in self.group.stores).items():
+            self.uses[expr] = self.uses.get(expr, 0) + count - 1
         for reduction in self.group.reductions:
             value, _ = self.value(reduction.expr)
             self.assign(reduction.value, self.reduced(reduction.kind, value, register(reduction.expr.dtype)))
         for store in self.group.stores:
-            self.store(store.value, store.offset, store.expr, store.per_row)
+            self.store(store)
         return self.lines
 
     def assign(self, name: str, text: str) -> str:
@@ -130,20 +134,21 @@ class Body:
     def reduced(self, kind: str, value: str, dtype: torch.dtype) -> str:
         return f"row_{kind}(tl.where(mask, {value}, {neutral_text(kind, dtype)}))"
 
-    def store(self, name: str, offset: Affine, expr: Expr, per_row: bool) -> None:
-        if isinstance(expr, Apply) and expr.fn in ("keep", "cast") and expr.args[0].dtype == torch.float32:
-            # The store itself rounds.
-            expr = expr.args[0]
-        value, _ = self.value(expr)
-        where, dims = self.offset(offset, None)
-        where = self.spread(where, dims, frozenset((0,)) if per_row else frozenset((0, 1)))
+    def store(self, store: Store) -> None:
+        held, expr = stored(store)
+        value, _ = self.value(expr, held)
+        where, dims = self.offset(store.offset, None)
+        where = self.spread(where, dims, frozenset((0,)) if store.per_row else frozenset((0, 1)))
         mask = "mask"
-        if per_row:
+        if store.per_row:
             mask = "row_mask"
             if mask not in self.taken:
                 self.assign(mask, "tl.max(mask.to(tl.int32), axis=1, keep_dims=True) != 0")
-        target = self.pointer(name)
-        self.lines.append(f"tl.store({target} + {where}, {self.typed(value, expr, self.dtypes[name])}, mask={mask})")
+        if held is not None:
+            inside, _ = self.value(held)
+            mask = f"{mask} & {inside if atomic(inside) else f'({inside})'}"
+        target, text = self.pointer(store.value), self.typed(value, expr, self.dtypes[store.value])
+        self.lines.append(f"tl.store({target} + {where}, {text}, mask={mask})")
 
     def typed(self, value: str, expr: Expr, dtype: torch.dtype) -> str:
         """A value as what is stored: in the tensor's dtype; a constant as a tensor."""
@@ -216,8 +221,6 @@ class Body:
             held = held if atomic(held) else f"({held})"
             where = self.spread(where, dims, dims | cond_dims)
             dims = dims | cond_dims
-        if self.epilogue and dims == frozenset((0,)):
-            where, dims = self.spread(where, dims, frozenset((0, 1))), frozenset((0, 1))
         mask = self.mask(dims)
         masks = [m for m in (mask, held) if m]
         text = f"tl.load({self.pointer(expr.value)} + {where}"
@@ -261,7 +264,7 @@ class Body:
             return names[atom.dim], frozenset((atom.dim,))
         if isinstance(atom, (Div, Mod)):
             base, dims = self.offset(atom.base, cond)
-            base = base if base.isidentifier() else f"({base})"
+            base = base if atomic(base) else f"({base})"
             return f"({base} {'//' if isinstance(atom, Div) else '%'} {atom.divisor})", dims
         if isinstance(atom, Bounded):
             base, dims = self.offset(atom.base, cond)
@@ -269,6 +272,14 @@ class Body:
         assert isinstance(atom, Indirect)
         text, dims = self.value(atom.value, cond)
         return f"{text}.to(tl.int64)" if atomic(text) else f"({text}).to(tl.int64)", dims
+
+
+def stored(store: Store) -> tuple[Expr | None, Expr]:
+    """Where a store writes (None: everywhere), and what, before the store itself rounds it."""
+    held, expr = (store.expr.cond, store.expr.body) if isinstance(store.expr, Masked) else (None, store.expr)
+    if isinstance(expr, Apply) and expr.fn in ("keep", "cast") and expr.args[0].dtype == torch.float32:
+        expr = expr.args[0]
+    return held, expr
 
 
 def neutral_text(kind: str, dtype: torch.dtype) -> str:
@@ -303,4 +314,9 @@ def _guarded(offset: Affine) -> bool:
 
 def _reads(expr: Expr) -> bool:
     """Whether the text of an expression depends on the condition it stands under."""
-    return any(isinstance(n, (Load, Masked)) for n in walk(expr))
+    return any(_conditional(n) for n in walk(expr))
+
+
+def _conditional(node: Expr) -> bool:
+    """Whether this very node is written otherwise under another condition."""
+    return isinstance(node, Masked) or (isinstance(node, Load) and _guarded(node.offset))

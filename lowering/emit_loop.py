@@ -52,7 +52,7 @@ def looped_body(
         finish.append((number, _finish(reduction)))
     store = Body(group, dtypes, names, epilogue=False)
     for item in group.stores:
-        store.store(item.value, item.offset, item.expr, item.per_row)
+        store.store(item)
     used = [n.value for s in group.stores for n in walk(s.expr) if isinstance(n, RowScalar)]
     stored = _pointers(tensors, names, list(tensors)) + _scalars(group, names, used) + store.lines
     parts = [

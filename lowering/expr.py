@@ -94,7 +94,7 @@ class Apply(Expr):
 
 @dataclass(frozen=True, eq=False)
 class Masked(Expr):
-    """`body` where `cond` holds; elsewhere anything, and no memory is read."""
+    """`body` where `cond` holds; elsewhere anything, and no memory is read (as what is stored: or written)."""
 
     cond: Expr = field(default=None)  # type: ignore[assignment]
     body: Expr = field(default=None)  # type: ignore[assignment]
@@ -140,10 +140,44 @@ def index(offset: Affine, dtype: torch.dtype = torch.int64) -> Expr:
 
 
 def apply(fn: str, *args: Expr, dtype: torch.dtype) -> Expr:
-    """`fn(*args)`; of numbers alone, the number it is."""
+    """`fn(*args)`; of numbers alone, the number it is; a comparison that an index's range decides, what it decides."""
     if all(isinstance(a, Const) for a in args):
         return _folded(fn, args, dtype)  # type: ignore[arg-type]
+    if fn in BOUNDS and (held := _decided(fn, *args)) is not None:
+        return const(held, torch.bool)
+    if fn == "where" and isinstance(args[0], Const):
+        chosen = args[1] if args[0].value else args[2]
+        return chosen if chosen.dtype == dtype else cast(chosen, dtype)
     return Apply(dtype, fn=fn, args=args)
+
+
+# What makes a comparison of a smallest and a largest value with a number hold, and what makes it fail.
+BOUNDS: dict[str, tuple[Callable[[int, int, int], bool], Callable[[int, int, int], bool]]] = {
+    "lt": (lambda lo, hi, x: hi < x, lambda lo, hi, x: lo >= x),
+    "le": (lambda lo, hi, x: hi <= x, lambda lo, hi, x: lo > x),
+    "gt": (lambda lo, hi, x: lo > x, lambda lo, hi, x: hi <= x),
+    "ge": (lambda lo, hi, x: lo >= x, lambda lo, hi, x: hi < x),
+}
+
+
+def _decided(fn: str, left: Expr, right: Expr) -> bool | None:
+    """What a comparison of an index with a number comes to at every index; None where that differs."""
+    if not isinstance(left, Index) or not isinstance(right, Const) or type(right.value) is not int:
+        return None
+    low, high = left.offset.range
+    if type(low) is not int or type(high) is not int:
+        return None
+    always, never = BOUNDS[fn]
+    if always(low, high, right.value):
+        return True
+    return False if never(low, high, right.value) else None
+
+
+def only(cond: Expr, body: Expr) -> Expr:
+    """`body` where `cond` holds; where that is everywhere, `body`."""
+    if isinstance(cond, Const) and cond.value:
+        return body
+    return Masked(body.dtype, cond=cond, body=body)
 
 
 def all_of(checks: Iterable[Expr | None]) -> Expr | None:
@@ -285,7 +319,7 @@ def rewrite(
             if any(a is not b for a, b in zip(args, node.args, strict=True)):
                 made = _reapplied(node, args)
         elif isinstance(node, Masked):
-            made = Masked(node.dtype, cond=memo[id(node.cond)], body=memo[id(node.body)])
+            made = only(memo[id(node.cond)], memo[id(node.body)])
         if isinstance(made, (Load, RowScalar, Acc)):
             made = new_leaf(made) or made
         memo[id(node)] = made

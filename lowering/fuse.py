@@ -16,10 +16,12 @@ from dataclasses import dataclass
 
 import networkx as nx
 
+from .compose import Refused, compose
 from .cost import traffic
 from .depend import Dependencies
+from .elements import Elements
 from .errors import InternalError
-from .group import Elements, Group, Refused, compose
+from .group import Group
 from .options import Options
 from .size import typical
 from .values import Contract, Empty, Extern, Item, Values
@@ -127,7 +129,9 @@ class _State:
             Refused: there is none.
         """
         needed, deps = self.needed(members), self.deps
-        return compose(members, needed, deps.values, deps.inlined, elements=elements)
+        targets = {target for pair in deps.values.mutations for target in pair}
+        returned = {n for n in needed if self.readers[n] <= set(members) and n not in targets}
+        return compose(members, needed, deps.values, deps.inlined, elements=elements, returned=returned)
 
     def silent(self, number: int) -> bool:
         """Groups that no fusion concerns: ops as themselves, their results, and bare memory."""

@@ -25,10 +25,11 @@ from ..kernels.rows import LOOP_FROM
 from ..kernels.segments import Problem
 from .affine import Div, Indirect, Mod
 from .choices import Table, by_size, choose
+from .compose import Refused, compose
 from .cost import traffic
 from .expr import Load, loads
 from .fuse import Fused
-from .group import Group, Refused, compose
+from .group import Group
 from .options import Options
 from .size import Size, Undecided, alike, typical
 from .values import Contract, Item, Values, View
@@ -291,12 +292,13 @@ def gemm_problem(
     aligned = all(v.base not in misaligned and v.offset * v.layout.dtype.itemsize % 16 == 0 for v in (x, w))
     return GemmProblem(
         product.m,
-        group.cols,
+        group.cols * 2 if group.half else group.cols,
         product.k,
         x.layout.dtype,
         layout,
         paired=group.pair is not None,
         pair_offset=group.pair or 0,
+        halves=group.half,
         x_strides=(0, sm, sx),
         w_strides=(0, sn, sk),
         aligned=aligned,

@@ -183,10 +183,10 @@ class Tuning:
         found = []
         for launch in self.launches:
             problem, config = launch.problem, self.module[launch.variable].config
-            accs = "pair" if problem.paired else "one"
             numbers = " ".join(str(int(value)) for value in astuple(config))
             us = times.get(launch.variable.removeprefix("launch_"), float("nan"))
-            found.append((type(config).__module__, f"{problem.n} {problem.k} {accs} {self.size} {numbers} {us:.1f}"))
+            row = f"{problem.n} {problem.k} {problem.kind} {self.size} {numbers} {us:.1f}"
+            found.append((type(config).__module__, row))
         # A family's name, then its rows.
         return [line for table in dict(found) for line in (f"# {table}", *(row for t, row in found if t == table))]
 
@@ -230,7 +230,7 @@ def tune_size(piece: Piece, size: int, deadline: float, write: Callable[[dict[st
             tuning.tune(launch, configs, replays, number == 0, deadline)
             for config, ratio in launch.ratios.items():
                 place = {"model": piece.model, "size": size, "round": number, "launch": launch.variable}
-                shape = {"n": launch.problem.n, "k": launch.problem.k, "paired": launch.problem.paired}
+                shape = {"n": launch.problem.n, "k": launch.problem.k, "kind": launch.problem.kind}
                 write({**place, **shape, "config": astuple(config), "ratio": round(ratio, 4)})
         if time.monotonic() > deadline:
             break

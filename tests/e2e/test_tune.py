@@ -53,7 +53,7 @@ def test_rows_are_what_the_table_reads() -> None:
     line["config"] = vars(gemm_persistent.Config(64, 128, 64, 8, 4, flatten=True))
     (row,) = table([line, line | {"family": "gemm_vendor", "config": {}}])
     found = measured(gemm_persistent.Config, f"header\n{row}", "a source")
-    assert found[64, 32, True][512].config == gemm_persistent.Config(64, 128, 64, 8, 4, flatten=True)
+    assert found[64, 32, "pair"][512].config == gemm_persistent.Config(64, 128, 64, 8, 4, flatten=True)
 
 
 def run(tool: str, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -9,16 +9,8 @@ import pytest
 import torch
 
 from terrazzo.kernels import gemm_persistent, gemm_simple, gemm_skinny, gemm_stream, gemm_vendor, workspace
-from terrazzo.kernels.gemm import (
-    GemmProblem,
-    lookup,
-    measured,
-    pick,
-    reference,
-    silu_mul_sample,
-    store_sample,
-    tma_obstacle,
-)
+from terrazzo.kernels.gemm import GemmProblem, lookup, measured, pick, reference, tma_obstacle
+from terrazzo.kernels.gemm_jobs import silu_mul_sample, store_sample
 from terrazzo.kernels.gemm_persistent_table import vendor_us
 from terrazzo.kernels.target import Target
 from terrazzo.lowering.errors import Unsupported
@@ -88,9 +80,9 @@ def test_no_tma_before_hopper() -> None:
 
 @pytest.mark.parametrize("family", [STREAM, PERSISTENT])
 def test_a_measured_size_gets_its_row(family) -> None:
-    (n, k, paired), row = next(iter(family.CONFIGS.items()))
+    (n, k, kind), row = next(iter(family.CONFIGS.items()))
     for m, entry in row.items():
-        problem = GemmProblem(m, n, k, torch.bfloat16, paired=paired, pair_offset=n)
+        problem = GemmProblem(m, n, k, torch.bfloat16, paired=kind == "pair", pair_offset=n)
         config, why = family.choose(problem, H200)
         assert config == entry.config
         assert entry.source in why and ("cuBLAS" in why) == (family is gemm_persistent)
@@ -124,8 +116,8 @@ def test_the_rule_is_near_the_table() -> None:
     # What other shapes get is what most of the measured ones have: the same tile, and nearly the same programs.
     rows = [(key, m, entry) for key, row in gemm_stream.CONFIGS.items() for m, entry in row.items()]
     tiles = 0
-    for (n, k, paired), m, entry in rows:
-        config = gemm_stream.alike(GemmProblem(m, n, k, torch.bfloat16, paired=paired, pair_offset=n), H200)
+    for (n, k, kind), m, entry in rows:
+        config = gemm_stream.alike(GemmProblem(m, n, k, torch.bfloat16, paired=kind == "pair", pair_offset=n), H200)
         assert config.split_k <= 2 * entry.config.split_k or entry.config.split_k <= 2 * config.split_k
         tiles += (config.block_m, config.block_n) == (entry.config.block_m, entry.config.block_n)
     assert tiles >= 0.85 * len(rows)
@@ -144,7 +136,7 @@ def test_every_split_has_a_step_and_a_grid_holds_any_n() -> None:
 
 
 def test_lookup_takes_the_bucket_that_holds_m() -> None:
-    table = measured(gemm_simple.Config, "N K accs m bm bn bk st wp us cuBLAS\n64 32 one 16 16 16 16 1 4 2.0 3.0", "")
+    table = measured(gemm_simple.Config, "N K kind m bm bn bk st wp us cuBLAS\n64 32 one 16 16 16 16 1 4 2.0 3.0", "")
     hit = lookup(table, (16, 64), GemmProblem(9, 64, 32, torch.float16))
     assert hit is not None
     assert (hit.config, hit.us) == (gemm_simple.Config(16, 16, 16, 1, 4), 2.0)
@@ -211,7 +203,7 @@ def test_what_was_not_taken_is_named_with_its_time() -> None:
 
 
 def test_the_vendors_time_lies_between_its_measurements() -> None:
-    row = gemm_persistent.CONFIGS[4096, 14336, False]
+    row = gemm_persistent.CONFIGS[4096, 14336, "one"]
     assert vendor_us(plain(512, 4096, 14336)) == row[512].vendor_us
     between = vendor_us(plain(576, 4096, 14336))
     assert between == pytest.approx((row[512].vendor_us + row[640].vendor_us) / 2)
@@ -223,7 +215,7 @@ def test_a_size_between_two_measured_ones_is_weighed_by_its_waves() -> None:
     # Six rows of 64 by 22 columns of 192 are 132 tiles: one wave, as the five rows of 320 tokens are.
     problem = replace(plain(333, 4096, 14336), plain=False)
     config, why = gemm_persistent.choose(problem, H200)
-    row = gemm_persistent.CONFIGS[4096, 14336, False]
+    row = gemm_persistent.CONFIGS[4096, 14336, "one"]
     assert config == row[320].config and "by the waves" in why
     assert gemm_persistent.estimate_us(problem, config, H200) == pytest.approx(row[320].us)
 
@@ -233,7 +225,7 @@ def test_small_tiles_wait_for_their_predecessor() -> None:
     assert not gemm_persistent.starts_early(DENSE, small)
     assert gemm_persistent.starts_early(DENSE, large)
     for config, early in ((small, False), (large, True)):
-        made = gemm_persistent.prepare(gemm_persistent.store_sample, config, DENSE, pdl=True)
+        made = gemm_persistent.prepare(store_sample, config, DENSE, pdl=True)
         assert made.kernel.options["launch_pdl"] is early
         assert made.kernel.constexprs["PDL"]
 

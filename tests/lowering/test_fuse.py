@@ -67,7 +67,8 @@ Kernels = list[tuple[str, set[str]]]
 
 PUT_INTO_RESIDUAL = ("gemm_stream", {"mm", "add"})
 NORMED = ("norm", NORM)
-QKV: Kernels = [("gemm_stream", {"mm"}), ("rope", ROPE)]
+ROTATED = ("gemm_stream", {"mm"} | ROPE)
+NORMED_HEADS: Kernels = [("gemm_stream", {"mm"}), ("rope", ROPE | NORM)]
 LLAMA: Kernels = [PUT_INTO_RESIDUAL, NORMED, ("gemm_stream", {"mm", "silu", "mul"}), PUT_INTO_RESIDUAL, NORMED]
 GATED = ("gemm_stream", {"mm", "gelu", "mul"})
 GEMMA: Kernels = [("gemm_stream", {"mm"}), NORMED, GATED, ("gemm_stream", {"mm"}), NORMED]
@@ -87,18 +88,18 @@ ROUTED: Kernels = [
 
 EXPECTED: dict[str, tuple[Kernels, Kernels, Kernels]] = {
     "llama-3.1-8b": (
-        [("gather", {"embedding"}), ("norm", NORM | {"embedding"}), *QKV],
-        [*LLAMA, *QKV],
+        [("gather", {"embedding"}), ("norm", NORM | {"embedding"}), ROTATED],
+        [*LLAMA, ROTATED],
         LLAMA,
     ),
     "qwen3-8b": (
-        [("gather", {"embedding"}), ("norm", NORM | {"embedding"}), QKV[0], ("rope", ROPE | NORM)],
-        [*LLAMA, QKV[0], ("rope", ROPE | NORM)],
+        [("gather", {"embedding"}), ("norm", NORM | {"embedding"}), *NORMED_HEADS],
+        [*LLAMA, *NORMED_HEADS],
         LLAMA,
     ),
     "gemma-2-9b": (
-        [("gather", {"embedding", "mul"}), ("norm", NORM | {"embedding"}), *QKV],
-        [*GEMMA, *QKV],
+        [("gather", {"embedding", "mul"}), ("norm", NORM | {"embedding"}), ROTATED],
+        [*GEMMA, ROTATED],
         GEMMA,
     ),
     "gpt2": (
@@ -108,7 +109,7 @@ EXPECTED: dict[str, tuple[Kernels, Kernels, Kernels]] = {
     ),
 }  # fmt: skip
 EXPECTED["llama-3.2-1b"] = EXPECTED["llama-3.1-8b"]
-EXPECTED["mixtral-8x7b"] = (EXPECTED["llama-3.1-8b"][0], [*ROUTED, *QKV], ROUTED)
+EXPECTED["mixtral-8x7b"] = (EXPECTED["llama-3.1-8b"][0], [*ROUTED, ROTATED], ROUTED)
 
 
 def test_every_model_is_expected_here() -> None:
@@ -124,26 +125,30 @@ def test_kernels_of_the_models_pieces(name: str, index: int) -> None:
     assert found == [first, middle, middle, last][index]
 
 
-def test_a_middle_piece_of_llama_is_seven_kernels_and_nothing_else() -> None:
+def test_a_middle_piece_of_llama_is_six_kernels_and_nothing_else() -> None:
     dump, journal = dumped("llama-3.1-8b", 1)
-    assert (len(dump.ours), len(dump.foreign)) == (7, 0)
-    _, _, gate_up, _, _, _, rope = journal.result("select").kernels[:7]
-    # One tile holds a gate column and the up column 14336 further on; q's and k's heads are segments of one launch.
+    assert (len(dump.ours), len(dump.foreign)) == (6, 0)
+    _, _, gate_up, _, _, qkv = journal.result("select").kernels[:6]
+    # One tile holds a gate column and the up column 14336 further on, or both halves of q's, k's and v's heads.
     assert (gate_up.group.pair, gate_up.group.cols) == (14336, 14336)
-    assert [(g.rows, g.cols) for g in rope.segments] == [(SIZE * 32, 128), (SIZE * 8, 128)]
+    assert (qkv.group.half, qkv.group.rows, qkv.group.cols) == (64, SIZE, 3072)
+    # Halves of q, k and v, each where it belongs: v where the caller's view of the product lies.
+    offsets = [store.offset.range for store in qkv.group.stores]
+    v = [(5120, 15 * 6144 + 6079), (5184, 15 * 6144 + 6143)]
+    assert offsets == v + [(0, 65471), (64, 65535), (0, 16319), (64, 16383)]
 
 
 def test_many_tokens_leave_the_residual_to_the_norm() -> None:
     journal = Journal()
     make(published("llama-3.1-8b")[1], 2048, H200, "a title", journal)
-    o_proj, norm, gate_up, down, last_norm, qkv, rope = journal.result("select").kernels[:7]
-    for product in (o_proj, down, qkv):
+    o_proj, norm, gate_up, down, last_norm, qkv = journal.result("select").kernels[:6]
+    for product in (o_proj, down):
         assert product.problem.plain and [s.value for s in product.group.stores] == [product.group.contract.name]
     assert gate_up.group.pair and not gate_up.problem.plain
     for each in (norm, last_norm):
         # The sum that goes on as residual, and the rows that the next product reads: nothing else.
         assert len(each.group.stores) == 2 and {load.dtype for load in each.group.loads} == {torch.bfloat16}
-    assert [(g.rows, g.cols) for g in rope.segments] == [(2048 * 32, 128), (2048 * 8, 128)]
+    assert qkv.group.half == 64
 
 
 def test_a_product_reads_its_operand_from_memory_though_readers_could_compute_it() -> None:

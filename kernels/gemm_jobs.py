@@ -1,0 +1,66 @@
+"""What the TMA families give to be compiled ahead of time: problems, names for them, and sample epilogues."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import product
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from .gemm import GemmProblem, Table, type_name
+from .target import Target
+
+
+def job_configs(
+    table: Table, buckets: tuple[int, ...], supports: Callable[..., Any], choose: Callable[..., Any], arch: int
+) -> Iterable[tuple[GemmProblem, Any]]:
+    """Yield a TMA family's problems and configs to compile: all measured, and one per layout, dtype and kind."""
+    if arch < 90:
+        return
+    problems = [
+        GemmProblem(m, n, k, torch.bfloat16, paired=kind == "pair", pair_offset=n if kind == "pair" else 0)
+        for (n, k, kind), row in table.items()
+        for m in row
+        if kind != "head"
+    ]
+    kinds = ((torch.bfloat16, False), (torch.float32, True), (torch.float32, False))
+    for m, layout, paired, (dtype, allow_tf32) in product(buckets, ("nk", "kn"), (False, True), kinds):
+        offset = 5120 if paired else 0
+        problems.append(GemmProblem(m, 5120, 3584, dtype, layout, paired, offset, allow_tf32=allow_tf32))
+    for m, (n, k, halves) in product(buckets, ((6144, 4096, 64), (3072, 2048, 32))):
+        problems.append(GemmProblem(m, n, k, torch.bfloat16, halves=halves))
+    target = Target.named("b200" if arch >= 100 else "h200")
+    for problem in problems:
+        if supports(problem) is None:
+            yield problem, choose(problem, target)[0]
+
+
+def label(problem: GemmProblem) -> str:
+    """Name a problem in a few characters, unique among `job_configs`."""
+    dtype = "tf32" if problem.allow_tf32 else type_name(problem.dtype)
+    kind = " paired" if problem.paired else f" halves {problem.halves}" if problem.halves else ""
+    return f"{problem.n}x{problem.k} {problem.layout}{kind} {dtype} m<={problem.m}"
+
+
+def sample(problem: GemmProblem) -> Any:
+    """The epilogue that a job is compiled with."""
+    return silu_mul_sample if problem.paired or problem.halves else store_sample
+
+
+@triton.jit
+def store_sample(acc, acc2, m, n, mask, t):
+    """The smallest epilogue: the accumulator, rounded, into a dense [M, 4096] matrix. Compile jobs use it."""
+    tl.store(t[0] + m.to(tl.int64) * 4096 + n, acc.to(t[0].dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def silu_mul_sample(acc, acc2, m, n, mask, t):
+    """The paired sample: silu(acc) * acc2, rounded where separate kernels would, into a dense [M, 4096] matrix."""
+    dtype: tl.constexpr = t[0].dtype.element_ty
+    gate = acc.to(dtype).to(tl.float32)
+    up = acc2.to(dtype).to(tl.float32)
+    act = (gate / (1 + tl.exp(-gate))).to(dtype).to(tl.float32)
+    tl.store(t[0] + m.to(tl.int64) * 4096 + n, (act * up).to(dtype), mask=mask)
