@@ -38,7 +38,7 @@ from .expr import (
     rewrite,
     walk,
 )
-from .group import BODY_LIMIT, COL, EXPENSIVE, ROW, Group, Reduction, Store, too_long
+from .group import BODY_LIMIT, COL, EXPENSIVE, FEW_TOKENS, ROW, Group, Reduction, Store, too_long
 from .size import alike, typical
 from .values import Contract, Extern, Item, Layout, Map, Reduce, Values
 
@@ -106,7 +106,7 @@ def _product(composer: _Composer, product: Contract) -> Group:
         return composer.gemm(product)
     except Refused as reason:
         widths = {composer.layout(n).shape[-1] for n in composer.order if composer.layout(n).shape}
-        for half in HALVES:
+        for half in HALVES if len(composer.order) > 1 and product.m <= FEW_TOKENS else ():
             if product.n % (2 * half) == 0 and 2 * half in widths:
                 try:
                     return replace(composer).halves(product, half)

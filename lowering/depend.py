@@ -9,14 +9,14 @@ because it is the last place where nothing has been decided yet. It refuses noth
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import networkx as nx
 
 from .affine import Affine
 from .cost import distinct, footprint
 from .expr import Apply, Load, loads, walk
-from .group import BODY_LIMIT, EXPENSIVE
+from .group import BODY_LIMIT, EXPENSIVE, FEW_TOKENS
 from .size import typical
 from .values import Contract, Definition, Extern, Item, Map, Reduce, Values
 
@@ -31,11 +31,6 @@ CHEAP_OPERATIONS = 12
 # ... and if it takes no longer a body than this, with everything that it inlines itself: a chain of scatters into
 # slices, each cheap, would else end in one body that holds them all.
 INLINED_LENGTH = BODY_LIMIT // 4
-# What follows a GEMM and is no larger than its result stands in its epilogue; up to this size, unrounded sums as well.
-# Beyond, a wider copy of the result (a sum in fp32) costs more than its readers lose by computing it from the GEMM's
-# own. On an H100 at 8192 x 4096 (bf16, torch 2.11, triton 3.6, 2026-11-25) a residual added and stored in fp32 made
-# o_proj take 516 us and down 1508 us, where cuBLAS and our kernels without it take about 400 and 1340.
-EPILOGUE_BYTES = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -44,12 +39,14 @@ class Dependencies:
     graph: values as nodes, `bytes` on edges; inputs included.
     pinned: values that must be in memory.
     inlined: values that readers compute for themselves.
+    bare: products that nothing joins.
     """
 
     values: Values
     graph: nx.DiGraph
     pinned: frozenset[str]
     inlined: frozenset[str]
+    bare: frozenset[str] = frozenset()
 
     def reads(self, name: str) -> set[str]:
         """What computing this value reads, seen through inlined values; a GEMM and an op that runs as itself read
@@ -72,6 +69,12 @@ class Dependencies:
     def __str__(self) -> str:
         lines = [f"{u} -> {v}: {data['bytes']} bytes" for u, v, data in self.graph.edges(data=True)]
         return "\n".join([*lines, f"in memory: {sorted(self.pinned)}", f"inlined: {sorted(self.inlined)}"])
+
+
+def barring(deps: Dependencies, products: Collection[str]) -> Dependencies:
+    """The same with these products by themselves in memory, because what computes them leaves nothing else to do there:
+    their readers are free for other kernels."""
+    return replace(deps, pinned=deps.pinned | frozenset(products), bare=deps.bare | frozenset(products))
 
 
 def direct_reads(made: Definition, values: Values) -> list[str]:
@@ -137,7 +140,7 @@ def _cheap(made: Map, values: Values, inlined: set[str]) -> bool:
         if isinstance(node, Load):
             product = values.definitions.get(node.value)
             if isinstance(product, Contract) and (
-                typical(made.layout.nbytes) <= typical(product.layout.nbytes) or made.layout.nbytes <= EPILOGUE_BYTES
+                typical(made.layout.nbytes) <= typical(product.layout.nbytes) or product.m <= FEW_TOKENS
             ):
                 return False
             read.setdefault(node.value, []).append(node.offset)

@@ -129,6 +129,8 @@ class _State:
             Refused: there is none.
         """
         needed, deps = self.needed(members), self.deps
+        if len(members) > 1 and (bare := deps.bare & members):
+            raise Refused(f"cuBLAS computes %{min(bare)}, and stores nothing else")
         targets = {target for pair in deps.values.mutations for target in pair}
         returned = {n for n in needed if self.readers[n] <= set(members) and n not in targets}
         return compose(members, needed, deps.values, deps.inlined, elements=elements, returned=returned)

@@ -79,6 +79,12 @@ class Selected:
     def values(self) -> Values:
         return self.fused.values
 
+    @property
+    def vendors(self) -> frozenset[str]:
+        """Products of cuBLAS at every size of the plan whose epilogue would be a kernel of its own."""
+        ours = (k for k in self.kernels if k.family == "gemm_vendor" and not k.by_size and not k.problem.plain)
+        return frozenset(k.group.contract.name for k in ours if k.group.contract is not None)
+
     def __str__(self) -> str:
         return "\n".join(
             f"{k.family or k.group.kind} {k.name}: {k.config or ''} {k.why}".rstrip() for k in self.kernels

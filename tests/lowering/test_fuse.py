@@ -141,14 +141,28 @@ def test_a_middle_piece_of_llama_is_six_kernels_and_nothing_else() -> None:
 def test_many_tokens_leave_the_residual_to_the_norm() -> None:
     journal = Journal()
     make(published("llama-3.1-8b")[1], 2048, H200, "a title", journal)
-    o_proj, norm, gate_up, down, last_norm, qkv = journal.result("select").kernels[:6]
-    for product in (o_proj, down):
+    o_proj, norm, gate_up, down, last_norm, qkv, rope = journal.result("select").kernels[:7]
+    for product in (o_proj, down, qkv):
         assert product.problem.plain and [s.value for s in product.group.stores] == [product.group.contract.name]
     assert gate_up.group.pair and not gate_up.problem.plain
     for each in (norm, last_norm):
         # The sum that goes on as residual, and the rows that the next product reads: nothing else.
         assert len(each.group.stores) == 2 and {load.dtype for load in each.group.loads} == {torch.bfloat16}
-    assert qkv.group.half == 64
+    assert [(g.rows, g.cols) for g in rope.segments] == [(2048 * 32, 128), (2048 * 8, 128)]
+
+
+def test_what_cublas_leaves_to_a_kernel_of_its_own_joins_another() -> None:
+    journal = Journal()
+    make(published("llama-3.1-8b")[1], 130, H200, "a title", journal)
+    selected = journal.result("select")
+    kernels = [k for k in selected.kernels if k.family]
+    vendors = [k for k in kernels if k.family == "gemm_vendor"]
+    assert len(vendors) == 4 and all(k.problem.plain for k in vendors) and not selected.vendors
+    # Residual and norm are one kernel behind o_proj and one behind down, which would be two each.
+    assert [k.family for k in kernels if k not in vendors] == ["norm", "pointwise", "norm", "rope"]
+    assert [name for name, _, _ in journal.stages].count("fuse") == 1
+    barred = {r.producer for r in selected.fused.refusals if "cuBLAS computes" in r.reason}
+    assert barred == {"mm_1", "mm_2"}
 
 
 def test_a_product_reads_its_operand_from_memory_though_readers_could_compute_it() -> None:
