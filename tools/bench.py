@@ -24,7 +24,7 @@ import torch
 from rich.table import Table
 
 from terrazzo.tools.command import exit_status, sizes
-from terrazzo.tools.device import HERE, screen
+from terrazzo.tools.device import HERE, screen, timing
 from terrazzo.tools.measure import KernelTime, Target, chain, floor_us, host_us, interleaved_us, kernel_times, layers_of
 from terrazzo.tools.models import Piece, config, pieces
 from terrazzo.tools.piece_check import CompiledPiece, check_piece
@@ -159,9 +159,7 @@ def _arguments() -> argparse.Namespace:
 
 def main() -> int:
     options = _arguments()
-    if HERE.type != "cuda":
-        print("bench: torch sees no CUDA device, and an interpreter's times say nothing", file=sys.stderr)
-        return 2
+    timing()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     models = options.models.split(",")
     for name in models:

@@ -80,9 +80,7 @@ def main() -> int:
     parser.add_argument("--largest", type=int, default=LARGEST, help="the range's largest size")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    if place.HERE.type != "cuda":
-        print("error: there is no CUDA device to time on", file=sys.stderr)
-        return 2
+    place.timing()
     found: list[dict[str, Any]] = []
     for name in options.models.split(","):
         found += bench(pieces(name, device=place.HERE)[1], options.sizes, options.largest)

@@ -30,6 +30,18 @@ def _pick() -> torch.device:
     return torch.device("cpu")
 
 
+def timing() -> torch.device:
+    """Where a tool takes times.
+
+    Raises:
+        UserError: there is no GPU.
+    """
+    if HERE.type != "cuda":
+        raise UserError("times", "torch sees no CUDA device, and the interpreter's say nothing", stage="tools",
+                        remedy="Run it on a machine with a GPU.")  # fmt: skip
+    return HERE
+
+
 def screen() -> Console:
     """Standard output; 120 columns where it is no terminal."""
     return Console(width=None if sys.stdout.isatty() else 120)

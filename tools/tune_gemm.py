@@ -280,9 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if unknown := set(options.families.split(",")) - set(FAMILIES):
         parser.error(f"no configs of {', '.join(sorted(unknown))} are tried here; there are {', '.join(FAMILIES)}")
-    if place.HERE.type != "cuda":
-        print("tune_gemm: torch sees no CUDA device", file=sys.stderr)
-        return 2
+    place.timing()
     deadline = time.monotonic() + options.budget_s
     found = candidates(options.families.split(","), options.shapes, options.m)
     with open(options.json or os.devnull, "w") as journal:

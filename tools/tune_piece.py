@@ -244,9 +244,7 @@ def main() -> int:
     parser.add_argument("--budget-s", type=float, default=600, help="seconds in all, shared evenly")
     parser.add_argument("--json", default="", help="a file that gets every measurement, a JSON object a line")
     options = parser.parse_args()
-    if place.HERE.type != "cuda":
-        print("tune_piece: torch sees no CUDA device", file=sys.stderr)
-        return 2
+    place.timing()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     work = [(model, size) for model in options.models.split(",") for size in options.sizes]
     end, wrong = time.monotonic() + options.budget_s, []

@@ -36,7 +36,9 @@ def test_every_config_tried_fits_and_is_its_familys(m: int, n: int, k: int, pair
 def test_without_a_gpu_it_says_so() -> None:
     for tool in ("tune_piece", "tune_gemm"):
         done = run(tool)
-        assert done.returncode == 2 and done.stderr.splitlines() == [f"{tool}: torch sees no CUDA device"]
+        assert done.returncode == 2
+        [said] = done.stderr.splitlines()
+        assert said.startswith("error: times: torch sees no CUDA device")
 
 
 @pytest.mark.parametrize(
