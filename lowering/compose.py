@@ -256,7 +256,7 @@ class _Composer:
                 layout = view.layout if view is not None else product.layout
                 first, width = view.offset if view is not None else 0, math.prod(layout.shape[1:])
                 inner = layout.stride[1:] == contiguous_strides(layout.shape[1:])
-                if layout.stride[0] != product.n or not inner or first + width > product.n:
+                if layout.stride[:1] != (product.n,) or not inner or first + width > product.n:
                     return 0, product.n
                 seen.append((first, first + width))
         head = 2 * self.half

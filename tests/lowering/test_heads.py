@@ -109,7 +109,13 @@ def arguments(dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
     return [odd(TOKENS, K), odd(WIDTH, K, seed=1), odd(TOKENS, 1, HALF, seed=2), odd(TOKENS, 1, HALF, seed=3)]
 
 
-ONE = [qkv_rotated, whole_heads_tables, product_returned_too, with_bias_and_scale, q_alone]
+def one_number_and_some_rows(x: Any, w: Any, cos: Any, sin: Any) -> Any:
+    qkv = x @ w.t()
+    q, k, v = split(qkv)
+    return turned(heads(q, Q), cos, sin), turned(heads(k, KV), cos, sin), qkv[1, 2], v[1:3]
+
+
+ONE = [qkv_rotated, whole_heads_tables, product_returned_too, with_bias_and_scale, q_alone, one_number_and_some_rows]
 MORE = [product_read_elsewhere, v_changed_in_place, half_a_head_off, neighbours_turned, part_of_a_head]
 
 
