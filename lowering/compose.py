@@ -243,7 +243,7 @@ class _Composer:
         probe.head = col.floordiv(half)
         probe._store(name, row * width + probe._column(), per_row=False)
         first = min(probe.accumulators, default=0)
-        if not probe.accumulators <= {first, first + half} or first % (2 * half):
+        if not probe.accumulators <= {first, first + half} or first % (2 * half) or first + width > product.n:
             raise Refused(f"%{name} reads columns {sorted(probe.accumulators)} of %{product.name} apart")
         return first, width
 
@@ -254,6 +254,9 @@ class _Composer:
             if output.kind == "value" and self.values.base(output.ref) == product.name:
                 view = self.values.views.get(output.ref)
                 layout = view.layout if view is not None else product.layout
+                if not layout.shape:
+                    # One number.
+                    return 0, product.n
                 first, width = view.offset if view is not None else 0, math.prod(layout.shape[1:])
                 inner = layout.stride[1:] == contiguous_strides(layout.shape[1:])
                 if layout.stride[0] != product.n or not inner or first + width > product.n:

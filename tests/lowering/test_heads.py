@@ -149,6 +149,34 @@ def test_only_the_columns_that_the_caller_sees_of_a_product_are_stored() -> None
         assert max(highs) - min(lows) == (TOKENS - 1) * WIDTH + columns - 1
 
 
+def one_number_too(x: Any, w: Any, cos: Any, sin: Any) -> Any:
+    qkv = x @ w.t()
+    return turned(heads(split(qkv)[0], Q), cos, sin), qkv[0, 5], qkv[-1]
+
+
+def a_wider_value_too(x: Any, w: Any, cos: Any, sin: Any, scales: Any) -> Any:
+    """What the rotation reads and the caller gets as well, four times as wide as the product."""
+    q, wide = x @ w.t(), scales.sin() * 2
+    return turned(q.view(TOKENS, -1, HEAD), cos, sin) * wide[:, WIDTH : 2 * WIDTH].view(TOKENS, -1, HEAD), wide
+
+
+def written_to_the_callers(x: Any, w: Any, cos: Any, sin: Any, memory: Any) -> Any:
+    """All of the product stays in an argument, of which the product is a view; of itself the caller gets a part."""
+    qkv = torch.mm(x, w.t(), out=memory.view(TOKENS, WIDTH))
+    q, _, v = split(qkv)
+    return turned(heads(q, Q), cos, sin), v
+
+
+@pytest.mark.parametrize(
+    ("fn", "more"),
+    [(one_number_too, ()), (a_wider_value_too, (TOKENS, 4 * WIDTH)), (written_to_the_callers, (TOKENS * WIDTH,))],
+)
+def test_more_than_the_columns_that_are_rotated_is_seen(fn: Callable[..., Any], more: tuple[int, ...]) -> None:
+    piece = same(fn, *arguments(), *([odd(*more, seed=5)] if more else []))
+    [loaded] = piece.plans.values()
+    assert any(k.group.half == HALF for k in loaded.plan.schedule.launches())
+
+
 TREATMENTS = {
     "turned": "turned(heads({part}, {count}), cos, sin)",
     "turned as transformers does": "rotate_half(heads({part}, {count}), twice(cos), twice(sin))",
