@@ -222,6 +222,9 @@ class _Composer:
             for second in (0, half):
                 made = self._store(name, place + self._column() + second, per_row=False)
                 stores.append(made if inside is None else replace(made, expr=only(inside, made.expr)))
+        if not self.accumulators <= {0, half}:
+            # The second half of what looked like a head is computed from another head.
+            raise Refused(f"columns {sorted(self.accumulators)} of %{product.name} apart are no halves of one head")
         return replace(self._group("gemm", tuple(stores)), contract=product, half=half)
 
     def _column(self) -> Affine:

@@ -105,12 +105,19 @@ def part_of_a_head(x: Any, w: Any, cos: Any, sin: Any) -> Any:
     return torch.cat((turned(q[..., :HALF], cos, sin), q[..., HALF:]), -1)
 
 
+def halves_kept(x: Any, w: Any, cos: Any, sin: Any) -> Any:
+    """The halves of two heads, each kept by itself: side by side they are as wide as a head, and are none."""
+    q = torch.nn.functional.linear(x, w, x.new_ones(WIDTH))[:, HEAD : 3 * HEAD].view(TOKENS, 2, HEAD)
+    a, b = q.chunk(2, -1)
+    return a * cos - b * sin, b * cos + a * sin, turned(q, cos, sin)
+
+
 def arguments(dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
     return [odd(TOKENS, K), odd(WIDTH, K, seed=1), odd(TOKENS, 1, HALF, seed=2), odd(TOKENS, 1, HALF, seed=3)]
 
 
 ONE = [qkv_rotated, whole_heads_tables, product_returned_too, with_bias_and_scale, q_alone]
-MORE = [product_read_elsewhere, v_changed_in_place, half_a_head_off, neighbours_turned, part_of_a_head]
+MORE = [halves_kept, product_read_elsewhere, v_changed_in_place, half_a_head_off, neighbours_turned, part_of_a_head]
 
 
 @pytest.mark.parametrize("fn", [*ONE, *MORE])
