@@ -38,6 +38,8 @@ def supports(problem: GemmProblem) -> str | None:
         return f"{problem.m} tokens: reading W is the cost, and the families for few tokens do nothing else"
     if problem.dtype == torch.float32 and not problem.allow_tf32 and problem.paired:
         return "a pair of fp32 accumulators in IEEE precision spills registers"
+    if problem.dtype == torch.float32 and not problem.allow_tf32 and problem.halves > 32:
+        return f"heads of {2 * problem.halves} columns: a tile that wide in IEEE precision spills registers"
     return tma_obstacle(problem)
 
 

@@ -222,6 +222,9 @@ class _Composer:
             for second in (0, half):
                 made = self._store(name, place + self._column() + second, per_row=False)
                 stores.append(made if inside is None else replace(made, expr=only(inside, made.expr)))
+        if not self.accumulators <= {0, half}:
+            # The second half of what looked like a head is computed from another head.
+            raise Refused(f"columns {sorted(self.accumulators)} of %{product.name} apart are no halves of one head")
         return replace(self._group("gemm", tuple(stores)), contract=product, half=half)
 
     def _column(self) -> Affine:
@@ -243,7 +246,7 @@ class _Composer:
         probe.head = col.floordiv(half)
         probe._store(name, row * width + probe._column(), per_row=False)
         first = min(probe.accumulators, default=0)
-        if not probe.accumulators <= {first, first + half} or first % (2 * half):
+        if not probe.accumulators <= {first, first + half} or first % (2 * half) or first + width > product.n:
             raise Refused(f"%{name} reads columns {sorted(probe.accumulators)} of %{product.name} apart")
         return first, width
 
@@ -254,6 +257,9 @@ class _Composer:
             if output.kind == "value" and self.values.base(output.ref) == product.name:
                 view = self.values.views.get(output.ref)
                 layout = view.layout if view is not None else product.layout
+                if not layout.shape:
+                    # One number.
+                    return 0, product.n
                 first, width = view.offset if view is not None else 0, math.prod(layout.shape[1:])
                 inner = layout.stride[1:] == contiguous_strides(layout.shape[1:])
                 if layout.stride[:1] != (product.n,) or not inner or first + width > product.n:

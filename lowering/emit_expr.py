@@ -153,7 +153,8 @@ class Body:
     def typed(self, value: str, expr: Expr, dtype: torch.dtype) -> str:
         """A value as what is stored: in the tensor's dtype; a constant as a tensor."""
         if isinstance(expr, Const) and not value.startswith("("):
-            return f"tl.full([1, 1], {value}, {TYPES[dtype]})"
+            # A scalar takes the layout of what it is stored to, in Gluon as well.
+            return f"tl.cast({value}, {TYPES[dtype]})" if self.epilogue else f"tl.full([1, 1], {value}, {TYPES[dtype]})"
         return f"{value if atomic(value) else f'({value})'}.to({TYPES[dtype]})"
 
     # Values.

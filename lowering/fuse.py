@@ -131,8 +131,8 @@ class _State:
         needed, deps = self.needed(members), self.deps
         if len(members) > 1 and (bare := deps.bare & members):
             raise Refused(f"cuBLAS computes %{min(bare)}, and stores nothing else")
-        targets = {target for pair in deps.values.mutations for target in pair}
-        returned = {n for n in needed if self.readers[n] <= set(members) and n not in targets}
+        kept = {deps.values.base(made) for _, made in deps.values.mutations}
+        returned = {n for n in needed - kept if self.readers[n] <= set(members)}
         return compose(members, needed, deps.values, deps.inlined, elements=elements, returned=returned)
 
     def silent(self, number: int) -> bool:

@@ -85,7 +85,7 @@ class Compilers:
         self.done = self.missed = 0
         self._free = threading.Condition()
         self._idle: list[Connection] = []
-        self._alive, self._pid = 0, os.getpid()
+        self._alive, self._pid, self._closed = 0, os.getpid(), False
         pairs = [socket.socketpair() for _ in range(count)]
         theirs = [there.fileno() for _, there in pairs]
         # What is importable here is so there; one thread is enough for each.
@@ -139,8 +139,7 @@ class Compilers:
                 self._free.notify_all()
             return self._miss(f"one of them is gone: {type(cause).__name__} {cause}")
         with self._free:
-            self._idle.append(worker)
-            self._free.notify()
+            self._take_in(worker)
             self.done += not said
         return self._miss(f"{source.name}: {said}") if said else True
 
@@ -150,7 +149,7 @@ class Compilers:
             said = "terrazzo: %d binaries came from %d processes beside this one, %d were compiled in it"
             logger().info(said, self.done, self._alive, self.missed)
         with self._free:
-            idle, self._idle, self._alive = self._idle, [], 0
+            idle, self._idle, self._alive, self._closed = self._idle, [], 0, True
             self._free.notify_all()
         for worker in idle:
             worker.close()
@@ -167,9 +166,16 @@ class Compilers:
                 worker.close()
                 continue
             with self._free:
-                self._idle.append(worker)
-                self._alive += 1
-                self._free.notify()
+                self._alive += not self._closed
+                self._take_in(worker)
+
+    def _take_in(self, worker: Connection) -> None:
+        """One that has nothing to do is free for the next job, or ends, where all of them shall."""
+        if self._closed:
+            worker.close()
+        else:
+            self._idle.append(worker)
+            self._free.notify()
 
     def _miss(self, why: str) -> bool:
         if not self.missed:

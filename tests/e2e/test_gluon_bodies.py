@@ -22,6 +22,10 @@ def exponents(p: torch.Tensor) -> torch.Tensor:
     return torch.arange(p.shape[1], device=p.device) % 3
 
 
+def halves(p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return p.view(p.shape[0], -1, 128).chunk(2, -1)
+
+
 EPILOGUES = {
     "relu": torch.relu,
     "minus zero": lambda p: torch.clamp(p, min=-0.0) + torch.where(p > 1, p, -0.0),
@@ -35,6 +39,8 @@ EPILOGUES = {
     "bias by row and column": lambda p: (
         p + p.new_ones(p.shape[1]) * 2 + torch.arange(p.shape[0], device=p.device)[:, None]
     ),
+    "halves of heads": lambda p: torch.cat((halves(p)[0] - halves(p)[1], halves(p)[1] + halves(p)[0]), -1),
+    "a half that is a constant": lambda p: torch.nn.functional.pad(halves(p)[0] - halves(p)[1], (0, 64), value=0.5),
 }
 
 
@@ -42,9 +48,9 @@ def compiled(epilogue: str) -> str:
     """What is wrong with the kernel of a product with this epilogue; '' when nothing is."""
 
     def fn(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        return EPILOGUES[epilogue](x @ w)
+        return EPILOGUES[epilogue](x @ w.t())
 
-    x, w = (torch.randn(shape, dtype=torch.bfloat16) for shape in ((16, 256), (256, 512)))
+    x, w = (torch.randn(shape, dtype=torch.bfloat16) for shape in ((16, 256), (512, 256)))
     graph = torch.fx.experimental.proxy_tensor.make_fx(fn)(x, w)
     made = plan(trace(graph, Examples.of(graph, (x, w))), {}, Options(H100))
     families = [k.family for k in made.schedule.launches()]

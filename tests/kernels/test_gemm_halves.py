@@ -105,10 +105,11 @@ def test_rows_beyond_the_last_are_the_last(family: ModuleType, config: Any, devi
 
 @pytest.mark.parametrize("m", [1, 64, 128, 200, 512, 2048])
 @pytest.mark.parametrize("halves", [16, 32, 64, 128])
-def test_configs_hold_whole_heads(m: int, halves: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_configs_hold_whole_heads(m: int, halves: int, dtype: torch.dtype) -> None:
     """Where a schedule cannot bring halves of wider heads together, its tiles hold whole heads."""
     for n, k in ((6144, 4096), (3072, 2048), (5120, 3584)):
-        problem = GemmProblem(m, n, k, torch.bfloat16, halves=halves, rounds=True)
+        problem = GemmProblem(m, n, k, dtype, halves=halves, rounds=True)
         for family in (gemm_skinny, gemm_persistent, gemm_simple):
             if family.supports(problem) is None:
                 config, _ = family.choose(problem, H200)

@@ -105,6 +105,13 @@ def part_of_a_head(x: Any, w: Any, cos: Any, sin: Any) -> Any:
     return torch.cat((turned(q[..., :HALF], cos, sin), q[..., HALF:]), -1)
 
 
+def halves_kept(x: Any, w: Any, cos: Any, sin: Any) -> Any:
+    """The halves of two heads, each kept by itself: side by side they are as wide as a head, and are none."""
+    q = torch.nn.functional.linear(x, w, x.new_ones(WIDTH))[:, HEAD : 3 * HEAD].view(TOKENS, 2, HEAD)
+    a, b = q.chunk(2, -1)
+    return a * cos - b * sin, b * cos + a * sin, turned(q, cos, sin)
+
+
 def arguments(dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
     return [odd(TOKENS, K), odd(WIDTH, K, seed=1), odd(TOKENS, 1, HALF, seed=2), odd(TOKENS, 1, HALF, seed=3)]
 
@@ -116,7 +123,7 @@ def one_number_and_some_rows(x: Any, w: Any, cos: Any, sin: Any) -> Any:
 
 
 ONE = [qkv_rotated, whole_heads_tables, product_returned_too, with_bias_and_scale, q_alone, one_number_and_some_rows]
-MORE = [product_read_elsewhere, v_changed_in_place, half_a_head_off, neighbours_turned, part_of_a_head]
+MORE = [halves_kept, product_read_elsewhere, v_changed_in_place, half_a_head_off, neighbours_turned, part_of_a_head]
 
 
 @pytest.mark.parametrize("fn", [*ONE, *MORE])
@@ -153,6 +160,34 @@ def test_only_the_columns_that_the_caller_sees_of_a_product_are_stored() -> None
             *(s.offset.range for s in kernel.group.stores if s.value == kernel.group.contract.name), strict=True
         )
         assert max(highs) - min(lows) == (TOKENS - 1) * WIDTH + columns - 1
+
+
+def one_number_too(x: Any, w: Any, cos: Any, sin: Any) -> Any:
+    qkv = x @ w.t()
+    return turned(heads(split(qkv)[0], Q), cos, sin), qkv[0, 5], qkv[-1]
+
+
+def a_wider_value_too(x: Any, w: Any, cos: Any, sin: Any, scales: Any) -> Any:
+    """What the rotation reads and the caller gets as well, four times as wide as the product."""
+    q, wide = x @ w.t(), scales.sin() * 2
+    return turned(q.view(TOKENS, -1, HEAD), cos, sin) * wide[:, WIDTH : 2 * WIDTH].view(TOKENS, -1, HEAD), wide
+
+
+def written_to_the_callers(x: Any, w: Any, cos: Any, sin: Any, memory: Any) -> Any:
+    """All of the product stays in an argument, of which the product is a view; of itself the caller gets a part."""
+    qkv = torch.mm(x, w.t(), out=memory.view(TOKENS, WIDTH))
+    q, _, v = split(qkv)
+    return turned(heads(q, Q), cos, sin), v
+
+
+@pytest.mark.parametrize(
+    ("fn", "more"),
+    [(one_number_too, ()), (a_wider_value_too, (TOKENS, 4 * WIDTH)), (written_to_the_callers, (TOKENS * WIDTH,))],
+)
+def test_more_than_the_columns_that_are_rotated_is_seen(fn: Callable[..., Any], more: tuple[int, ...]) -> None:
+    piece = same(fn, *arguments(), *([odd(*more, seed=5)] if more else []))
+    [loaded] = piece.plans.values()
+    assert any(k.group.half == HALF for k in loaded.plan.schedule.launches())
 
 
 TREATMENTS = {

@@ -146,6 +146,26 @@ def test_where_nobody_is_left_kernels_are_compiled_here(tmp_path):
     assert (done, missed) == (0, binaries) and hits == [False] * binaries
 
 
+ENDED = """
+early, busy = compilers.Compilers(2), opened(1)
+# Before any of them is ready, and while one of them compiles.
+early.close()
+early.greeting.join()
+(worker,) = busy._idle
+compiling = Compiling(launches()[:1], busy.compiled)
+while busy._idle:
+    pass
+busy.close()
+compiling.wait()
+ended = [others._process.wait(20) for others in (early, busy)]
+print(json.dumps([ended, early.ready(), busy.ready(), early._idle + busy._idle, worker.closed, compiled]))
+"""
+
+
+def test_they_end_when_closed_however_early_or_busy(tmp_path):
+    assert said(alone(ENDED, tmp_path, timeout=100)) == [[0, 0], False, False, [], True, [True]]
+
+
 def test_they_end_with_the_process_even_when_it_is_killed(tmp_path):
     # Whoever is left holds the end of the error stream that is read here; the fork holds their pipes, and not that.
     code = """
