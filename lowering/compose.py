@@ -257,9 +257,6 @@ class _Composer:
             if output.kind == "value" and self.values.base(output.ref) == product.name:
                 view = self.values.views.get(output.ref)
                 layout = view.layout if view is not None else product.layout
-                if not layout.shape:
-                    # One number.
-                    return 0, product.n
                 first, width = view.offset if view is not None else 0, math.prod(layout.shape[1:])
                 inner = layout.stride[1:] == contiguous_strides(layout.shape[1:])
                 if layout.stride[:1] != (product.n,) or not inner or first + width > product.n:
