@@ -23,7 +23,7 @@ import triton.language as tl
 
 from .gemm import GemmProblem, Measured, descriptor, reference, row_of, tma_obstacle, type_name, whole_heads
 from .gemm_jobs import job_configs, label, sample
-from .gemm_persistent_table import BUCKETS, CONFIGS, EVIDENCE, Config
+from .gemm_persistent_table import BUCKETS, CONFIGS, EVIDENCE, Config, as_many_tiles
 from .gemm_tiles import accumulate, run_epilogue, tile_origin, w_descriptor, w_descriptor_type
 from .jobs import CompileJob
 from .launch import Kernel
@@ -49,10 +49,14 @@ def choose(problem: GemmProblem, target: Target) -> tuple[Config, str]:
         m, n, k = (max(16, triton.next_power_of_2(size)) for size in (problem.m, problem.n, problem.k))
         return Config(min(m, 128), min(n, 256), min(k, 256), 1, 4), "interpreter: few programs, large tiles"
     row = _row(problem, target)
-    if (hit := row.get(problem.m)) is not None and _holds_heads(problem, hit.config):
-        config = _fitted(problem, hit.config, target)
-        how = "" if config == hit.config else f"; the epilogue is wider than the measured one: {config.parts} parts"
-        return config, hit.why + how
+    same = as_many_tiles(row, problem.m, TILE_ROWS)
+    if same is not None and _holds_heads(problem, row[same].config):
+        config, how = _fitted(problem, row[same].config, target), ""
+        if same != problem.m:
+            how = f"; at {same} tokens, which fill as many tiles of {TILE_ROWS}"
+        if config != row[same].config:
+            how += f"; the epilogue is wider than the measured one: {config.parts} parts"
+        return config, row[same].why + how
     known = list(_measured_at(problem, target))
     tried = known or list(_candidates(problem, target))
     config = min(tried, key=lambda c: estimate_us(problem, c, target))
@@ -95,6 +99,8 @@ TILE_FLOPS = {64 * 64: 470e12, 64 * 128: 705e12, 128 * 128: 830e12, 128 * 192: 8
 # What is left of that where the work is long enough for the power limit: 8192 tokens ran at 660 to 720 TFLOP/s.
 SUSTAINED_FLOPS = 700e12
 MEASURED_SM_COUNT = 132
+# What tiles are multiples of: sizes that fill as many of them take as long as one that was measured.
+TILE_ROWS = 64
 # fp32 in FMA units: 128 lanes, 2 FLOPs, 1.755 GHz (the boost clock of the data sheet), per multiprocessor.
 SM_FLOPS_FP32 = 128 * 2 * 1.755e9
 # Launch, first tiles and last epilogue: 64x64 tiles at N = K = 2048 took 6.0 us, 2.0 of it W's bytes, 1.1 arithmetic.
@@ -117,14 +123,15 @@ def estimate_us(problem: GemmProblem, config: Config, target: Target) -> float:
         limit = SUSTAINED_FLOPS * rate / max(TILE_FLOPS.values())
     wave_us = resident * 2 * area * problem.k / rate * 1e6
     row = _row(problem, target)
+    same = as_many_tiles(row, problem.m, TILE_ROWS)
     if at := _measured_at(problem, target).get(config):
+        if same in at:
+            return row[same].us
         nearest = min(at, key=lambda m: max(m, problem.m) / min(m, problem.m))
-        if nearest == problem.m:
-            return row[nearest].us
         wave_us = (row[nearest].us - FIXED_US) / _waves(nearest, problem.n, config, target)
     floor_us = max(problem.flops / limit, problem.bytes_moved / target.bandwidth_bytes_s) * 1e6
-    # No config tried was faster for fewer tokens than the best of them, so none is for more.
-    fewer_us = max((hit.us for m, hit in row.items() if m <= problem.m), default=0.0)
+    # No config tried was faster for fewer tokens, or as many tiles, than the best of them, so none is for these.
+    fewer_us = max((hit.us for m, hit in row.items() if m <= problem.m or m == same), default=0.0)
     return max(FIXED_US + max(_waves(problem.m, problem.n, config, target) * wave_us, floor_us), fewer_us)
 
 

@@ -30,10 +30,10 @@ from .target import Target
 
 __all__ = ["Config", "choose", "compile_jobs", "estimate_us", "prepare", "reference", "supports"]
 
-# Launched without programmatic dependent launch, cuBLAS starts after its predecessor has ended; about half of its calls
-# at 333 tokens and up bring a memset along. Read off the benchmark's kernels, NVIDIA H100, 2026-11-25: 0.4 us between
-# kernels, 2 us for a memset.
-GAP_US = 2.0
+# Launched without programmatic dependent launch, cuBLAS starts after its predecessor has ended: 0.4 to 0.5 us between
+# the benchmark's kernels at 257 to 512 tokens, NVIDIA H100, 2026-11-25. The memset that some of its kernels bring along
+# is in their measured time.
+GAP_US = 0.5
 # Without a measurement: cuBLAS at 256, 512 and 1024 tokens took FIXED_US and its FLOPs at this rate within 8 % for
 # N and K of 4096 and 6144 (table of gemm_persistent, NVIDIA H200), until the power limit sets in.
 FIXED_US = 5.0
@@ -42,8 +42,6 @@ FLOPS = 820e12
 
 # The epilogue's tile: elements of a row by rows, 16 elements a thread.
 ROWS, COLUMNS, WARPS = 2, 2048, 8
-# What the epilogue's kernel costs beside its bytes.
-EPILOGUE_US = 2.0
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,8 @@ def estimate_us(problem: GemmProblem, config: Config, target: Target) -> float:
     if not problem.plain:
         product = problem.accumulators * problem.dtype.itemsize
         read_and_written = problem.m * problem.n * (product + (problem.epilogue_itemsize or problem.dtype.itemsize))
-        us += EPILOGUE_US + read_and_written / target.bandwidth_bytes_s * 1e6
+        # Nothing more: 9.8 us with its gap for 28.6 MB at 333 tokens of 8B, 6.8 for 22.1 MB at 257 (NVIDIA H100).
+        us += read_and_written / target.bandwidth_bytes_s * 1e6
     return us + GAP_US
 
 

@@ -106,8 +106,8 @@ class Compilers:
         self.greeting.start()
 
     def ready(self) -> bool:
-        """Whether one of them is, which is counted where not; none is for a fork of this process."""
-        return self._pid == os.getpid() and (self._alive > 0 or self._miss("none of them is ready"))
+        """Whether one of them is; none is for a fork of this process."""
+        return self._pid == os.getpid() and self._alive > 0
 
     def compiled(self, source: Any, target: Any, options: dict[str, Any]) -> bool:
         """Have one of them compile into Triton's cache; may be called from many threads.
