@@ -105,7 +105,8 @@ def _product(composer: _Composer, product: Contract) -> Group:
     try:
         return composer.gemm(product)
     except Refused as reason:
-        widths = {composer.layout(n).shape[-1] for n in composer.order if composer.layout(n).shape}
+        results = [composer.layout(n).shape for n in composer.needed if n != product.name]
+        widths = {shape[-1] for shape in results if shape}
         for half in HALVES if len(composer.order) > 1 and product.m <= FEW_TOKENS else ():
             if product.n % (2 * half) == 0 and 2 * half in widths:
                 try:
@@ -211,8 +212,8 @@ class _Composer:
         row, col = self.domain(product.m, product.n // 2)
         self.natural = row * self.cols + col
         stores: list[Store] = []
-        for name in self.needed:
-            first, width = self._columns(name, product, half)
+        spans = [self._columns(name, product, half) for name in self.needed]
+        for name, (first, width) in zip(self.needed, spans, strict=True):
             bounds = (("ge", first // 2), ("lt", (first + width) // 2))
             checks = [apply(fn, index(col), const(x, torch.int64), dtype=torch.bool) for fn, x in bounds]
             inside = all_of(check for check in checks if not isinstance(check, Const))
@@ -236,18 +237,31 @@ class _Composer:
         one half a head away."""
         if name == product.name:
             return self._read(product) if name in self.returned else (0, product.n)
+        known, used = ({}, 0) if self.elements is None else (self.elements.columns, self.elements.above[name])
+        key = name, product.name, half, self.mask & used
+        if key not in known:
+            known[key] = self._probed(name, product, half)
+        if isinstance(found := known[key], str):
+            raise Refused(found)
+        return found
+
+    def _probed(self, name: str, product: Contract, half: int) -> tuple[int, int] | str:
+        """The same for another value than the product; or why there are none."""
         numel = self.layout(name).numel
         width = numel // product.m
         if numel % product.m or not width or width % (2 * half):
-            raise Refused(f"%{name} does not consist of heads of {2 * half} columns")
+            return f"%{name} does not consist of heads of {2 * half} columns"
         probe = replace(self)
         probe.product, probe.half = product, half
         row, col = probe.domain(product.m, width // 2)
         probe.head = col.floordiv(half)
-        probe._store(name, row * width + probe._column(), per_row=False)
+        try:
+            probe._store(name, row * width + probe._column(), per_row=False)
+        except Refused as reason:
+            return str(reason)
         first = min(probe.accumulators, default=0)
         if not probe.accumulators <= {first, first + half} or first % (2 * half) or first + width > product.n:
-            raise Refused(f"%{name} reads columns {sorted(probe.accumulators)} of %{product.name} apart")
+            return f"%{name} reads columns {sorted(probe.accumulators)} of %{product.name} apart"
         return first, width
 
     def _read(self, product: Contract) -> tuple[int, int]:

@@ -19,12 +19,14 @@ class Elements:
         above: what each value is computed from, whole way up.
         tied: reductions and products.
         known: what was composed.
+        columns: of a product, which a value is computed from where heads' halves are brought together; or why none.
     """
 
     bits: dict[str, int] = field(default_factory=dict)
     above: dict[str, int] = field(default_factory=dict)
     tied: int = 0
     known: dict[tuple[object, ...], Expr] = field(default_factory=dict)
+    columns: dict[tuple[object, ...], tuple[int, int] | str] = field(default_factory=dict)
 
     def add(self, made: Definition, sources: Collection[str]) -> None:
         """The next value, in an order in which its sources come before it."""
