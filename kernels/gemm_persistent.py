@@ -125,7 +125,7 @@ def estimate_us(problem: GemmProblem, config: Config, target: Target) -> float:
     row = _row(problem, target)
     same = as_many_tiles(row, problem.m, TILE_ROWS)
     if at := _measured_at(problem, target).get(config):
-        if same in at:
+        if same is not None and same in at:
             return row[same].us
         nearest = min(at, key=lambda m: max(m, problem.m) / min(m, problem.m))
         wave_us = (row[nearest].us - FIXED_US) / _waves(nearest, problem.n, config, target)

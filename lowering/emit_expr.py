@@ -113,7 +113,7 @@ class Body:
         for expr, count in Counter(stored(s)[1] for s in self.group.stores).items():
             self.uses[expr] = self.uses.get(expr, 0) + count - 1
         for reduction in self.group.reductions:
-            value, _ = self.value(reduction.expr)
+            value = self.operand(reduction.expr)
             self.assign(reduction.value, self.reduced(reduction.kind, value, register(reduction.expr.dtype)))
         for store in self.group.stores:
             self.store(store)
@@ -130,6 +130,12 @@ class Body:
 
     def pointer(self, name: str) -> str:
         return f"{self.names[name]}_ptr"
+
+    def operand(self, expr: Expr) -> str:
+        """What is reduced, in its dtype: whole numbers alone would be as wide as they need."""
+        value, _ = self.value(expr)
+        typed = expr.dtype.is_floating_point or any(isinstance(n, (Load, RowScalar, Acc)) for n in walk(expr))
+        return value if typed or expr.dtype == torch.bool else f"tl.cast({value}, {TYPES[register(expr.dtype)]})"
 
     def reduced(self, kind: str, value: str, dtype: torch.dtype) -> str:
         return f"row_{kind}(tl.where(mask, {value}, {neutral_text(kind, dtype)}))"

@@ -43,7 +43,7 @@ def looped_body(
         start = neutral_text(reduction.kind, dtype)
         init.append((number, [f"return {_start(reduction, start, dtype)}"]))
         body = Body(group, dtypes, names, epilogue=False)
-        value, _ = body.value(reduction.expr)
+        value = body.operand(reduction.expr)
         lines = _pointers(
             tensors, names, [n.value for n in walk(reduction.expr) if hasattr(n, "offset") and hasattr(n, "value")]
         )

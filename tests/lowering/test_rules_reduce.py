@@ -183,3 +183,16 @@ def test_wide_rows_with_ties_and_nan() -> None:
 
 def test_all_of_a_large_tensor() -> None:
     same(lambda x: (x.sum(), x.amax(), x.var()), odd(300, 700))
+
+
+@pytest.mark.parametrize("width", [1, 5, 70_000])
+def test_numbers_that_no_memory_holds(width: int) -> None:
+    """Whole numbers that are constants are reduced as wide as their tensor's dtype is."""
+
+    def fn(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        none = x.new_zeros(2, width, dtype=torch.int64)
+        both = torch.cat([none - 1, none + 2_000_000_000], 1)
+        small = both.to(torch.int32) * 0 + 3
+        return both.amax(1), both.amin(1), both.sum(1), both.argmax(1), both.prod(), small.amin(1), small.any(1), x + 1
+
+    same(fn, odd(3))
