@@ -46,8 +46,9 @@ INTEGERS = {
     "shift_left": "shift_left({0}, {1})", "shift_right": "shift_right({0}, {1})",
 }  # fmt: skip
 
-# Functions of integers that ask their operands for their type.
+# Functions of integers that ask their operands for their type; those that make 32 bits of a number.
 OF_TENSORS = {"pow", "shift_left", "shift_right"}
+WIDENING = {"maximum", "minimum"}
 
 # Where fp64 differs: its division and root are exact anyway.
 DOUBLES = {"div": "{0} / {1}", "sqrt": "tl.sqrt({0})", "reciprocal": "1.0 / {0}"}
@@ -91,7 +92,7 @@ def apply_text(expr: Apply, parts: list[str]) -> str:
     if expr.fn == "where":
         return tl_where(expr, parts)
     if not of.is_floating_point and expr.fn in INTEGERS:
-        if expr.fn in OF_TENSORS:
+        if expr.fn in OF_TENSORS or (expr.fn in WIDENING and of.itemsize < 4):
             wrapped = [
                 f"tl.cast({p}, {TYPES[of]})" if isinstance(a, Const) else p
                 for p, a in zip(parts, expr.args, strict=True)

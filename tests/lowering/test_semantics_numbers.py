@@ -31,6 +31,14 @@ def test_integers_wrap_around(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", INTEGERS)
+def test_integers_wrap_around_after_a_bound(dtype: torch.dtype) -> None:
+    """A number as the bound makes no wider integer of the element."""
+    x = torch.tensor([0, 1, 2, 100, 127], dtype=dtype)
+    low = 0 if dtype == torch.uint8 else -1
+    same(lambda x: ((x.clamp(low, 120) * 3 + 100).float(), (x.clamp(min=5) + 125).sum(), x.clamp(max=99) << 2), x)
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
 def test_quotients_of_integers_have_eagers_signs(dtype: torch.dtype) -> None:
     # The smallest by -1 has no quotient: eager stops the process.
     x, y = extremes(dtype)[1:, None], torch.tensor([-7, -3, -2, 1, 2, 3, 100]).to(dtype)
