@@ -60,6 +60,8 @@ def supports(problem: GemmProblem) -> str | None:
         return "fp32 is multiplied in the precision that the problem asks for by kernels of ours"
     if not (problem.plain or problem.rounds):
         return "the epilogue belongs to the product, unrounded, and cuBLAS stores it rounded"
+    if problem.halves:
+        return "halves of heads are brought together for few tokens only"
     if problem.paired and problem.pair_offset != problem.n:
         return f"the pair's halves of {problem.n} columns are {problem.pair_offset} apart: they are no single product"
     return tma_obstacle(problem)
@@ -97,7 +99,6 @@ def vendor_epilogue_kernel(
     m_size,
     t,
     N: tl.constexpr,
-    HALVES: tl.constexpr,
     PAIRED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -110,30 +111,18 @@ def vendor_epilogue_kernel(
     # Rows before columns: a grid's second dimension ends at 65535.
     m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     n = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    mask = (m < m_size) & (n < N)
     WIDTH: tl.constexpr = 2 * N if PAIRED else N
-    LAST: tl.constexpr = N // 2 if HALVES > 0 else N
-    mask = (m < m_size) & (n < LAST)
-    at = product + m * WIDTH + n
-    if HALVES > 0:
-        at += n // HALVES * HALVES
-    acc = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    acc2 = acc
-    if PAIRED or HALVES > 0:
-        acc2 = tl.load(at + (HALVES if HALVES > 0 else N), mask=mask, other=0.0).to(tl.float32)
+    acc = tl.load(product + m * WIDTH + n, mask=mask, other=0.0).to(tl.float32)
+    acc2 = tl.load(product + m * WIDTH + N + n, mask=mask, other=0.0).to(tl.float32) if PAIRED else acc
     EPILOGUE(acc, acc2, tl.minimum(m, m_size - 1), n, mask, t)
 
 
-def _columns(problem: GemmProblem) -> int:
-    """What the epilogue's `n` counts to."""
-    return problem.n // 2 if problem.halves else problem.n
-
-
 def _constexprs(problem: GemmProblem, epilogue: Any, pdl: bool) -> dict[str, Any]:
-    columns = min(COLUMNS, triton.next_power_of_2(_columns(problem)))
+    columns = min(COLUMNS, triton.next_power_of_2(problem.n))
     rows = ROWS * COLUMNS // columns
     return {
         "N": problem.n,
-        "HALVES": problem.halves,
         "PAIRED": problem.paired,
         "ROWS": rows,
         "COLUMNS": columns,
@@ -161,7 +150,7 @@ class VendorGemm:
             torch.mm(x, columns, out=product)
         if not problem.plain:
             tile = self.kernel.constexprs
-            self.kernel((ceil(m / tile["ROWS"]), ceil(_columns(problem) / tile["COLUMNS"]), 1), product, m, t)
+            self.kernel((ceil(m / tile["ROWS"]), ceil(problem.n / tile["COLUMNS"]), 1), product, m, t)
 
 
 def prepare(epilogue: Any, config: Config, problem: GemmProblem, *, pdl: bool = False) -> VendorGemm:

@@ -32,8 +32,7 @@ def traffic(group: Group, values: Values) -> int:
     total += sum(typical(values.layouts[name].nbytes) for name in {s.value for s in group.stores})
     if group.contract is not None:
         product = group.contract
-        columns = group.cols * (2 if group.pair is not None or group.half else 1)
-        total += typical(product.m * product.k + product.k * columns) * product.layout.dtype.itemsize
+        total += typical(product.m * product.k + product.k * group.columns) * product.layout.dtype.itemsize
     if group.foreign is not None:
         read_whole = [values.layouts[b] for b in map(values.base, group.foreign.reads) if b in values.layouts]
         total += sum(typical(layout.nbytes) for layout in read_whole)
@@ -44,8 +43,7 @@ def traffic(group: Group, values: Values) -> int:
 def flops(group: Group) -> int:
     """Floating-point operations: two per multiply-add of a GEMM, one per function and element otherwise."""
     if group.contract is not None:
-        columns = group.cols * (2 if group.pair is not None or group.half else 1)
-        return 2 * typical(group.contract.m) * typical(columns) * typical(group.contract.k)
+        return 2 * typical(group.contract.m) * typical(group.columns) * typical(group.contract.k)
     count = sum(
         1 for n in walk(*(r.expr for r in group.reductions), *(s.expr for s in group.stores)) if isinstance(n, Apply)
     )

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from ..kernels.gemm_stream_table import MOST_TOKENS
 from .affine import Affine
 from .expr import Expr, Load, Masked, children, loads
 from .values import RUNNING, Contract, Extern
@@ -24,7 +25,7 @@ BODY_LIMIT = 600
 # 3.6, 2026-11-25) a residual added and stored in fp32 made o_proj take 516 us and down 1508 us, where cuBLAS and our
 # kernels without it take about 400 and 1340. And halves of heads brought together cost a large tile what a kernel of
 # their own does: 10 of 50 us at 2048 x 3072, where that takes 8 (the same card and day).
-FEW_TOKENS = 128
+FEW_TOKENS = MOST_TOKENS
 
 # Functions that cost more than a handful of instructions: not repeated for every element of a larger domain.
 EXPENSIVE = {
@@ -95,6 +96,11 @@ class Group:
         if self.foreign is not None:
             return self.foreign.name
         return self.stores[-1].value if self.stores else self.members[-1]
+
+    @property
+    def columns(self) -> int:
+        """Columns of the product that a GEMM's group computes."""
+        return self.cols * (2 if self.pair is not None or self.half else 1)
 
     @cached_property
     def loads(self) -> list[Load]:

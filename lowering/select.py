@@ -298,7 +298,7 @@ def gemm_problem(
     aligned = all(v.base not in misaligned and v.offset * v.layout.dtype.itemsize % 16 == 0 for v in (x, w))
     return GemmProblem(
         product.m,
-        group.cols * 2 if group.half else group.cols,
+        group.columns if group.half else group.cols,
         product.k,
         x.layout.dtype,
         layout,
