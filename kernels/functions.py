@@ -4,6 +4,7 @@
     div_floor, remainder     round towards minus infinity for both signs; `//` and `%` of Triton truncate
     row_max, row_min, …      reductions over axis 1 that keep the axis
     row_running_sum, …       scans along axis 1
+    store_sums, sum_of_parts what a GEMM's epilogue leaves of rows whose other columns are other tiles', and takes up
 
 Schedule, bytes: none of their own; they are inlined into the body.
 """
@@ -261,3 +262,36 @@ def row_running_sum(x):
 def row_running_prod(x):
     """Product of every column and those before it, [R, C]."""
     return tl.cumprod(x, axis=1)
+
+
+@triton.jit
+def store_sums(rows, x, n, mask, WIDTH: tl.constexpr, PARTS: tl.constexpr):
+    """Leave the sums of a tile over its columns, each as the first of as many parts as the tile is wide; the others, 0.
+
+    Args:
+        rows: pointers to each row's PARTS parts, in the shape of `m`, [R, 1] or [1, R].
+        x, mask: the tile, columns along the other axis; n: their numbers, consecutive, from a multiple of WIDTH on.
+        WIDTH: columns of a part.
+    """
+    ALONG: tl.constexpr = 0 if n.shape[0] > 1 else 1
+    TILE: tl.constexpr = n.shape[ALONG]
+    tl.static_assert(TILE % WIDTH == 0, "a tile has to hold whole parts")
+    total = tl.sum(tl.where(mask, x, 0.0), axis=ALONG, keep_dims=True)
+    there = tl.max(mask.to(tl.int32), axis=ALONG, keep_dims=True) != 0
+    first = tl.min(n, axis=ALONG, keep_dims=True) // WIDTH
+    for part in tl.static_range(TILE // WIDTH):
+        value = total if part == 0 else tl.where(there, 0.0, total)
+        tl.store(rows + first + part, value, mask=there & (first + part < PARTS))
+
+
+@triton.jit
+def sum_of_parts(rows, n, PARTS: tl.constexpr):
+    """Sums of each row's PARTS parts, in the shape of `rows`, which points to them; the columns `n` lie along the other
+    axis."""
+    ALONG: tl.constexpr = 0 if n.shape[0] > 1 else 1
+    TILE: tl.constexpr = n.shape[ALONG]
+    lane = n - tl.min(n, axis=ALONG, keep_dims=True)
+    total = tl.load(rows + lane, mask=lane < PARTS, other=0.0)
+    for first in tl.static_range(TILE, PARTS, TILE):
+        total += tl.load(rows + first + lane, mask=first + lane < PARTS, other=0.0)
+    return tl.sum(total, axis=ALONG, keep_dims=True)

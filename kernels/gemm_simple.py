@@ -130,6 +130,7 @@ def gemm_simple_kernel(
     PAIRED: tl.constexpr,
     PRECISION: tl.constexpr,
     PROLOGUE: tl.constexpr,
+    SCALARS: tl.constexpr,
     EPILOGUE: tl.constexpr,
 ):
     # What the strides have in common is known when this is compiled; it decides how wide the loads may be.
@@ -172,12 +173,13 @@ def gemm_simple_kernel(
     if not PAIRED:
         acc2 = acc
     row = batch * m_size + tl.minimum(m, m_size - 1)
+    ACROSS: tl.constexpr = 2 if HALVES > 0 else 1
     if HALVES > 0:
-        first, second = halves_apart(acc, HALVES, 1)
+        acc, acc2 = halves_apart(acc, HALVES, 1)
         n = in_group // rows * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)[None, :]
-        EPILOGUE(first, second, row, n, m_ok & (n < N // 2), t)
-    else:
-        EPILOGUE(acc, acc2, row, n, m_ok & n_ok, t)
+    if SCALARS is not None:
+        t = t + SCALARS(row, n, t)
+    EPILOGUE(acc, acc2, row, n, m_ok & (n < N // ACROSS), t)
 
 
 def _stride_factor(strides: tuple[int, ...]) -> int:
@@ -186,7 +188,12 @@ def _stride_factor(strides: tuple[int, ...]) -> int:
 
 
 def _constexprs(
-    problem: GemmProblem, config: Config, epilogue: Any, prologue: Any, unit: tuple[bool, str, int]
+    problem: GemmProblem,
+    config: Config,
+    epilogue: Any,
+    prologue: Any,
+    unit: tuple[bool, str, int],
+    scalars: Any = None,
 ) -> dict[str, Any]:
     x_unit_k, w_unit, factor = unit
     return {
@@ -205,6 +212,7 @@ def _constexprs(
         "PAIRED": problem.paired,
         "PRECISION": problem.precision,
         "PROLOGUE": prologue,
+        "SCALARS": scalars,
         "EPILOGUE": epilogue,
     }
 
@@ -212,8 +220,9 @@ def _constexprs(
 class SimpleGemm:
     """A prepared launch; call it with x, W in the problem's layout, and the tensors of epilogue and prologue."""
 
-    def __init__(self, epilogue: Any, config: Config, problem: GemmProblem, prologue: Any) -> None:
-        self.config, self.problem, self.epilogue, self.prologue = config, problem, epilogue, prologue
+    def __init__(self, epilogue: Any, config: Config, problem: GemmProblem, prologue: Any, scalars: Any) -> None:
+        self.config, self.problem, self.epilogue = config, problem, epilogue
+        self.prologue, self.scalars = prologue, scalars
         self._kernels: dict[tuple[bool, str, int], Kernel] = {}
 
     def kernel(self, x_strides: tuple[int, int, int], w_strides: tuple[int, int, int]) -> Kernel:
@@ -223,7 +232,7 @@ class SimpleGemm:
         others = w_strides[:2] if w_unit == "k" else w_strides[::2] if w_unit == "n" else w_strides
         unit = (x_strides[2] == 1, w_unit, _stride_factor((*x_strides[:2], *others)))
         if unit not in self._kernels:
-            constexprs = _constexprs(self.problem, self.config, self.epilogue, self.prologue, unit)
+            constexprs = _constexprs(self.problem, self.config, self.epilogue, self.prologue, unit, self.scalars)
             config = self.config
             self._kernels[unit] = Kernel(gemm_simple_kernel, constexprs, config.warps, num_stages=config.stages)
         return self._kernels[unit]
@@ -246,7 +255,9 @@ def _stride(tensor: torch.Tensor, axis: int) -> int:
     return 1 if axis == -1 else tensor.shape[-1]
 
 
-def prepare(epilogue: Any, config: Config, problem: GemmProblem, *, prologue: Any = None) -> SimpleGemm:
+def prepare(
+    epilogue: Any, config: Config, problem: GemmProblem, *, prologue: Any = None, scalars: Any = None
+) -> SimpleGemm:
     """Fix everything that does not change between calls.
 
     Args:
@@ -254,8 +265,9 @@ def prepare(epilogue: Any, config: Config, problem: GemmProblem, *, prologue: An
         config: from `choose`.
         problem: sizes and layout; `m` and the strides are only hints, the tensors' own are used.
         prologue: `@triton.jit` body `(x, m, k, mask, t) -> value` on x's tiles, `m` as above; None leaves x as it is.
+        scalars: as for `gemm_stream.prepare`.
     """
-    return SimpleGemm(epilogue, config, problem, prologue)
+    return SimpleGemm(epilogue, config, problem, prologue, scalars)
 
 
 def compile_jobs(arch: int) -> Iterable[CompileJob]:

@@ -182,6 +182,7 @@ def gemm_skinny_kernel(
     KN: tl.constexpr,
     PDL: tl.constexpr,
     PRECISION: tl.constexpr,
+    SCALARS: tl.constexpr,
     EPILOGUE: tl.constexpr,
 ):
     tile_n, split, tile_m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -202,7 +203,7 @@ def gemm_skinny_kernel(
     if not PAIRED:
         acc2 = acc
     if SPLIT_K == 1:
-        _finish(acc, acc2, m0, n0, m_size, t, N, HALVES, EPILOGUE)
+        _finish(acc, acc2, m0, n0, m_size, t, N, HALVES, SCALARS, EPILOGUE)
     else:
         unit = tile_m * tl.num_programs(0) + tile_n
         TILE: tl.constexpr = BLOCK_N * BLOCK_M
@@ -221,23 +222,36 @@ def gemm_skinny_kernel(
             if PAIRED:
                 total2 = sum_of_splits(base + TILE, at, SPLIT_K, ACCS * TILE)
             tl.store(counters + unit, 0)
-            _finish(total, total2, m0, n0, m_size, t, N, HALVES, EPILOGUE)
+            _finish(total, total2, m0, n0, m_size, t, N, HALVES, SCALARS, EPILOGUE)
 
 
 @triton.jit
-def _finish(acc, acc2, m0, n0, m_size, t, N: tl.constexpr, HALVES: tl.constexpr, EPILOGUE: tl.constexpr):
+def _finish(
+    acc,
+    acc2,
+    m0,
+    n0,
+    m_size,
+    t,
+    N: tl.constexpr,
+    HALVES: tl.constexpr,
+    SCALARS: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+):
+    ACROSS: tl.constexpr = 2 if HALVES > 0 else 1
     m = m0 + tl.arange(0, acc.shape[1])[None, :]
+    n = n0 // ACROSS + tl.arange(0, acc.shape[0] // ACROSS)[:, None]
     row = tl.minimum(m, m_size - 1)
     if HALVES > 0:
-        first, second = halves_apart(acc, HALVES, 0)
-        n = n0 // 2 + tl.arange(0, acc.shape[0] // 2)[:, None]
-        EPILOGUE(first, second, row, n, (n < N // 2) & (m < m_size), t)
-    else:
-        n = n0 + tl.arange(0, acc.shape[0])[:, None]
-        EPILOGUE(acc, acc2, row, n, (n < N) & (m < m_size), t)
+        acc, acc2 = halves_apart(acc, HALVES, 0)
+    if SCALARS is not None:
+        t = t + SCALARS(row, n, t)
+    EPILOGUE(acc, acc2, row, n, (n < N // ACROSS) & (m < m_size), t)
 
 
-def _constexprs(problem: GemmProblem, config: Config, epilogue: Any, pdl: bool) -> dict[str, Any]:
+def _constexprs(
+    problem: GemmProblem, config: Config, epilogue: Any, pdl: bool, scalars: Any = None
+) -> dict[str, Any]:
     return {
         "N": problem.n,
         "K": problem.k,
@@ -253,6 +267,7 @@ def _constexprs(problem: GemmProblem, config: Config, epilogue: Any, pdl: bool) 
         "KN": problem.layout == "kn",
         "PDL": pdl,
         "PRECISION": problem.precision,
+        "SCALARS": scalars,
         "EPILOGUE": epilogue,
     }
 
@@ -260,11 +275,13 @@ def _constexprs(problem: GemmProblem, config: Config, epilogue: Any, pdl: bool) 
 class SkinnyGemm:
     """A prepared launch; call it with x [M, K], W in the problem's layout and the epilogue's tensors."""
 
-    def __init__(self, epilogue: Any, config: Config, problem: GemmProblem, pdl: bool, slot: int) -> None:
+    def __init__(
+        self, epilogue: Any, config: Config, problem: GemmProblem, scalars: Any, pdl: bool, slot: int
+    ) -> None:
         self.config, self.problem, self.slot = config, problem, slot
         self.kernel = Kernel(
             gemm_skinny_kernel,
-            _constexprs(problem, config, epilogue, pdl),
+            _constexprs(problem, config, epilogue, pdl, scalars),
             num_warps=config.warps,
             num_stages=config.stages,
             pdl=pdl,
@@ -289,17 +306,20 @@ class SkinnyGemm:
         self.kernel(grid, *args)
 
 
-def prepare(epilogue: Any, config: Config, problem: GemmProblem, *, pdl: bool = False, slot: int = 0) -> SkinnyGemm:
+def prepare(
+    epilogue: Any, config: Config, problem: GemmProblem, *, scalars: Any = None, pdl: bool = False, slot: int = 0
+) -> SkinnyGemm:
     """Fix everything that does not change between calls.
 
     Args:
         epilogue: `@triton.jit` body `(acc, acc2, m, n, mask, t)`; accumulators are [BLOCK_N, BLOCK_M].
         config: from `choose`.
         problem: sizes and strides; `m` is only a hint.
+        scalars: as for `gemm_stream.prepare`.
         pdl: wait for the predecessor in the kernel and let the successor start before the epilogue.
         slot: workspace slot; differs between kernels that may run at the same time.
     """
-    return SkinnyGemm(epilogue, config, problem, pdl, slot)
+    return SkinnyGemm(epilogue, config, problem, scalars, pdl, slot)
 
 
 def compile_jobs(arch: int) -> Iterable[CompileJob]:

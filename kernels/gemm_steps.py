@@ -46,6 +46,38 @@ def multiply(w, x, acc, TOKENS_FIRST: gl.constexpr, KN: gl.constexpr):
         return warpgroup_mma(w.permute((1, 0)) if KN else w, x.permute((1, 0)), acc, is_async=True)
 
 
+@gluon.constexpr_function
+def lines(along_n: int, tokens_first: bool, warps: int):
+    """The layout of an epilogue's tile, so many columns wide: a warp stores whole lines, as columns of W are adjacent
+    in memory."""
+    wide = 4 if along_n >= 32 else 2
+    lanes = min(32, along_n // wide)
+    if tokens_first:
+        return gl.BlockedLayout([1, wide], [32 // lanes, lanes], [warps, 1], [1, 0])
+    return gl.BlockedLayout([wide, 1], [lanes, 32 // lanes], [1, warps], [0, 1])
+
+
+@gluon.constexpr_function
+def lines_of_pairs(along_n: int, tokens_first: bool, warps: int):
+    """The same for pairs of elements, both in one thread."""
+    laid = lines(along_n, tokens_first, warps)
+    return gl.BlockedLayout(
+        [*laid.size_per_thread, 2], [*laid.threads_per_warp, 1], [*laid.warps_per_cta, 1], [2, *laid.order]
+    )
+
+
+@gluon.jit
+def rows_and_columns(
+    m0, n0, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, TOKENS_FIRST: gl.constexpr, WARPS: gl.constexpr
+):
+    """Where the elements of an epilogue's tile lie: `m` and `n`, each along its own axis."""
+    laid: gl.constexpr = lines(BLOCK_N, TOKENS_FIRST, WARPS)
+    M_AXIS: gl.constexpr = 0 if TOKENS_FIRST else 1
+    m = m0 + gl.expand_dims(gl.arange(0, BLOCK_M, gl.SliceLayout(1 - M_AXIS, laid)), 1 - M_AXIS)
+    n = n0 + gl.expand_dims(gl.arange(0, BLOCK_N, gl.SliceLayout(M_AXIS, laid)), M_AXIS)
+    return m, n
+
+
 @gluon.jit
 def finish(
     acc,
@@ -55,49 +87,31 @@ def finish(
     m_size,
     t,
     N: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
     HALVES: gl.constexpr,
     TOKENS_FIRST: gl.constexpr,
     PAIRED: gl.constexpr,
     WARPS: gl.constexpr,
     EPILOGUE: gl.constexpr,
 ):
-    """The epilogue, on sums laid out so that a warp stores whole lines: columns of W are adjacent in memory."""
-    ACROSS: gl.constexpr = 2 if HALVES > 0 else 1
-    LAST: gl.constexpr = N // ACROSS
-    ALONG_N: gl.constexpr = (acc.shape[1] if TOKENS_FIRST else acc.shape[0]) // ACROSS
-    WIDE: gl.constexpr = 4 if ALONG_N >= 32 else 2
-    LANES: gl.constexpr = min(32, ALONG_N // WIDE)
-    lines: gl.constexpr = (
-        gl.BlockedLayout([1, WIDE], [32 // LANES, LANES], [WARPS, 1], [1, 0])
-        if TOKENS_FIRST
-        else gl.BlockedLayout([WIDE, 1], [LANES, 32 // LANES], [1, WARPS], [0, 1])
-    )
+    """The epilogue over a tile of BLOCK_M rows and, of what it gets, BLOCK_N columns."""
+    laid: gl.constexpr = lines(BLOCK_N, TOKENS_FIRST, WARPS)
     if HALVES > 0:
         # Of a head that is wider than the tile, the tile holds as much of both halves.
-        acc, acc2 = halves_apart(acc, min(HALVES, ALONG_N), TOKENS_FIRST, WIDE, LANES, WARPS)
-    first = gl.expand_dims(gl.arange(0, acc.shape[0], gl.SliceLayout(1, lines)), 1)
-    second = gl.expand_dims(gl.arange(0, acc.shape[1], gl.SliceLayout(0, lines)), 0)
-    if TOKENS_FIRST:
-        m, n = m0 + first, n0 // ACROSS + second
-    else:
-        m, n = m0 + second, n0 // ACROSS + first
-    acc = gl.convert_layout(acc, lines)
-    acc2 = gl.convert_layout(acc2, lines) if PAIRED or HALVES > 0 else acc
-    EPILOGUE(acc, acc2, gl.minimum(m, m_size - 1), n, (n < LAST) & (m < m_size), t)
+        acc, acc2 = halves_apart(acc, min(HALVES, BLOCK_N), TOKENS_FIRST, WARPS)
+    m, n = rows_and_columns(m0, n0, BLOCK_M, BLOCK_N, TOKENS_FIRST, WARPS)
+    acc = gl.convert_layout(acc, laid)
+    acc2 = gl.convert_layout(acc2, laid) if PAIRED or HALVES > 0 else acc
+    EPILOGUE(acc, acc2, gl.minimum(m, m_size - 1), n, (n < N) & (m < m_size), t)
 
 
 @gluon.jit
-def halves_apart(
-    acc, HALF: gl.constexpr, TOKENS_FIRST: gl.constexpr, WIDE: gl.constexpr, LANES: gl.constexpr, WARPS: gl.constexpr
-):
+def halves_apart(acc, HALF: gl.constexpr, TOKENS_FIRST: gl.constexpr, WARPS: gl.constexpr):
     """As `gemm.halves_apart`, each thread with both halves of its elements."""
     ROWS: gl.constexpr = acc.shape[0]
     COLS: gl.constexpr = acc.shape[1]
-    pairs: gl.constexpr = (
-        gl.BlockedLayout([1, WIDE, 2], [32 // LANES, LANES, 1], [WARPS, 1, 1], [2, 1, 0])
-        if TOKENS_FIRST
-        else gl.BlockedLayout([WIDE, 1, 2], [LANES, 32 // LANES, 1], [1, WARPS, 1], [2, 0, 1])
-    )
+    pairs: gl.constexpr = lines_of_pairs((COLS if TOKENS_FIRST else ROWS) // 2, TOKENS_FIRST, WARPS)
     if TOKENS_FIRST:
         heads = acc.reshape([ROWS, COLS // (2 * HALF), 2, HALF]).permute((0, 1, 3, 2)).reshape([ROWS, COLS // 2, 2])
     else:

@@ -38,7 +38,15 @@ from .gemm import (
 )
 from .gemm_jobs import job_configs, label, sample
 from .gemm_persistent import MEASURED_SM_COUNT
-from .gemm_steps import ask_w, finish, let_successor_start, multiply, sum_of_splits, wait_for_predecessor
+from .gemm_steps import (
+    ask_w,
+    finish,
+    let_successor_start,
+    multiply,
+    rows_and_columns,
+    sum_of_splits,
+    wait_for_predecessor,
+)
 from .gemm_stream_table import BUCKETS, CONFIGS, EVIDENCE, MOST_TOKENS, Config, alike, smem_bytes
 from .jobs import CompileJob
 from .launch import Kernel
@@ -130,6 +138,7 @@ def gemm_stream_kernel(
     LEADS: gl.constexpr,
     ASKS_EARLY: gl.constexpr,
     WARPS: gl.constexpr,
+    SCALARS: gl.constexpr,
     EPILOGUE: gl.constexpr,
 ):
     ACCS: gl.constexpr = 2 if PAIRED else 1
@@ -163,6 +172,12 @@ def gemm_stream_kernel(
     for s in gl.static_range(STAGES):
         k = k0 + s * BLOCK_K
         tma.async_copy_global_to_shared(x_desc, [m0, k], ready.index(s), x_ring.index(s), pred=k < k_end)
+    # Of what the epilogue gets: columns of W that are halves of heads are two of its own.
+    ACROSS: gl.constexpr = 2 if HALVES > 0 else 1
+    if SCALARS is not None:
+        # While the first tiles of x are on their way.
+        m, n = rows_and_columns(m0, n0 // ACROSS, BLOCK_M, BLOCK_N // ACROSS, TOKENS_FIRST, WARPS)
+        t = t + SCALARS(gl.minimum(m, m_size - 1), n, t)
 
     ROWS: gl.constexpr = BLOCK_M if TOKENS_FIRST else BLOCK_N
     COLS: gl.constexpr = BLOCK_N if TOKENS_FIRST else BLOCK_M
@@ -220,12 +235,20 @@ def gemm_stream_kernel(
             if PAIRED:
                 acc2 = sum_of_splits(base + TILE, at, SPLIT_K, ACCS * TILE)
             gl.store(counters + unit, 0)
-            finish(acc, acc2, m0, n0, m_size, t, N, HALVES, TOKENS_FIRST, PAIRED, WARPS, EPILOGUE)
+            finish(
+                acc, acc2, m0, n0 // ACROSS, m_size, t, N // ACROSS, BLOCK_M, BLOCK_N // ACROSS, HALVES, TOKENS_FIRST, PAIRED,
+                WARPS, EPILOGUE,
+            )  # fmt: skip
     else:
-        finish(acc, acc2, m0, n0, m_size, t, N, HALVES, TOKENS_FIRST, PAIRED, WARPS, EPILOGUE)
+        finish(
+            acc, acc2, m0, n0 // ACROSS, m_size, t, N // ACROSS, BLOCK_M, BLOCK_N // ACROSS, HALVES, TOKENS_FIRST, PAIRED,
+            WARPS, EPILOGUE,
+        )  # fmt: skip
 
 
-def _constexprs(problem: GemmProblem, config: Config, epilogue: Any, pdl: bool, leads: bool = False) -> dict[str, Any]:
+def _constexprs(
+    problem: GemmProblem, config: Config, epilogue: Any, pdl: bool, leads: bool = False, scalars: Any = None
+) -> dict[str, Any]:
     return {
         "N": problem.n,
         "K": problem.k,
@@ -244,6 +267,7 @@ def _constexprs(problem: GemmProblem, config: Config, epilogue: Any, pdl: bool, 
         "LEADS": leads,
         "ASKS_EARLY": asks_early(problem, leads),
         "WARPS": config.warps,
+        "SCALARS": scalars,
         "EPILOGUE": epilogue,
     }
 
@@ -269,12 +293,21 @@ def _by_halves(desc: Any, box: list[int], halves: int) -> None:
 class StreamGemm:
     """A prepared launch; call it with x [M, K], W in the problem's layout and the epilogue's tensors."""
 
-    def __init__(self, epilogue: Any, config: Config, problem: GemmProblem, pdl: bool, leads: bool, slot: int) -> None:
+    def __init__(
+        self,
+        epilogue: Any,
+        config: Config,
+        problem: GemmProblem,
+        scalars: Any = None,
+        pdl: bool = False,
+        leads: bool = False,
+        slot: int = 0,
+    ) -> None:
         assert config.stages > 1, "a ring of one slot is never refilled"
-        self.config, self.problem, self.epilogue, self.leads, self.slot = config, problem, epilogue, leads, slot
-        self.kernel = Kernel(
-            gemm_stream_kernel, _constexprs(problem, config, epilogue, pdl, leads), num_warps=config.warps, pdl=pdl
-        )
+        self.config, self.problem, self.epilogue, self.scalars = config, problem, epilogue, scalars
+        self.leads, self.slot = leads, slot
+        constexprs = _constexprs(problem, config, epilogue, pdl, leads, scalars)
+        self.kernel = Kernel(gemm_stream_kernel, constexprs, num_warps=config.warps, pdl=pdl)
         self._x_block = [config.block_m, config.block_k]
         self._w_block = _w_box(problem, config)
         self._x_layout = _shared_layout(self._x_block, problem.dtype)
@@ -300,7 +333,14 @@ class StreamGemm:
 
 
 def prepare(
-    epilogue: Any, config: Config, problem: GemmProblem, *, pdl: bool = False, leads: bool = False, slot: int = 0
+    epilogue: Any,
+    config: Config,
+    problem: GemmProblem,
+    *,
+    scalars: Any = None,
+    pdl: bool = False,
+    leads: bool = False,
+    slot: int = 0,
 ) -> StreamGemm:
     """Fix everything that does not change between calls.
 
@@ -309,11 +349,13 @@ def prepare(
             [BLOCK_M, BLOCK_N] where tokens are the rows.
         config: from `choose`.
         problem: sizes and strides; `m` is only a hint.
+        scalars: `@triton.jit` function `(m, n, t)`: a tuple of what the epilogue needs of whole rows, in the shape of
+            `m`; it finds that behind the tensors of `t`.
         pdl, leads: programmatic dependent launch (see launch.py); W is asked for before the wait where the problem says
             that it is given, and another kernel of the plan has waited.
         slot: workspace slot; differs between kernels that may run at the same time.
     """
-    return StreamGemm(epilogue, config, problem, pdl, leads, slot)
+    return StreamGemm(epilogue, config, problem, scalars, pdl, leads, slot)
 
 
 def compile_jobs(arch: int) -> Iterable[CompileJob]:

@@ -1,4 +1,4 @@
-"""Stage 5: who needs whom, as a networkx graph with bytes on its edges.
+"""Stage 6: who needs whom, as a networkx graph with bytes on its edges.
 
 Enters: `Values`. Leaves: `Dependencies`: the graph over values (an edge from each value to each that reads it, with the
 bytes that pass), which values must be in memory whatever is fused (returned, operands of GEMMs and of ops that run as

@@ -1,4 +1,4 @@
-"""Stage 9: a schedule as one readable Python module.
+"""Stage 10: a schedule as one readable Python module.
 
 Enters: a `Schedule`. Leaves: `Plan`: source text with the fused bodies as `@triton.jit` functions, the launches
 prepared at import, and `call(*args)`, which makes buffers, launches in order and returns what the piece returns. Equal
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -132,10 +132,27 @@ class _Writer:
         """The body function of a launch; empty where an earlier launch has the same but for the names in it, as the
         layers of a model do: then both share it, and what it compiles to."""
         name = f"{self.names[kernel.name]}_body"
-        text = self.function(kernel, name)
-        what = text if is_looped(kernel) else nameless(text)  # the former are four functions
+        text, scalars = self.function(kernel, name), self.scalars(kernel, name)
+        # Of a loop there are four functions.
+        what = text if is_looped(kernel) else "".join(map(nameless, filter(None, (scalars, text))))
         self.body_of[kernel.name] = self.bodies.setdefault(what, name)
-        return text if self.body_of[kernel.name] == name else ""
+        return "\n\n\n".join(filter(None, (scalars, text))) if self.body_of[kernel.name] == name else ""
+
+    def scalars(self, kernel: Kernel, body: str) -> str:
+        """The function that gives an epilogue its rows' sums; empty where it needs none."""
+        group = kernel.group
+        if group.contract is None or not group.reductions:
+            return ""
+        tensors = self.tensors(kernel)
+        lines = ["@triton.jit", f"def {_scalars(body)}(m, n, t):"]
+        lines += [f"    {line}" for line in self.pointers(tensors, {load.value for load in group.summed})]
+        if self.wide(group):
+            lines.append("    m, n = m.to(tl.int64), n.to(tl.int64)")
+        dtypes = {n: self.values.layouts[n].dtype for n in tensors}
+        return "\n".join(lines + [f"    {line}" for line in Body(group, dtypes, self.names, True).scalars()])
+
+    def pointers(self, tensors: Sequence[str], used: Collection[str]) -> list[str]:
+        return [f"{self.names[n]}_ptr = t[{i}]" for i, n in enumerate(tensors) if n in used]
 
     def function(self, kernel: Kernel, name: str) -> str:
         epilogue = kernel.group.contract is not None
@@ -148,8 +165,8 @@ class _Writer:
         lines = ["@triton.jit", f"def {name}({parameters}):"]
         for number, group in enumerate(kernel.segments):
             inner = [f"# {line}" for line in self.sources(group)]
-            used = {load.value for load in group.loads} | {s.value for s in group.stores}
-            inner += [f"{self.names[n]}_ptr = t[{i}]" for i, n in enumerate(tensors) if n in used]
+            read = group.loads if not epilogue else [load for load in group.loads if load not in group.summed]
+            inner += self.pointers(tensors, {load.value for load in read} | {s.value for s in group.stores})
             if epilogue and self.wide(group):
                 inner.append("m, n = m.to(tl.int64), n.to(tl.int64)")
             inner += self.sizeless(kernel, "\n".join(Body(group, dtypes, self.names, epilogue).write())).split("\n")
@@ -212,6 +229,8 @@ class _Writer:
         parts = [self.body_of[kernel.name], f"{choice.family}.Config({settings})"]
         if kernel.group.contract is not None:
             parts.append(f"GemmProblem({', '.join(f'{k}={v!r}' for k, v in vars(problem).items())})")
+            if kernel.group.reductions:
+                parts.append(f"scalars={_scalars(self.body_of[kernel.name])}")
         elif any(map(self.wide, kernel.segments)):
             parts.append("wide=True")
         if choice.pdl:
@@ -379,6 +398,11 @@ def nameless(function: str) -> str:
         node.id = numbers.get(node.id, node.id)
     tree.name = "_"
     return ast.unparse(tree)
+
+
+def _scalars(body: str) -> str:
+    """Name of the function that goes with a body."""
+    return body.removesuffix("_body") + "_scalars"
 
 
 def _python(value: Any) -> str:

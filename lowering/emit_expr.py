@@ -112,12 +112,25 @@ class Body:
                 self.reading.add(node)
         for expr, count in Counter(stored(s)[1] for s in self.group.stores).items():
             self.uses[expr] = self.uses.get(expr, 0) + count - 1
-        for reduction in self.group.reductions:
+        for number, reduction in enumerate(self.group.reductions):
+            if reduction.parts:
+                # Behind the tensors: see `scalars`.
+                self.assign(reduction.value, f"t[{len(self.dtypes) + number}]")
+                continue
             value = self.operand(reduction.expr)
             self.assign(reduction.value, self.reduced(reduction.kind, value, register(reduction.expr.dtype)))
         for store in self.group.stores:
             self.store(store)
         return self.lines
+
+    def scalars(self) -> list[str]:
+        """What an epilogue needs of whole rows, which a GEMM computes before its product: in the shape of `m`."""
+        sums = []
+        for reduction in self.group.reductions:
+            assert isinstance(reduction.expr, Load)
+            pointer = f"{self.pointer(reduction.expr.value)} + m * {reduction.parts}"
+            sums.append(f"sum_of_parts({pointer}, n, {reduction.parts}),")
+        return [f"return ({' '.join(sums)})"]
 
     def assign(self, name: str, text: str) -> str:
         name = base = self.names.get(name) or identifier(name)
@@ -143,6 +156,11 @@ class Body:
     def store(self, store: Store) -> None:
         held, expr = stored(store)
         value, _ = self.value(expr, held)
+        if store.summed:
+            parts = self.group.cols // store.summed
+            pointer = f"{self.pointer(store.value)} + m * {parts}"
+            self.lines.append(f"store_sums({pointer}, {value}, n, mask, {store.summed}, {parts})")
+            return
         where, dims = self.offset(store.offset, None)
         where = self.spread(where, dims, frozenset((0,)) if store.per_row else frozenset((0, 1)))
         mask = "mask"

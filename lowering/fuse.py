@@ -1,4 +1,4 @@
-"""Stage 6: values are contracted into kernels, by what it saves.
+"""Stage 7: values are contracted into kernels, by what it saves.
 
 Enters: `Dependencies`. Leaves: `Fused`: groups in an order in which they can run, and for every pair that was
 considered and not fused the reason. The walk is greedy: of all pairs of groups, joined by an edge or reading the same
@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 import networkx as nx
 
-from .compose import Refused, compose
+from .compose import compose
+from .composer import Refused, is_parts
 from .cost import traffic
 from .depend import Dependencies
 from .elements import Elements
@@ -53,6 +54,21 @@ class Fused:
     @property
     def values(self) -> Values:
         return self.dependencies.values
+
+    @property
+    def stranded(self) -> frozenset[str]:
+        """Products past which a scale was hoisted in vain: it, or the sums it needs, ended up in a kernel of its own."""
+        owner = {name: group for group in self.groups for name in group.members}
+        hoisted, made = self.values.hoisted, self.values.definitions
+        parts = {n for group in self.groups if group.contract is None for n in group.members if is_parts(made[n])}
+
+        def joined(name: str) -> bool:
+            group = owner[name]
+            return group is owner.get(hoisted[name]) and bool(group.reductions) and parts.isdisjoint(
+                load.value for load in group.loads
+            )
+
+        return frozenset(hoisted[name] for name in hoisted if not joined(name))
 
     def __str__(self) -> str:
         lines = [f"{g.kind} {g.name}: {', '.join(g.members)}" for g in self.groups]

@@ -1,6 +1,6 @@
 """What one kernel computes, in the words that the stages after fusion share: reductions, stores, groups.
 
-A group's expressions are over a two-dimensional domain of rows and columns; `compose.py` makes them.
+A group's expressions are over a two-dimensional domain of rows and columns; `composer.py` makes them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from .expr import Expr, Load, Masked, children, loads
 from .values import RUNNING, Contract, Extern
 
 ROW, COL = 0, 1
+
+# Columns that a GEMM's tile sums up, where another kernel is to sum rows: those of the narrowest tile that does it.
+PART = 32
 
 # Above this many distinct nodes a body no longer reads, or compiles, like something a person would write.
 BODY_LIMIT = 600
@@ -37,11 +40,13 @@ EXPENSIVE = {
 
 @dataclass(frozen=True)
 class Reduction:
-    """`kind` of `expr` over the columns of each row."""
+    """`kind` of `expr` over the columns of each row; in a GEMM's epilogue the sum over `parts` elements of memory, of
+    which `expr` reads those in the columns."""
 
     value: str
     kind: str
     expr: Expr
+    parts: int = 0
 
     @property
     def running(self) -> bool:
@@ -52,12 +57,13 @@ class Reduction:
 @dataclass(frozen=True)
 class Store:
     """`expr` written at `offset` of the memory of `value`; once per row when `per_row`. A `Masked` one is written only
-    where its condition holds."""
+    where its condition holds. With `summed` its sum over so many columns each."""
 
     value: str
     offset: Affine
     expr: Expr
     per_row: bool
+    summed: int = 0
 
 
 @dataclass(frozen=True)
@@ -106,6 +112,11 @@ class Group:
     def loads(self) -> list[Load]:
         """Distinct loads, in order of first use."""
         return loads(*(r.expr for r in self.reductions), *(s.expr for s in self.stores))
+
+    @cached_property
+    def summed(self) -> list[Load]:
+        """Reads of the parts whose sums an epilogue gets."""
+        return loads(*(r.expr for r in self.reductions if r.parts))
 
 
 def too_long(roots: Sequence[Expr]) -> bool:

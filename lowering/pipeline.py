@@ -5,6 +5,7 @@
     canonicalize  what says nothing is gone                                        canonicalize.py
     specialize    symbols become integers, guards are evaluated                    specialize.py
     define        each node an expression per element, views become offsets        define.py, rules_*.py
+    hoist         norms before products scale what comes out of them               hoist.py
     depend        who needs whom, bytes on the edges                               depend.py
     fuse          values become kernels by what it saves, refusals with reasons    fuse.py, group.py
     select        family and config for these sizes                                select.py
@@ -31,6 +32,7 @@ from .define import define
 from .depend import barring, depend
 from .emit import Plan, emit
 from .fuse import fuse
+from .hoist import hoist
 from .intake import Examples, intake
 from .ir import Trace
 from .options import Options
@@ -93,10 +95,14 @@ def plan(
     journal = journal or Journal()
     concrete = journal.run(specialize, traced, binding)
     values = journal.run(define, concrete)
-    deps = journal.run(depend, values)
-    selected = journal.run(select, journal.run(fuse, deps, options), options, misaligned)
+    hoisted = journal.run(hoist, values) if options.fuse else values
+    fused = journal.run(fuse, journal.run(depend, hoisted), options)
+    if fused.stranded:
+        hoisted = journal.run(hoist, values, fused.stranded)
+        fused = journal.run(fuse, journal.run(depend, hoisted), options)
+    selected = journal.run(select, fused, options, misaligned)
     if selected.vendors:
         # What cuBLAS leaves to a kernel of its own may join another one instead.
-        deps = barring(deps, selected.vendors)
+        deps = barring(fused.dependencies, selected.vendors)
         selected = journal.run(select, journal.run(fuse, deps, options), options, misaligned)
     return journal.run(emit, journal.run(schedule, selected), title)

@@ -1,4 +1,4 @@
-"""Stage 8: the order of launches, and the life of every buffer.
+"""Stage 9: the order of launches, and the life of every buffer.
 
 Enters: `Selected`. Leaves: `Schedule`: steps in order; for each the buffers it makes and those nobody needs afterwards.
 A buffer is made right before the launch that writes it and dropped right after the last that reads it, so that the

@@ -1,4 +1,4 @@
-"""Stage 7: each group gets a kernel family and a config for these very sizes.
+"""Stage 8: each group gets a kernel family and a config for these very sizes.
 
 Enters: `Fused`. Leaves: `Selected`: kernels in running order, each one launch: a family, its config, why, and one group
 or several independent ones as segments. The family follows from what the group is (a GEMM's operands and their strides,
@@ -25,7 +25,8 @@ from ..kernels.rows import LOOP_FROM
 from ..kernels.segments import Problem
 from .affine import Div, Indirect, Mod
 from .choices import Table, by_size, choose
-from .compose import Refused, compose
+from .compose import compose
+from .composer import Refused
 from .cost import traffic
 from .expr import Load, loads
 from .fuse import Fused
@@ -270,8 +271,8 @@ def is_looped(kernel: Kernel) -> bool:
 
 def _widest_tile(group: Group, values: Values) -> int:
     """Bytes per element of the widest matrix that an epilogue reads or stores."""
-    names = [s.value for s in group.stores] + [load.value for load in group.loads]
-    layouts = [values.layouts[n] for n in names]
+    read = [load.value for load in group.loads if load not in group.summed]
+    layouts = [values.layouts[n] for n in (*(s.value for s in group.stores if not s.summed), *read)]
     return max((v.dtype.itemsize for v in layouts if typical(v.numel) > typical(group.cols)), default=0)
 
 

@@ -175,6 +175,7 @@ class Values:
         outputs, mutations, absolute: as in `Trace`, names resolved by `views` where they are views.
         layouts: geometry of every value.
         ops: the trace's nodes, which these definitions were made of.
+        hoisted: products whose operand lost its scale, with the value that is their scaled result (hoist.py).
     """
 
     inputs: tuple[Input, ...]
@@ -186,6 +187,7 @@ class Values:
     layouts: Mapping[str, Layout] = field(default_factory=dict)
     ops: tuple[Node, ...] = ()
     absolute: bool = False
+    hoisted: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def device(self) -> torch.device:

@@ -33,6 +33,7 @@ from terrazzo.kernels import gemm_persistent, gemm_stream, gemm_vendor
 from terrazzo.kernels.gemm import GemmProblem
 from terrazzo.kernels.target import Target
 from terrazzo.kernels.together import compiling_together
+from terrazzo.runtime import compilers
 from terrazzo.runtime.compiled import CompiledPiece
 from terrazzo.tools.bench import middle
 from terrazzo.tools.command import exit_status, sizes
@@ -75,7 +76,7 @@ def stream_space(problem: GemmProblem, target: Target) -> Iterator[gemm_stream.C
     whole, accs = max(8, 1 << (problem.m - 1).bit_length()), problem.accumulators
     if problem.m <= 32:
         shapes = [(whole, 64, False, k, s) for k in (64, 128) for s in (1, 2, 4)]
-        shapes += [(64, n, True, k, s) for n in (16, 32, 64) for k in (64, 128, 256) for s in (1, 2)]
+        shapes += [(64, n, True, k, s) for n in (32, 64) for k in (64, 128, 256) for s in (1, 2)]
     else:
         tiles = ((min(whole, 128), (64, 128)), (64, (64, 128)))
         shapes = [(m, n, False, k, s) for m, ns in tiles for n in ns for k in (64, 128) for s in (1, 2)]
@@ -136,10 +137,12 @@ class Tuning:
     def prepare(self) -> None:
         """Every candidate of every launch, compiled side by side."""
         target = Target.current()
-        with compiling_together():
+        with compiling_together(compilers.asked()):
             for launch in self.launches:
                 for family, config in space(launch.problem, target):
-                    how = {"pdl": True} | ({"leads": launch.planned.leads} if family is gemm_stream else {})
+                    how = {"pdl": True}
+                    if family is gemm_stream:
+                        how |= {"leads": launch.planned.leads, "scalars": launch.planned.scalars}
                     made = launch.candidates[config] = family.prepare(
                         launch.planned.epilogue, config, launch.problem, **how
                     )
@@ -246,6 +249,7 @@ def main() -> int:
     options = parser.parse_args()
     place.timing()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    compilers.open_for(parser)
     work = [(model, size) for model in options.models.split(",") for size in options.sizes]
     end, wrong = time.monotonic() + options.budget_s, []
     with open(options.json or os.devnull, "a") as journal, torch.no_grad():

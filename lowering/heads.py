@@ -1,0 +1,121 @@
+"""A product whose tile brings together the halves of heads, for what rotates them.
+
+A tile then holds two columns of the product for each of its own, half a head apart: both halves are its two
+accumulators, and what needs both (a rotation) is computed where they are. Values that are computed from different heads
+share the kernel, each written for its own columns only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from .affine import Affine, Bounded, Var, contiguous_strides, substitution
+from .composer import Composer, Refused
+from .expr import Acc, Const, Expr, all_of, apply, const, index, only, rewrite
+from .group import COL, ROW, Group, Store
+from .values import Contract
+
+
+@dataclass
+class Heads(Composer):
+    """A composition around a product of heads."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # Width of half a head, and of the columns that are being written the head, counted from their first.
+        self.half, self.head = 0, Affine()
+
+    def halves(self, product: Contract, half: int) -> Group:
+        if {product.a.base, product.b.base} & set(self.order):
+            raise Refused(f"the operands of %{product.name} are read from memory")
+        self.product, self.half = product, half
+        self.sums_of_parts()
+        row, col = self.domain(product.m, product.n // 2)
+        self.natural = row * self.cols + col
+        stores: list[Store] = []
+        spans = [self._columns(name, product, half) for name in self.needed]
+        for name, (first, width) in zip(self.needed, spans, strict=True):
+            bounds = (("ge", first // 2), ("lt", (first + width) // 2))
+            checks = [apply(fn, index(col), const(x, torch.int64), dtype=torch.bool) for fn, x in bounds]
+            inside = all_of(check for check in checks if not isinstance(check, Const))
+            head = col.floordiv(half) - first // (2 * half)
+            self.first, self.head = first, Affine.of(Bounded(head, width // (2 * half)))
+            place = row * product.n + first if name == product.name else row * width
+            for second in (0, half):
+                made = self._store(name, place + self._column() + second, per_row=False)
+                stores.append(made if inside is None else replace(made, expr=only(inside, made.expr)))
+        if not self.accumulators <= {0, half}:
+            # The second half of what looked like a head is computed from another head.
+            raise Refused(f"columns {sorted(self.accumulators)} of %{product.name} apart are no halves of one head")
+        return replace(self._group("gemm", tuple(stores)), contract=product, half=half)
+
+    def _column(self) -> Affine:
+        """Column of the value that is written, in the first half of its head."""
+        return self.head * (2 * self.half) + Affine.of(Var(COL, self.cols)).mod(self.half)
+
+    def _columns(self, name: str, product: Contract, half: int) -> tuple[int, int]:
+        """First and number of the product's columns that a value is computed from, each element from its own and the
+        one half a head away."""
+        if name == product.name:
+            return self._read(product) if name in self.returned else (0, product.n)
+        known, used = ({}, 0) if self.elements is None else (self.elements.columns, self.elements.above[name])
+        key = name, product.name, half, self.mask & used
+        if key not in known:
+            known[key] = self._probed(name, product, half)
+        if isinstance(found := known[key], str):
+            raise Refused(found)
+        return found
+
+    def _probed(self, name: str, product: Contract, half: int) -> tuple[int, int] | str:
+        """The same for another value than the product; or why there are none."""
+        numel = self.layout(name).numel
+        width = numel // product.m
+        if numel % product.m or not width or width % (2 * half):
+            return f"%{name} does not consist of heads of {2 * half} columns"
+        probe = replace(self)
+        probe.product, probe.half = product, half
+        probe.sums_of_parts()
+        row, col = probe.domain(product.m, width // 2)
+        probe.head = col.floordiv(half)
+        try:
+            probe._store(name, row * width + probe._column(), per_row=False)
+        except Refused as reason:
+            return str(reason)
+        first = min(probe.accumulators, default=0)
+        if not probe.accumulators <= {first, first + half} or first % (2 * half) or first + width > product.n:
+            return f"%{name} reads columns {sorted(probe.accumulators)} of %{product.name} apart"
+        return first, width
+
+    def _read(self, product: Contract) -> tuple[int, int]:
+        """First and number of a returned product's columns that hold all the caller sees, in whole heads."""
+        seen = []
+        for output in self.values.outputs:
+            if output.kind == "value" and self.values.base(output.ref) == product.name:
+                view = self.values.views.get(output.ref)
+                layout = view.layout if view is not None else product.layout
+                first, width = view.offset if view is not None else 0, math.prod(layout.shape[1:])
+                inner = layout.stride[1:] == contiguous_strides(layout.shape[1:])
+                if layout.stride[:1] != (product.n,) or not inner or first + width > product.n:
+                    return 0, product.n
+                seen.append((first, first + width))
+        head = 2 * self.half
+        first = min(start for start, _ in seen) // head * head
+        return first, -(-max(end for _, end in seen) // head) * head - first
+
+    def _accumulator(self, product: Contract, place: tuple[Affine, ...]) -> Expr:
+        """The accumulator that holds this element of a product whose heads' halves are brought together."""
+        own = self._column() + self.first
+        atoms = {atom for atom, _ in self.head.terms if isinstance(atom, Bounded)}
+        apart = (place[1] - own).substitute(lambda atom: atom.base if atom in atoms else None)
+        if place[0] != Affine.of(Var(ROW, self.rows)) or apart.terms:
+            raise Refused(f"%{product.name} is read away from the tile that holds it")
+        self.accumulators.add(apart.const)
+        return Acc(product.layout.dtype, value=product.name, which=int(apart.const == self.half))
+
+    def _substituted(self, expr: Expr, place: Mapping[int, Affine], leaf: Callable[[Expr], Expr | None]) -> Expr:
+        """First the indices alone: what they rule out (the other half's branch of a cat) is not read anywhere."""
+        return rewrite(rewrite(expr, substitution(place)), new_leaf=leaf)
