@@ -249,9 +249,7 @@ def _finish(
     EPILOGUE(acc, acc2, row, n, (n < N // ACROSS) & (m < m_size), t)
 
 
-def _constexprs(
-    problem: GemmProblem, config: Config, epilogue: Any, pdl: bool, scalars: Any = None
-) -> dict[str, Any]:
+def _constexprs(problem: GemmProblem, config: Config, epilogue: Any, pdl: bool, scalars: Any = None) -> dict[str, Any]:
     return {
         "N": problem.n,
         "K": problem.k,
@@ -275,9 +273,7 @@ def _constexprs(
 class SkinnyGemm:
     """A prepared launch; call it with x [M, K], W in the problem's layout and the epilogue's tensors."""
 
-    def __init__(
-        self, epilogue: Any, config: Config, problem: GemmProblem, scalars: Any, pdl: bool, slot: int
-    ) -> None:
+    def __init__(self, epilogue: Any, config: Config, problem: GemmProblem, scalars: Any, pdl: bool, slot: int) -> None:
         self.config, self.problem, self.slot = config, problem, slot
         self.kernel = Kernel(
             gemm_skinny_kernel,

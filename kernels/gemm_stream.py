@@ -236,13 +236,13 @@ def gemm_stream_kernel(
                 acc2 = sum_of_splits(base + TILE, at, SPLIT_K, ACCS * TILE)
             gl.store(counters + unit, 0)
             finish(
-                acc, acc2, m0, n0 // ACROSS, m_size, t, N // ACROSS, BLOCK_M, BLOCK_N // ACROSS, HALVES, TOKENS_FIRST, PAIRED,
-                WARPS, EPILOGUE,
+                acc, acc2, m0, n0 // ACROSS, m_size, t, N // ACROSS, BLOCK_M, BLOCK_N // ACROSS, HALVES, TOKENS_FIRST,
+                PAIRED, WARPS, EPILOGUE,
             )  # fmt: skip
     else:
         finish(
-            acc, acc2, m0, n0 // ACROSS, m_size, t, N // ACROSS, BLOCK_M, BLOCK_N // ACROSS, HALVES, TOKENS_FIRST, PAIRED,
-            WARPS, EPILOGUE,
+            acc, acc2, m0, n0 // ACROSS, m_size, t, N // ACROSS, BLOCK_M, BLOCK_N // ACROSS, HALVES, TOKENS_FIRST,
+            PAIRED, WARPS, EPILOGUE,
         )  # fmt: skip
 
 

@@ -8,8 +8,8 @@ things cannot be inlined and must match the domain: the result of a reduction (i
 accumulator (it belongs to this tile).
 
 A GEMM's tile may hold two columns of the product for each of its own: a fixed distance apart (gate and up of a GLU), or
-the halves of a head (a rotation). And a row's sum may be cut in two: one kernel leaves it in parts, as wide as a tile is
-at least, the next sums those in every tile. The expressions are written in `composer.py` and, for heads, in `heads.py`.
+the halves of a head (a rotation). And a row's sum may be cut in two: one kernel leaves it in parts that every tile has
+whole, the next sums those. The expressions are written in `composer.py` and, for heads, in `heads.py`.
 """
 
 from __future__ import annotations

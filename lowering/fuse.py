@@ -57,15 +57,17 @@ class Fused:
 
     @property
     def stranded(self) -> frozenset[str]:
-        """Products past which a scale was hoisted in vain: it, or the sums it needs, ended up in a kernel of its own."""
+        """Products past which a scale was hoisted in vain: it, or the sums it needs, became a kernel of its own."""
         owner = {name: group for group in self.groups for name in group.members}
         hoisted, made = self.values.hoisted, self.values.definitions
         parts = {n for group in self.groups if group.contract is None for n in group.members if is_parts(made[n])}
 
         def joined(name: str) -> bool:
             group = owner[name]
-            return group is owner.get(hoisted[name]) and bool(group.reductions) and parts.isdisjoint(
-                load.value for load in group.loads
+            return (
+                group is owner.get(hoisted[name])
+                and bool(group.reductions)
+                and parts.isdisjoint(load.value for load in group.loads)
             )
 
         return frozenset(hoisted[name] for name in hoisted if not joined(name))

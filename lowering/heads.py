@@ -44,7 +44,7 @@ class Heads(Composer):
             inside = all_of(check for check in checks if not isinstance(check, Const))
             head = col.floordiv(half) - first // (2 * half)
             self.first, self.head = first, Affine.of(Bounded(head, width // (2 * half)))
-            place = row * product.n + first if name == product.name else row * width
+            place = row * (self.layout(name).numel // product.m) + (first if self._as_wide(name, product) else 0)
             for second in (0, half):
                 made = self._store(name, place + self._column() + second, per_row=False)
                 stores.append(made if inside is None else replace(made, expr=only(inside, made.expr)))
@@ -60,8 +60,10 @@ class Heads(Composer):
     def _columns(self, name: str, product: Contract, half: int) -> tuple[int, int]:
         """First and number of the product's columns that a value is computed from, each element from its own and the
         one half a head away."""
+        if self._as_wide(name, product) and name in self.returned:
+            return self._read(name, product)
         if name == product.name:
-            return self._read(product) if name in self.returned else (0, product.n)
+            return 0, product.n
         known, used = ({}, 0) if self.elements is None else (self.elements.columns, self.elements.above[name])
         key = name, product.name, half, self.mask & used
         if key not in known:
@@ -90,11 +92,16 @@ class Heads(Composer):
             return f"%{name} reads columns {sorted(probe.accumulators)} of %{product.name} apart"
         return first, width
 
-    def _read(self, product: Contract) -> tuple[int, int]:
-        """First and number of a returned product's columns that hold all the caller sees, in whole heads."""
+    def _as_wide(self, name: str, product: Contract) -> bool:
+        """Whether a value's columns are the product's: itself, or itself scaled."""
+        layout = self.layout(name)
+        return (layout.shape, layout.stride) == (product.layout.shape, product.layout.stride)
+
+    def _read(self, name: str, product: Contract) -> tuple[int, int]:
+        """First and number of a returned value's columns that hold all the caller sees, in whole heads."""
         seen = []
         for output in self.values.outputs:
-            if output.kind == "value" and self.values.base(output.ref) == product.name:
+            if output.kind == "value" and self.values.base(output.ref) == name:
                 view = self.values.views.get(output.ref)
                 layout = view.layout if view is not None else product.layout
                 first, width = view.offset if view is not None else 0, math.prod(layout.shape[1:])

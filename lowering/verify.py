@@ -9,7 +9,7 @@ from typing import Any
 import networkx as nx
 import sympy
 
-from .depend import Dependencies
+from .depend import Dependencies, direct_reads
 from .errors import InternalError
 from .expr import Acc, RowScalar, walk
 from .fuse import Fused
@@ -61,6 +61,16 @@ def _values(values: Values) -> None:
             _fail("define", name, f"it is a view of the view %{view.base}")
         if view.base not in values.layouts:
             _fail("define", name, f"its base %{view.base} has no layout")
+
+
+def _hoisted(values: Values) -> None:
+    _values(values)
+    known = {i.name for i in values.inputs}
+    for name, made in values.definitions.items():
+        for read in direct_reads(made, values):
+            if read not in known:
+                _fail("hoist", name, f"it reads %{read}, which nothing before it defines")
+        known.add(name)
 
 
 def _dependencies(deps: Dependencies) -> None:
@@ -124,6 +134,7 @@ CHECKS: dict[str, Callable[[Any], None]] = {
     "canonicalize": _trace,
     "specialize": _concrete,
     "define": _values,
+    "hoist": _hoisted,
     "depend": _dependencies,
     "fuse": _fused,
     "select": _selected,

@@ -52,6 +52,7 @@ MENTIONED = {
     "canonicalize": ["%x0", "aten.mm.default", "aten.relu.default", "return"],
     "specialize": ["%x0", "float32[4, 6]", "aten.sort"],
     "define": ["contract %mm", "map %relu", "extern %sort", "view"],
+    "hoist": ["contract %mm", "map %relu", "extern %sort", "view"],
     "depend": ["x0 -> mm", "bytes", "in memory", "inlined"],
     "fuse": ["gemm relu", "row div", "extern sort", "not fused: relu + div"],
     "select": ["gemm_", "relu", "rows div", "extern sort"],
@@ -127,6 +128,10 @@ def views_nothing(v: Values) -> Values:
     return replace(v, views={name: replace(view, base="nobody")})
 
 
+def defines_too_late(v: Values) -> Values:
+    return replace(v, definitions=dict(reversed(v.definitions.items())))
+
+
 def runs_in_a_circle(d: Dependencies) -> Dependencies:
     graph = d.graph.copy()
     graph.add_edge("relu", "mm", bytes=0)
@@ -183,6 +188,7 @@ BROKEN: list[tuple[str, Callable[[Any], Any], str]] = [
     ("specialize", keeps_a_symbol, "still symbolic"),
     ("define", views_a_view, "a view of the view"),
     ("define", views_nothing, "%nobody has no layout"),
+    ("hoist", defines_too_late, "which nothing before it defines"),
     ("depend", runs_in_a_circle, "cycle"),
     ("fuse", groups_in_the_wrong_order, "which no earlier kernel stores"),
     ("fuse", stores_less_than_is_needed, "nothing stores it"),

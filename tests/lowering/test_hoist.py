@@ -1,0 +1,185 @@
+"""Norms before products: what scales the rows of an operand scales the product's result instead, and where not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from terrazzo.lowering.group import Group
+from terrazzo.runtime.compiled import CompiledPiece
+
+from .equal import compare, copied, odd, same, traced
+from .test_ranged import at_every_size
+
+BF16 = torch.bfloat16
+TOKENS, K, N, OUT = 5, 48, 64, 96
+
+
+def normed(h: Any, weight: Any) -> Any:
+    """As vLLM's and transformers' models write it: rounded before the weight."""
+    wide = h.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(h.dtype)
+
+
+def residual(x: Any, w: Any, r: Any) -> Any:
+    return x @ w + r
+
+
+def chain(x: Any, w: Any, r: Any, g: Any, w1: Any) -> Any:
+    h = residual(x, w, r)
+    return h, normed(h, g) @ w1
+
+
+def glu(x: Any, w: Any, r: Any, g: Any, w1: Any) -> Any:
+    h = residual(x, w, r)
+    gate, up = (normed(h, g) @ w1).chunk(2, -1)
+    return h, torch.nn.functional.silu(gate) * up
+
+
+def separate_products(x: Any, w: Any, r: Any, g: Any, w1: Any) -> Any:
+    a = normed(residual(x, w, r), g)
+    return a @ w1, a @ (w1 * 2)
+
+
+def gemmas_weight(x: Any, w: Any, r: Any, g: Any, w1: Any) -> Any:
+    h = residual(x, w, r)
+    wide = h.float()
+    return h, (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6) * (1 + g.float())).to(w1.dtype) @ w1
+
+
+def divided(x: Any, w: Any, r: Any, g: Any, w1: Any) -> Any:
+    """Scaled by another function of another sum."""
+    h = residual(x, w, r)
+    return h, (h.float() * torch.exp(-h.float().abs().sum(-1, keepdim=True) / N) * g).to(w1.dtype) @ w1
+
+
+def no_residual(x: Any, w: Any, r: Any, g: Any, w1: Any) -> Any:
+    return normed(x @ w, g) @ w1
+
+
+def twice(x: Any, w: Any, r: Any, g: Any, w1: Any) -> Any:
+    """Two norms, each before a product: the middle piece of a decoder."""
+    h = residual(x, w, r)
+    h = h + normed(h, g) @ w1[:, :N]
+    return h, normed(h, g) @ w1
+
+
+def given(tokens: int = TOKENS, dtype: torch.dtype = BF16, width: int = N) -> list[torch.Tensor]:
+    sizes = ((tokens, K), (K, width), (tokens, width), (width,), (width, OUT))
+    return [odd(*size, dtype=dtype, seed=i) for i, size in enumerate(sizes)]
+
+
+def groups(piece: CompiledPiece) -> list[Group]:
+    """What the launches of a piece with one plan compute."""
+    [loaded] = piece.plans.values()
+    return [k.group for k in loaded.plan.schedule.launches()]
+
+
+def hoisted(piece: CompiledPiece) -> bool:
+    return any(s.summed for g in groups(piece) for s in g.stores) or any(
+        r.parts for g in groups(piece) for r in g.reductions
+    )
+
+
+@pytest.mark.parametrize("tokens", [1, 2, TOKENS, 32])
+@pytest.mark.parametrize("fn", [chain, glu, gemmas_weight, divided, no_residual])
+def test_nothing_is_left_between_the_products(fn: Callable[..., Any], tokens: int) -> None:
+    first, second = groups(same(fn, *given(tokens)))
+    assert first.contract is not None and [s.summed for s in first.stores if s.summed] == [32]
+    assert second.contract is not None and [r.parts for r in second.reductions] == [N // 32]
+
+
+def test_products_of_one_operand_each_sum_its_parts() -> None:
+    products = [g for g in groups(same(separate_products, *given())) if g.contract is not None]
+    assert [len(g.reductions) for g in products] == [0, 1, 1]
+
+
+def test_a_chain_of_norms_is_a_chain_of_products() -> None:
+    assert [g.kind for g in groups(same(twice, *given()))] == ["gemm", "gemm", "gemm"]
+
+
+def returned(x: Any, w: Any, r: Any, g: Any, w1: Any) -> Any:
+    a = normed(residual(x, w, r), g)
+    return a, a @ w1
+
+
+def read_elsewhere(x: Any, w: Any, r: Any, g: Any, w1: Any) -> Any:
+    a = normed(residual(x, w, r), g)
+    return a @ w1, a.sum(0)
+
+
+def scale_read_elsewhere(x: Any, w: Any, r: Any, g: Any, w1: Any) -> Any:
+    h = residual(x, w, r)
+    scale = torch.rsqrt(h.float().pow(2).mean(-1, keepdim=True) + 1e-6)
+    return scale, (h * scale * g).to(w1.dtype) @ w1
+
+
+def of_an_input(x: Any, w: Any, r: Any, g: Any, w1: Any) -> Any:
+    return normed(r, g) @ w1
+
+
+def layer_norm(x: Any, w: Any, r: Any, g: Any, w1: Any) -> Any:
+    return torch.nn.functional.layer_norm(residual(x, w, r), (N,), g) @ w1
+
+
+def other_operand(x: Any, w: Any, r: Any, g: Any, w1: Any) -> Any:
+    a = normed(residual(x, w, r), g)
+    return w1.t() @ a.t()
+
+
+def columns_scaled(x: Any, w: Any, r: Any, g: Any, w1: Any) -> Any:
+    """The sum runs over the tokens."""
+    h = residual(x, w, r)
+    return (h * h.float().sum(0, keepdim=True).sigmoid()).to(w1.dtype) @ w1
+
+
+def through_a_transposition(x: Any, w: Any, r: Any, g: Any, w1: Any) -> Any:
+    """What the norm reads lies elsewhere in the tile of the product before."""
+    h = (x @ w).reshape(N, TOKENS).t()
+    return normed(h + r, g) @ w1
+
+
+NOT_HOISTED = [
+    returned, read_elsewhere, scale_read_elsewhere, of_an_input, layer_norm, other_operand, columns_scaled,
+    through_a_transposition,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fn", NOT_HOISTED)
+def test_where_the_scaled_operand_or_its_sum_is_needed_it_stays(fn: Callable[..., Any]) -> None:
+    assert not hoisted(same(fn, *given()))
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        pytest.param(given(dtype=torch.float16), id="fp16, in which it could overflow"),
+        pytest.param(given(dtype=torch.float32), id="fp32"),
+        pytest.param(given(tokens=33), id="many tokens"),
+        pytest.param(given(width=72), id="a width that is no multiple of a part"),
+    ],
+)
+def test_where_it_would_not_be_right_or_not_pay_it_stays(args: list[torch.Tensor]) -> None:
+    assert not hoisted(same(chain, *args))
+
+
+def test_results_repeat_bit_by_bit() -> None:
+    args = given(32)
+    piece = CompiledPiece(traced(chain, len(args)), args)
+    first, second = (piece(*copied(args)) for _ in range(2))
+    compare(first, second)
+
+
+def test_one_plan_serves_every_size_of_a_range() -> None:
+    _, [regime] = at_every_size(chain, given, 2, 32)
+    assert regime.plan is not None and "sum_of_parts" in regime.plan.source
+
+
+def test_rows_that_overflow_or_vanish_are_what_they_are_in_eager() -> None:
+    x, w, r, g, w1 = given()
+    r[0], r[1, 3], r[2, 5] = 0, float("inf"), float("nan")
+    x[0] = 0
+    same(chain, x, w, r, g, w1)
