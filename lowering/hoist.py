@@ -32,9 +32,9 @@ from .group import PART
 from .values import Contract, Definition, Extern, Item, Layout, Map, Reduce, Values, View
 
 # Up to so many tokens it pays: every tile of the second product sums a row's parts anew, and the first stores x' beside
-# x. Middle pieces of Llama-3.1-8B, Llama-3.2-1B and Qwen3-8B took (H100, torch 2.11, triton 3.6, bf16, 2026-11-25, tiles
-# tuned for it) 0.95 to 0.99 of the time with norms at 8 and 16 tokens, 0.95 to 0.98 at 32, 0.99 to 1.01 at 64, 0.99 to
-# 1.06 at 128, 1.17 at 2048.
+# x. Middle pieces of Llama-3.1-8B, Llama-3.2-1B and Qwen3-8B took (H100, torch 2.11, triton 3.6, bf16, 2026-11-25,
+# tiles tuned for it) 0.95 to 0.99 of the time with norms at 8 and 16 tokens, 0.95 to 0.98 at 32, 0.99 to 1.01 at 64,
+# 0.99 to 1.06 at 128, 1.17 at 2048.
 MOST_TOKENS = 32
 # A scale that takes more operations than this is not repeated in an epilogue.
 SCALE_LIMIT = 40

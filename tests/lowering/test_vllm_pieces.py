@@ -35,6 +35,15 @@ def test_a_middle_piece_becomes_seven_kernels(qk_norm):
     assert piece.summary() == "(7,): 7 kernels, 0 ops as themselves"
 
 
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_in_bfloat16_only_the_rotation_is_left_beside_the_products(qk_norm):
+    graph, args = middle(qk_norm, 7, torch.bfloat16)
+    piece = CompiledPiece(graph)
+    got, expected = piece(*copied(args)), graph(*copied(args))
+    compare(got[:3] + got[4:], expected[:3] + expected[4:], close=True)
+    assert piece.summary() == "(7,): 5 kernels, 0 ops as themselves"
+
+
 def test_equal_pieces_share_their_plans():
     first, second = (CompiledPiece(middle(True, 7)[0]) for _ in range(2))
     args = middle(True, 7)[1]
