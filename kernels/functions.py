@@ -4,7 +4,8 @@
     div_floor, remainder     round towards minus infinity for both signs; `//` and `%` of Triton truncate
     row_max, row_min, …      reductions over axis 1 that keep the axis
     row_running_sum, …       scans along axis 1
-    store_sums, sum_of_parts what a GEMM's epilogue leaves of rows whose other columns are other tiles', and takes up
+    store_sums, load_parts,  what a GEMM's epilogue leaves of rows whose other columns are other tiles',
+    sum_of_parts             and what takes it up
 
 Schedule, bytes: none of their own; they are inlined into the body.
 """
@@ -285,13 +286,27 @@ def store_sums(rows, x, n, mask, WIDTH: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit
-def sum_of_parts(rows, n, PARTS: tl.constexpr):
-    """Sums of each row's PARTS parts, in the shape of `rows`, which points to them; the columns `n` lie along the other
-    axis."""
+def load_parts(rows, n, PARTS: tl.constexpr):
+    """Each row's PARTS parts, to which `rows` points, as a tuple of tiles with the columns `n` along the other axis.
+
+    `n` begins at a multiple of the tile's width, as the alignment of vectors needs it.
+    """
+    TILE: tl.constexpr = n.shape[0] if n.shape[0] > 1 else n.shape[1]
+    parts = ()
+    for first in tl.static_range(0, PARTS, TILE):
+        part = first + n % TILE
+        if first + TILE <= PARTS:
+            parts = parts + (tl.load(rows + part),)
+        else:
+            parts = parts + (tl.load(rows + part, mask=part < PARTS, other=0.0),)
+    return parts
+
+
+@triton.jit
+def sum_of_parts(parts, n):
+    """Sums of each row's parts, from `load_parts`, in the shape of `m`."""
     ALONG: tl.constexpr = 0 if n.shape[0] > 1 else 1
-    TILE: tl.constexpr = n.shape[ALONG]
-    lane = n - tl.min(n, axis=ALONG, keep_dims=True)
-    total = tl.load(rows + lane, mask=lane < PARTS, other=0.0)
-    for first in tl.static_range(TILE, PARTS, TILE):
-        total += tl.load(rows + first + lane, mask=first + lane < PARTS, other=0.0)
+    total = parts[0]
+    for number in tl.static_range(1, len(parts)):
+        total += parts[number]
     return tl.sum(total, axis=ALONG, keep_dims=True)

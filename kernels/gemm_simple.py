@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .functions import sum_of_parts
 from .gemm import GemmProblem, halves_apart, reference, type_name, whole_heads
 from .gemm_jobs import sample
 from .jobs import CompileJob
@@ -130,7 +131,7 @@ def gemm_simple_kernel(
     PAIRED: tl.constexpr,
     PRECISION: tl.constexpr,
     PROLOGUE: tl.constexpr,
-    SCALARS: tl.constexpr,
+    LOAD_PARTS: tl.constexpr,
     EPILOGUE: tl.constexpr,
 ):
     # What the strides have in common is known when this is compiled; it decides how wide the loads may be.
@@ -177,8 +178,8 @@ def gemm_simple_kernel(
     if HALVES > 0:
         acc, acc2 = halves_apart(acc, HALVES, 1)
         n = in_group // rows * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)[None, :]
-    if SCALARS is not None:
-        t = t + SCALARS(row, n, t)
+    if LOAD_PARTS is not None:
+        t = t + (sum_of_parts(LOAD_PARTS(row, n, t), n),)
     EPILOGUE(acc, acc2, row, n, m_ok & (n < N // ACROSS), t)
 
 
@@ -193,7 +194,7 @@ def _constexprs(
     epilogue: Any,
     prologue: Any,
     unit: tuple[bool, str, int],
-    scalars: Any = None,
+    parts: Any = None,
 ) -> dict[str, Any]:
     x_unit_k, w_unit, factor = unit
     return {
@@ -212,7 +213,7 @@ def _constexprs(
         "PAIRED": problem.paired,
         "PRECISION": problem.precision,
         "PROLOGUE": prologue,
-        "SCALARS": scalars,
+        "LOAD_PARTS": parts,
         "EPILOGUE": epilogue,
     }
 
@@ -220,9 +221,9 @@ def _constexprs(
 class SimpleGemm:
     """A prepared launch; call it with x, W in the problem's layout, and the tensors of epilogue and prologue."""
 
-    def __init__(self, epilogue: Any, config: Config, problem: GemmProblem, prologue: Any, scalars: Any) -> None:
+    def __init__(self, epilogue: Any, config: Config, problem: GemmProblem, prologue: Any, parts: Any) -> None:
         self.config, self.problem, self.epilogue = config, problem, epilogue
-        self.prologue, self.scalars = prologue, scalars
+        self.prologue, self.parts = prologue, parts
         self._kernels: dict[tuple[bool, str, int], Kernel] = {}
 
     def kernel(self, x_strides: tuple[int, int, int], w_strides: tuple[int, int, int]) -> Kernel:
@@ -232,7 +233,7 @@ class SimpleGemm:
         others = w_strides[:2] if w_unit == "k" else w_strides[::2] if w_unit == "n" else w_strides
         unit = (x_strides[2] == 1, w_unit, _stride_factor((*x_strides[:2], *others)))
         if unit not in self._kernels:
-            constexprs = _constexprs(self.problem, self.config, self.epilogue, self.prologue, unit, self.scalars)
+            constexprs = _constexprs(self.problem, self.config, self.epilogue, self.prologue, unit, self.parts)
             config = self.config
             self._kernels[unit] = Kernel(gemm_simple_kernel, constexprs, config.warps, num_stages=config.stages)
         return self._kernels[unit]
@@ -256,7 +257,7 @@ def _stride(tensor: torch.Tensor, axis: int) -> int:
 
 
 def prepare(
-    epilogue: Any, config: Config, problem: GemmProblem, *, prologue: Any = None, scalars: Any = None
+    epilogue: Any, config: Config, problem: GemmProblem, *, prologue: Any = None, parts: Any = None
 ) -> SimpleGemm:
     """Fix everything that does not change between calls.
 
@@ -265,9 +266,9 @@ def prepare(
         config: from `choose`.
         problem: sizes and layout; `m` and the strides are only hints, the tensors' own are used.
         prologue: `@triton.jit` body `(x, m, k, mask, t) -> value` on x's tiles, `m` as above; None leaves x as it is.
-        scalars: as for `gemm_stream.prepare`.
+        parts: as for `gemm_stream.prepare`.
     """
-    return SimpleGemm(epilogue, config, problem, prologue, scalars)
+    return SimpleGemm(epilogue, config, problem, prologue, parts)
 
 
 def compile_jobs(arch: int) -> Iterable[CompileJob]:

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from . import workspace
+from .functions import sum_of_parts
 from .gemm import (
     GemmProblem,
     descriptor,
@@ -182,7 +183,7 @@ def gemm_skinny_kernel(
     KN: tl.constexpr,
     PDL: tl.constexpr,
     PRECISION: tl.constexpr,
-    SCALARS: tl.constexpr,
+    LOAD_PARTS: tl.constexpr,
     EPILOGUE: tl.constexpr,
 ):
     tile_n, split, tile_m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -203,7 +204,7 @@ def gemm_skinny_kernel(
     if not PAIRED:
         acc2 = acc
     if SPLIT_K == 1:
-        _finish(acc, acc2, m0, n0, m_size, t, N, HALVES, SCALARS, EPILOGUE)
+        _finish(acc, acc2, m0, n0, m_size, t, N, HALVES, LOAD_PARTS, EPILOGUE)
     else:
         unit = tile_m * tl.num_programs(0) + tile_n
         TILE: tl.constexpr = BLOCK_N * BLOCK_M
@@ -222,7 +223,7 @@ def gemm_skinny_kernel(
             if PAIRED:
                 total2 = sum_of_splits(base + TILE, at, SPLIT_K, ACCS * TILE)
             tl.store(counters + unit, 0)
-            _finish(total, total2, m0, n0, m_size, t, N, HALVES, SCALARS, EPILOGUE)
+            _finish(total, total2, m0, n0, m_size, t, N, HALVES, LOAD_PARTS, EPILOGUE)
 
 
 @triton.jit
@@ -235,7 +236,7 @@ def _finish(
     t,
     N: tl.constexpr,
     HALVES: tl.constexpr,
-    SCALARS: tl.constexpr,
+    LOAD_PARTS: tl.constexpr,
     EPILOGUE: tl.constexpr,
 ):
     ACROSS: tl.constexpr = 2 if HALVES > 0 else 1
@@ -244,12 +245,12 @@ def _finish(
     row = tl.minimum(m, m_size - 1)
     if HALVES > 0:
         acc, acc2 = halves_apart(acc, HALVES, 0)
-    if SCALARS is not None:
-        t = t + SCALARS(row, n, t)
+    if LOAD_PARTS is not None:
+        t = t + (sum_of_parts(LOAD_PARTS(row, n, t), n),)
     EPILOGUE(acc, acc2, row, n, (n < N // ACROSS) & (m < m_size), t)
 
 
-def _constexprs(problem: GemmProblem, config: Config, epilogue: Any, pdl: bool, scalars: Any = None) -> dict[str, Any]:
+def _constexprs(problem: GemmProblem, config: Config, epilogue: Any, pdl: bool, parts: Any = None) -> dict[str, Any]:
     return {
         "N": problem.n,
         "K": problem.k,
@@ -265,7 +266,7 @@ def _constexprs(problem: GemmProblem, config: Config, epilogue: Any, pdl: bool, 
         "KN": problem.layout == "kn",
         "PDL": pdl,
         "PRECISION": problem.precision,
-        "SCALARS": scalars,
+        "LOAD_PARTS": parts,
         "EPILOGUE": epilogue,
     }
 
@@ -273,11 +274,11 @@ def _constexprs(problem: GemmProblem, config: Config, epilogue: Any, pdl: bool, 
 class SkinnyGemm:
     """A prepared launch; call it with x [M, K], W in the problem's layout and the epilogue's tensors."""
 
-    def __init__(self, epilogue: Any, config: Config, problem: GemmProblem, scalars: Any, pdl: bool, slot: int) -> None:
+    def __init__(self, epilogue: Any, config: Config, problem: GemmProblem, parts: Any, pdl: bool, slot: int) -> None:
         self.config, self.problem, self.slot = config, problem, slot
         self.kernel = Kernel(
             gemm_skinny_kernel,
-            _constexprs(problem, config, epilogue, pdl, scalars),
+            _constexprs(problem, config, epilogue, pdl, parts),
             num_warps=config.warps,
             num_stages=config.stages,
             pdl=pdl,
@@ -303,7 +304,7 @@ class SkinnyGemm:
 
 
 def prepare(
-    epilogue: Any, config: Config, problem: GemmProblem, *, scalars: Any = None, pdl: bool = False, slot: int = 0
+    epilogue: Any, config: Config, problem: GemmProblem, *, parts: Any = None, pdl: bool = False, slot: int = 0
 ) -> SkinnyGemm:
     """Fix everything that does not change between calls.
 
@@ -311,11 +312,11 @@ def prepare(
         epilogue: `@triton.jit` body `(acc, acc2, m, n, mask, t)`; accumulators are [BLOCK_N, BLOCK_M].
         config: from `choose`.
         problem: sizes and strides; `m` is only a hint.
-        scalars: as for `gemm_stream.prepare`.
+        parts: as for `gemm_stream.prepare`.
         pdl: wait for the predecessor in the kernel and let the successor start before the epilogue.
         slot: workspace slot; differs between kernels that may run at the same time.
     """
-    return SkinnyGemm(epilogue, config, problem, scalars, pdl, slot)
+    return SkinnyGemm(epilogue, config, problem, parts, pdl, slot)
 
 
 def compile_jobs(arch: int) -> Iterable[CompileJob]:

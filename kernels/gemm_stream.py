@@ -25,6 +25,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma_wait
 
 from . import workspace
+from .functions import sum_of_parts
 from .gemm import (
     GemmProblem,
     descriptor,
@@ -138,7 +139,7 @@ def gemm_stream_kernel(
     LEADS: gl.constexpr,
     ASKS_EARLY: gl.constexpr,
     WARPS: gl.constexpr,
-    SCALARS: gl.constexpr,
+    LOAD_PARTS: gl.constexpr,
     EPILOGUE: gl.constexpr,
 ):
     ACCS: gl.constexpr = 2 if PAIRED else 1
@@ -174,10 +175,10 @@ def gemm_stream_kernel(
         tma.async_copy_global_to_shared(x_desc, [m0, k], ready.index(s), x_ring.index(s), pred=k < k_end)
     # Of what the epilogue gets: columns of W that are halves of heads are two of its own.
     ACROSS: gl.constexpr = 2 if HALVES > 0 else 1
-    if SCALARS is not None:
-        # While the first tiles of x are on their way.
+    if LOAD_PARTS is not None:
+        # Nothing waits for them before the product is done.
         m, n = rows_and_columns(m0, n0 // ACROSS, BLOCK_M, BLOCK_N // ACROSS, TOKENS_FIRST, WARPS)
-        t = t + SCALARS(gl.minimum(m, m_size - 1), n, t)
+        parts = LOAD_PARTS(gl.minimum(m, m_size - 1), n, t)
 
     ROWS: gl.constexpr = BLOCK_M if TOKENS_FIRST else BLOCK_N
     COLS: gl.constexpr = BLOCK_N if TOKENS_FIRST else BLOCK_M
@@ -218,6 +219,8 @@ def gemm_stream_kernel(
         acc = warpgroup_mma_wait(0, deps=(acc,))
     for s in gl.static_range(STAGES):
         mbarrier.invalidate(ready.index(s))
+    if LOAD_PARTS is not None:
+        t = t + (sum_of_parts(parts, n),)
 
     if SPLIT_K > 1:
         TILE: gl.constexpr = ROWS * COLS
@@ -247,7 +250,7 @@ def gemm_stream_kernel(
 
 
 def _constexprs(
-    problem: GemmProblem, config: Config, epilogue: Any, pdl: bool, leads: bool = False, scalars: Any = None
+    problem: GemmProblem, config: Config, epilogue: Any, pdl: bool, leads: bool = False, parts: Any = None
 ) -> dict[str, Any]:
     return {
         "N": problem.n,
@@ -267,7 +270,7 @@ def _constexprs(
         "LEADS": leads,
         "ASKS_EARLY": asks_early(problem, leads),
         "WARPS": config.warps,
-        "SCALARS": scalars,
+        "LOAD_PARTS": parts,
         "EPILOGUE": epilogue,
     }
 
@@ -298,15 +301,15 @@ class StreamGemm:
         epilogue: Any,
         config: Config,
         problem: GemmProblem,
-        scalars: Any = None,
+        parts: Any = None,
         pdl: bool = False,
         leads: bool = False,
         slot: int = 0,
     ) -> None:
         assert config.stages > 1, "a ring of one slot is never refilled"
-        self.config, self.problem, self.epilogue, self.scalars = config, problem, epilogue, scalars
+        self.config, self.problem, self.epilogue, self.parts = config, problem, epilogue, parts
         self.leads, self.slot = leads, slot
-        constexprs = _constexprs(problem, config, epilogue, pdl, leads, scalars)
+        constexprs = _constexprs(problem, config, epilogue, pdl, leads, parts)
         self.kernel = Kernel(gemm_stream_kernel, constexprs, num_warps=config.warps, pdl=pdl)
         self._x_block = [config.block_m, config.block_k]
         self._w_block = _w_box(problem, config)
@@ -337,7 +340,7 @@ def prepare(
     config: Config,
     problem: GemmProblem,
     *,
-    scalars: Any = None,
+    parts: Any = None,
     pdl: bool = False,
     leads: bool = False,
     slot: int = 0,
@@ -349,13 +352,13 @@ def prepare(
             [BLOCK_M, BLOCK_N] where tokens are the rows.
         config: from `choose`.
         problem: sizes and strides; `m` is only a hint.
-        scalars: `@triton.jit` function `(m, n, t)`: a tuple of what the epilogue needs of whole rows, in the shape of
-            `m`; it finds that behind the tensors of `t`.
+        parts: `@triton.jit` function `(m, n, t)`: what an earlier kernel left of its rows' sums (`load_parts`);
+            the epilogue finds the sums, in the shape of `m`, behind the tensors of `t`.
         pdl, leads: programmatic dependent launch (see launch.py); W is asked for before the wait where the problem says
             that it is given, and another kernel of the plan has waited.
         slot: workspace slot; differs between kernels that may run at the same time.
     """
-    return StreamGemm(epilogue, config, problem, scalars, pdl, leads, slot)
+    return StreamGemm(epilogue, config, problem, parts, pdl, leads, slot)
 
 
 def compile_jobs(arch: int) -> Iterable[CompileJob]:

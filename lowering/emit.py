@@ -130,24 +130,24 @@ class _Writer:
         """The body function of a launch; empty where an earlier launch has the same but for the names in it, as the
         layers of a model do: then both share it, and what it compiles to."""
         name = f"{self.names[kernel.name]}_body"
-        text, scalars = self.function(kernel, name), self.scalars(kernel, name)
+        text, parts = self.function(kernel, name), self.parts(kernel, name)
         # Of a loop there are four functions.
-        what = text if is_looped(kernel) else "".join(map(nameless, filter(None, (scalars, text))))
+        what = text if is_looped(kernel) else "".join(map(nameless, filter(None, (parts, text))))
         self.body_of[kernel.name] = self.bodies.setdefault(what, name)
-        return "\n\n\n".join(filter(None, (scalars, text))) if self.body_of[kernel.name] == name else ""
+        return "\n\n\n".join(filter(None, (parts, text))) if self.body_of[kernel.name] == name else ""
 
-    def scalars(self, kernel: Kernel, body: str) -> str:
-        """The function that gives an epilogue its rows' sums; empty where it needs none."""
+    def parts(self, kernel: Kernel, body: str) -> str:
+        """The function that reads the parts of an epilogue's rows; empty where it needs no sums of rows."""
         group = kernel.group
         if group.contract is None or not group.reductions:
             return ""
         touched = tensors(kernel)
-        lines = ["@triton.jit", f"def {_scalars(body)}(m, n, t):"]
+        lines = ["@triton.jit", f"def {_parts(body)}(m, n, t):"]
         lines += [f"    {line}" for line in self.pointers(touched, {load.value for load in group.summed})]
         if self.wide(group):
             lines.append("    m, n = m.to(tl.int64), n.to(tl.int64)")
         dtypes = {n: self.values.layouts[n].dtype for n in touched}
-        return "\n".join(lines + [f"    {line}" for line in Body(group, dtypes, self.names, True).scalars()])
+        return "\n".join([*lines, f"    return {Body(group, dtypes, self.names, epilogue=True).parts()}"])
 
     def pointers(self, tensors: Sequence[str], used: Collection[str]) -> list[str]:
         return [f"{self.names[n]}_ptr = t[{i}]" for i, n in enumerate(tensors) if n in used]
@@ -221,7 +221,7 @@ class _Writer:
         if kernel.group.contract is not None:
             parts.append(f"GemmProblem({', '.join(f'{k}={v!r}' for k, v in vars(problem).items())})")
             if kernel.group.reductions:
-                parts.append(f"scalars={_scalars(self.body_of[kernel.name])}")
+                parts.append(f"parts={_parts(self.body_of[kernel.name])}")
         elif any(map(self.wide, kernel.segments)):
             parts.append("wide=True")
         if choice.pdl:
@@ -249,6 +249,6 @@ def nameless(function: str) -> str:
     return ast.unparse(tree)
 
 
-def _scalars(body: str) -> str:
+def _parts(body: str) -> str:
     """Name of the function that goes with a body."""
-    return body.removesuffix("_body") + "_scalars"
+    return body.removesuffix("_body") + "_parts"

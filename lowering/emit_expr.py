@@ -112,10 +112,10 @@ class Body:
                 self.reading.add(node)
         for expr, count in Counter(stored(s)[1] for s in self.group.stores).items():
             self.uses[expr] = self.uses.get(expr, 0) + count - 1
-        for number, reduction in enumerate(self.group.reductions):
+        for reduction in self.group.reductions:
             if reduction.parts:
-                # Behind the tensors: see `scalars`.
-                self.assign(reduction.value, f"t[{len(self.dtypes) + number}]")
+                # The schedule puts it behind the tensors.
+                self.assign(reduction.value, f"t[{len(self.dtypes)}]")
                 continue
             value = self.operand(reduction.expr)
             self.assign(reduction.value, self.reduced(reduction.kind, value, register(reduction.expr.dtype)))
@@ -123,14 +123,11 @@ class Body:
             self.store(store)
         return self.lines
 
-    def scalars(self) -> list[str]:
-        """What an epilogue needs of whole rows, which a GEMM computes before its product: in the shape of `m`."""
-        sums = []
-        for reduction in self.group.reductions:
-            assert isinstance(reduction.expr, Load)
-            pointer = f"{self.pointer(reduction.expr.value)} + m * {reduction.parts}"
-            sums.append(f"sum_of_parts({pointer}, n, {reduction.parts}),")
-        return [f"return ({' '.join(sums)})"]
+    def parts(self) -> str:
+        """Where an epilogue's row finds the parts that a GEMM sums for it: what is read before the product."""
+        [reduction] = self.group.reductions
+        assert isinstance(reduction.expr, Load)
+        return f"load_parts({self.pointer(reduction.expr.value)} + m * {reduction.parts}, n, {reduction.parts})"
 
     def assign(self, name: str, text: str) -> str:
         name = base = self.names.get(name) or identifier(name)

@@ -83,7 +83,7 @@ def _scaled(name: str, values: Values, barred: Collection[str]) -> Scaled | None
         return None
     read = list(dict.fromkeys(node.value for node in loads(scale)))
     sums = [values.definitions[n] for n in read if n in values.definitions]
-    if not sums or not all(_summed(r, rows, cols, values, barred) for r in sums):
+    if len(sums) != 1 or not _summed(sums[0], rows, cols, values, barred):
         return None
     return Scaled(made, scale, rest, tuple(sums), tuple(products))  # type: ignore[arg-type]
 

@@ -142,7 +142,7 @@ class Tuning:
                 for family, config in space(launch.problem, target):
                     how = {"pdl": True}
                     if family is gemm_stream:
-                        how |= {"leads": launch.planned.leads, "scalars": launch.planned.scalars}
+                        how |= {"leads": launch.planned.leads, "parts": launch.planned.parts}
                     made = launch.candidates[config] = family.prepare(
                         launch.planned.epilogue, config, launch.problem, **how
                     )

@@ -175,7 +175,7 @@ def test_results_repeat_bit_by_bit() -> None:
 
 def test_one_plan_serves_every_size_of_a_range() -> None:
     _, [regime] = at_every_size(chain, given, 2, 32)
-    assert regime.plan is not None and "sum_of_parts" in regime.plan.source
+    assert regime.plan is not None and "load_parts" in regime.plan.source
 
 
 def test_rows_that_overflow_or_vanish_are_what_they_are_in_eager() -> None:
