@@ -296,9 +296,9 @@ def load_parts(rows, n, PARTS: tl.constexpr):
     for first in tl.static_range(0, PARTS, TILE):
         part = first + n % TILE
         if first + TILE <= PARTS:
-            parts = parts + (tl.load(rows + part),)
+            parts = parts + (tl.load(rows + part),)  # type: ignore[assignment]
         else:
-            parts = parts + (tl.load(rows + part, mask=part < PARTS, other=0.0),)
+            parts = parts + (tl.load(rows + part, mask=part < PARTS, other=0.0),)  # type: ignore[assignment]
     return parts
 
 

@@ -8,8 +8,8 @@ things cannot be inlined and must match the domain: the result of a reduction (i
 accumulator (it belongs to this tile).
 
 A GEMM's tile may hold two columns of the product for each of its own: a fixed distance apart (gate and up of a GLU), or
-the halves of a head (a rotation). And a row's sum may be cut in two: one kernel leaves it in parts that every tile has
-whole, the next sums those. The expressions are written in `composer.py` and, for heads, in `heads.py`.
+the halves of a head (a rotation). And a row's sum may be cut in two (hoist.py): every tile leaves a part of it, another
+kernel's tiles sum those. The expressions are written in `composer.py` and, for heads, in `heads.py`.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import fields
 
-from .affine import variables
-from .composer import Composer, Refused, is_parts
+from .composer import Composer, Refused
 from .elements import Elements
-from .expr import Load
+from .expr import loads
 from .group import FEW_TOKENS, Group
 from .heads import Heads
-from .values import Contract, Extern, Item, Map, Reduce, Values
+from .values import Contract, Extern, Item, Map, Parts, Reduce, SumOfParts, Values
 
 
 def compose(
@@ -62,7 +61,7 @@ def compose(
     reductions = [v for v in made if isinstance(v, Reduce)]
     if len(products) > 1:
         raise Refused("two matrix products need two kernels")
-    if products and not all(is_parts(r) or _of_parts(r, {*order, *inlined}) for r in reductions):
+    if products and not all(isinstance(r, Parts) or _arrived(r, order) for r in reductions):
         raise Refused("a reduction needs the whole row, a GEMM tile holds only some of its columns")
     if products:
         return _product(composer, products[0])
@@ -75,16 +74,9 @@ def _alone(order: list[str], made: object) -> Group:
     return Group("item" if isinstance(made, Item) else "empty", tuple(order), 0, 0)
 
 
-# Numbers of a row that every tile of it may sum: the parts of 16384 columns.
-MOST_PARTS = 512
-
-
-def _of_parts(made: Reduce, here: Collection[str]) -> bool:
-    """Whether this is sums of few numbers of each row that another kernel, none `here`, left in memory side by side."""
-    if made.kind != "sum" or made.reduced != (1,) or len(made.domain) != 2 or made.cols > MOST_PARTS:
-        return False
-    (row, at), expr = variables(made.domain), made.expr
-    return isinstance(expr, Load) and expr.value not in here and expr.offset == row * made.cols + at
+def _arrived(made: Reduce, members: Collection[str]) -> bool:
+    """Whether this is a sum of parts that an earlier kernel left in memory."""
+    return isinstance(made, SumOfParts) and not any(node.value in members for node in loads(made.expr))
 
 
 # Halves of heads that a tile may bring together.

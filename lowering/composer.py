@@ -16,16 +16,11 @@ from .elements import Elements
 from .expr import Acc, Apply, Expr, Load, RowScalar, const, rewrite, walk
 from .group import BODY_LIMIT, COL, EXPENSIVE, PART, ROW, Group, Reduction, Store, too_long
 from .size import alike, typical
-from .values import Contract, Definition, Layout, Map, Reduce, Values
+from .values import Contract, Layout, Map, Parts, Reduce, SumOfParts, Values
 
 
 class Refused(Exception):
     """Why these values do not share a kernel."""
-
-
-def is_parts(made: Definition) -> bool:
-    """Whether this is sums over so many columns as every tile of a GEMM holds."""
-    return isinstance(made, Reduce) and made.kind == "sum" and made.reduced == (2,) and made.domain[2:] == (PART,)
 
 
 @dataclass
@@ -101,7 +96,7 @@ class Composer:
             raise Refused(f"the operands of %{product.name} are read from memory")
         self.product = product
         self.sums_of_parts()
-        summed = {n for n in self.needed if isinstance(self.values.definitions[n], Reduce)}
+        summed = {n for n in self.needed if isinstance(self.values.definitions[n], Parts)}
         results = [n for n in self.needed if n != product.name and n not in summed]
         sizes = {self.layout(n).numel for n in results} or {product.m * product.n}
         if product.name in self.needed:
@@ -132,7 +127,7 @@ class Composer:
         """Row scalars of an epilogue, each from what an earlier kernel left of its row."""
         for name in self.order:
             made = self.values.definitions[name]
-            if isinstance(made, Reduce) and not is_parts(made):
+            if isinstance(made, SumOfParts):
                 if self.product is None or not alike(made.rows, self.product.m):
                     raise Refused(f"%{name} sums {made.rows} rows, %{self.product and self.product.name} has others")
                 if name in self.needed:
@@ -142,7 +137,7 @@ class Composer:
     def _parts(self, name: str, row: Affine, col: Affine) -> Store:
         """Sums over a tile's columns, for a kernel that then sums whole rows."""
         made = self.values.definitions[name]
-        assert isinstance(made, Reduce)
+        assert isinstance(made, Parts)
         if not alike(made.domain[0], self.rows) or made.domain[1] * PART != self.cols:
             raise Refused(f"%{name} sums {made.domain[0]} × {made.domain[1]} parts of rows that are others")
         place = dict(enumerate((row, col.floordiv(PART), col.mod(PART))))

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import networkx as nx
 
 from .compose import compose
-from .composer import Refused, is_parts
+from .composer import Refused
 from .cost import traffic
 from .depend import Dependencies
 from .elements import Elements
@@ -25,7 +25,7 @@ from .errors import InternalError
 from .group import Group
 from .options import Options
 from .size import typical
-from .values import Contract, Empty, Extern, Item, Values
+from .values import Contract, Empty, Extern, Item, Parts, Values
 
 # What one more kernel costs inside a CUDA graph beyond its bytes, in µs: the tail of one and the ramp of the next.
 LAUNCH_US = 2.0
@@ -57,18 +57,16 @@ class Fused:
 
     @property
     def stranded(self) -> frozenset[str]:
-        """Products past which a scale was hoisted in vain: it, or the sums it needs, became a kernel of its own."""
+        """Products past which a scale was hoisted in vain: what they take or what scales them became another kernel."""
         owner = {name: group for group in self.groups for name in group.members}
         hoisted, made = self.values.hoisted, self.values.definitions
-        parts = {n for group in self.groups if group.contract is None for n in group.members if is_parts(made[n])}
+        parts = {n for n, d in made.items() if isinstance(d, Parts) and n in owner and owner[n].contract is None}
 
         def joined(name: str) -> bool:
-            group = owner[name]
-            return (
-                group is owner.get(hoisted[name])
-                and bool(group.reductions)
-                and parts.isdisjoint(load.value for load in group.loads)
-            )
+            group, product = owner[name], made[name]
+            assert isinstance(product, Contract)
+            scaled = group is owner.get(hoisted[name]) and parts.isdisjoint(load.value for load in group.summed)
+            return scaled and bool(group.summed) and owner[product.a.base].contract is not None
 
         return frozenset(hoisted[name] for name in hoisted if not joined(name))
 

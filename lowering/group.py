@@ -115,7 +115,7 @@ class Group:
 
     @cached_property
     def summed(self) -> list[Load]:
-        """Reads of the parts whose sums an epilogue gets."""
+        """Reads of the parts whose sum an epilogue gets."""
         return loads(*(r.expr for r in self.reductions if r.parts))
 
 

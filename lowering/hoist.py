@@ -2,24 +2,26 @@
 
 Enters: `Values`. Leaves: `Values` in which, for a product whose operand is scaled row by row,
 
-    y = (r[row] · x · g[column]) @ W        with r a function of a sum over the row, r = 1 / sqrt(Σ x² / K + ε)
+    y = (r[row] · x · g[column]) @ W        with r = 1 / sqrt(a sum over the row of x, times a constant, + ε)
 
 has become
 
-    x' = x · g    parts = Σ x² over every PART columns        what computes x can leave both, tile by tile
-    y = r[row] · (x' @ W)                                     what computes y can sum the parts
+    x' = x · g    parts = that sum over every PART columns    what computes x leaves both, tile by tile
+    y = r[row] · (x' @ W)                                     what computes y sums the parts
 
-so that nothing stands between the product that x comes out of and this one: no kernel has to see whole rows. x' has as
-many roundings as the scaled operand had, and sums of squares are sums in another order. It stands before `depend`, as
-it changes what depends on what. Only where x comes out of a product, whose epilogue fusion will give all this to; only
-in bfloat16, which has the range of fp32: in fp16 an x' that is not yet scaled could overflow; and only for few tokens,
-of which a border between two kernels is a large part.
+so that no kernel has to see whole rows, and none stands between the product that x comes out of and this one. x' has as
+many roundings as the scaled operand had, and the sum is one in another order. It stands before `depend`, as it changes
+what depends on what. Only where x comes out of a product, whose epilogue fusion will give all this to; where fusion
+does not (`Fused.stranded`), planning goes without. Only for few tokens, of which a border between two kernels is a
+large part.
+Only in bfloat16 and with an ε: in fp16 an x' that is not yet scaled could overflow, and a scale that may be infinite is
+no longer where it was. In bfloat16 that takes rows of 1e35: eager scales those, whose squares overflow, by 0.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,17 +29,16 @@ import torch
 from .affine import Affine, Indirect, Var, contiguous_strides, delinearize, substitution, variables
 from .define import at_flat
 from .depend import direct_reads
-from .expr import Apply, Expr, Index, Load, apply, cast, keep, load, loads, rewrite, walk
+from .expr import Apply, Const, Expr, Index, Load, apply, cast, keep, load, loads, rewrite, walk
 from .group import PART
-from .values import Contract, Definition, Extern, Item, Layout, Map, Reduce, Values, View
+from .size import Size, alike
+from .values import Contract, Definition, Extern, Item, Layout, Map, Parts, Reduce, SumOfParts, Values, View
 
 # Up to so many tokens it pays: every tile of the second product sums a row's parts anew, and the first stores x' beside
 # x. Middle pieces of Llama-3.1-8B, Llama-3.2-1B and Qwen3-8B took (H100, torch 2.11, triton 3.6, bf16, 2026-11-25,
 # tiles tuned for it) 0.95 to 0.99 of the time with norms at 8 and 16 tokens, 0.95 to 0.98 at 32, 0.99 to 1.01 at 64,
 # 0.99 to 1.06 at 128, 1.17 at 2048.
 MOST_TOKENS = 32
-# A scale that takes more operations than this is not repeated in an epilogue.
-SCALE_LIMIT = 40
 
 
 @dataclass(frozen=True)
@@ -47,45 +48,51 @@ class Scaled:
     operand: Map
     scale: Expr
     rest: Expr
-    sums: tuple[Reduce, ...]
+    sum: Reduce
     products: tuple[Contract, ...]
 
 
-def hoist(values: Values, barred: Collection[str] = ()) -> Values:
+def hoist(values: Values, vain: frozenset[str] = frozenset()) -> Values:
     """The values with what scales the rows of operands hoisted out of their products.
 
     Args:
-        barred: products that must stay as they are, whose operands and results no kernel of ours would take part in.
+        vain: products that keep their operands as they are, because it gains nothing.
     """
-    for name in list(values.definitions):
-        scaled = _scaled(name, values, barred)
-        if scaled is not None:
-            values = _hoisted(scaled, values)
+    readers: dict[str, list[Definition]] = {}
+    for made in values.definitions.values():
+        for name in direct_reads(made, values):
+            readers.setdefault(name, []).append(made)
+    kept = _kept(values)
+    # One leaves the readers of another's operand what they are, but for their names.
+    for name in [n for n, d in values.definitions.items() if isinstance(d, Map) and n not in kept]:
+        products = [values.definitions[made.name] for made in readers.get(name, ()) if made.name in values.definitions]
+        if len(products) == len(readers.get(name, ())) and vain.isdisjoint(p.name for p in products):
+            if (scaled := _scaled(name, products, values)) is not None:
+                values = _hoisted(scaled, values)
     return values
 
 
-def _scaled(name: str, values: Values, barred: Collection[str]) -> Scaled | None:
+def _scaled(name: str, products: Sequence[Definition], values: Values) -> Scaled | None:
     """What can be hoisted out of this value, and past which products."""
-    made = values.definitions.get(name)
-    if not isinstance(made, Map) or made.layout.dtype != torch.bfloat16 or name in _kept(values):
+    made = values.definitions[name]
+    if not products or not isinstance(made, Map) or made.layout.dtype != torch.bfloat16 or not made.layout.shape:
         return None
     shape = made.layout.shape
-    if not shape or made.layout.stride != contiguous_strides(shape) or shape[-1] % PART:
-        return None
-    products = [d for d in values.definitions.values() if name in direct_reads(d, values)]
     rows, cols = math.prod(shape[:-1]), shape[-1]
-    if not products or not all(_takes(d, name, rows, cols) and d.name not in barred for d in products):
+    if isinstance(cols, Size) or cols % PART or not all(_takes(p, name, rows, cols) for p in products):
         return None
-    if rows > MOST_TOKENS:
+    if not all(map(alike, made.layout.stride, contiguous_strides(shape))):
         return None
     scale, rest = _split(made.expr, len(shape) - 1, values)
-    if scale is None or rest is None or sum(1 for _ in walk(scale)) > SCALE_LIMIT:
+    if scale is None or rest is None or not _finite(scale):
         return None
-    read = list(dict.fromkeys(node.value for node in loads(scale)))
-    sums = [values.definitions[n] for n in read if n in values.definitions]
-    if len(sums) != 1 or not _summed(sums[0], rows, cols, values, barred):
+    summed = {node.value for node in loads(scale)}
+    total = values.definitions.get(summed.pop()) if len(summed) == 1 else None
+    if not isinstance(total, Reduce) or not _sums_rows(total, rows, cols):
         return None
-    return Scaled(made, scale, rest, tuple(sums), tuple(products))  # type: ignore[arg-type]
+    if any(not _out_of_a_product(expr, rows, cols, values) for expr in (total.expr, rest)) or rows > MOST_TOKENS:
+        return None
+    return Scaled(made, scale, rest, total, tuple(products))  # type: ignore[arg-type]
 
 
 def _kept(values: Values) -> set[str]:
@@ -99,27 +106,51 @@ def _takes(made: Definition, operand: str, rows: int, cols: int) -> bool:
     """Whether this is a product of the operand, rows by rows, with something else."""
     if not isinstance(made, Contract) or made.b.base == operand:
         return False
-    whole = made.a.layout.shape == (rows, cols) and made.a.layout.stride == (cols, 1) and made.a.offset == 0
-    return whole and made.layout.shape == (made.m, made.n) and made.layout.stride == (made.n, 1)
+    x, y = made.a.layout, made.layout
+    pairs = zip((*x.shape, *x.stride, *y.shape), (rows, cols, cols, 1, made.m, made.n), strict=True)
+    return all(alike(a, b) for a, b in pairs) and made.a.offset == 0 and y.stride == (made.n, 1)
 
 
-def _summed(made: Definition, rows: int, cols: int, values: Values, barred: Collection[str]) -> bool:
-    """Whether this is a sum over the rows of what comes out of a product."""
-    if not isinstance(made, Reduce) or made.kind != "sum" or made.layout.dtype != torch.float32:
+def _finite(scale: Expr) -> bool:
+    """Whether this is 1 / sqrt(… + ε), times numbers: neither infinite nor, but for rows that overflow, 0."""
+    while isinstance(scale, Apply) and (scale.fn in ("cast", "keep") or (scale.fn == "mul" and _numbers(scale))):
+        scale = next(arg for arg in scale.args if not isinstance(arg, Const))
+    if not isinstance(scale, Apply) or scale.fn != "rsqrt":
         return False
-    if made.reduced != (len(made.domain) - 1,) or (made.rows, made.cols) != (rows, cols):
-        return False
+    inner = scale.args[0]
+    while isinstance(inner, Apply) and inner.fn in ("cast", "keep"):
+        inner = inner.args[0]
+    added = inner.args if isinstance(inner, Apply) and inner.fn == "add" else ()
+    return any(isinstance(arg, Const) and 0 < arg.value < math.inf for arg in added)
+
+
+def _numbers(product: Apply) -> bool:
+    """Whether one factor is a number."""
+    return sum(isinstance(arg, Const) for arg in product.args) == 1
+
+
+def _sums_rows(made: Reduce, rows: int, cols: int) -> bool:
+    """Whether this is a sum over rows of these sizes."""
+    plain = type(made) is Reduce and made.kind == "sum" and made.layout.dtype == torch.float32
+    return plain and made.reduced == (len(made.domain) - 1,) and alike(made.rows, rows) and alike(made.cols, cols)
+
+
+def _out_of_a_product(expr: Expr, rows: int, cols: int, values: Values) -> bool:
+    """Whether an expression is computed, element by element, from a product with these rows and columns."""
+    found = False
     seen: set[str] = set()
-    stack = [node.value for node in loads(made.expr)]
+    stack = [node.value for node in loads(expr)]
     while stack:
         name = stack.pop()
-        source = values.definitions.get(name)
-        if isinstance(source, Contract):
-            return (source.m, source.n) == (rows, cols) and name not in barred
-        if isinstance(source, Map) and name not in seen:
+        made = values.definitions.get(name)
+        if isinstance(made, Reduce) and not isinstance(made, SumOfParts):
+            return False
+        if isinstance(made, Contract):
+            found |= alike(made.m, rows) and alike(made.n, cols)
+        elif isinstance(made, Map) and name not in seen:
             seen.add(name)
-            stack += [node.value for node in loads(source.expr)]
-    return False
+            stack += [node.value for node in loads(made.expr)]
+    return found
 
 
 def _split(expr: Expr, column: int, values: Values) -> tuple[Expr | None, Expr | None]:
@@ -183,71 +214,63 @@ def _opened(expr: Expr, values: Values) -> Expr:
 
 
 def _hoisted(scaled: Scaled, values: Values) -> Values:
-    """The values after one operand's scale has left it; unchanged where its sums would be needed nevertheless."""
-    operand = scaled.operand
-    made: dict[str, Definition] = {}
+    """The values after one operand's scale has left it; unchanged where its sum would be needed nevertheless."""
+    operand, total = scaled.operand, scaled.sum
     unscaled = Map(f"{operand.name}_unscaled", operand.layout, keep(scaled.rest, operand.layout.dtype), operand.source)
-    parts = {r.name: _parts(r) for r in scaled.sums}
+    parts = _parts(total)
+    made: dict[str, Definition] = {}
     hoisted = dict(values.hoisted)
     for name, definition in values.definitions.items():
         if name == operand.name:
             made[unscaled.name] = unscaled
-        elif name in parts:
-            made[parts[name].name] = parts[name]
-            made[name] = definition
-        elif definition in scaled.products:
-            for new in _product(definition, unscaled, scaled, parts):  # type: ignore[arg-type]
-                made[new.name] = new
-                if isinstance(new, Contract):
-                    hoisted[new.name] = name
+        elif name == total.name:
+            made |= {parts.name: parts, name: definition}
+        elif isinstance(definition, Contract) and definition in scaled.products:
+            arrived, inner, result = _product(definition, unscaled, scaled, parts)
+            made |= {arrived.name: arrived, inner.name: inner, result.name: result}
+            hoisted[inner.name] = name
         else:
             made[name] = definition
     layouts = {**values.layouts, **{n: d.layout for n, d in made.items() if not isinstance(d, Extern)}}
-    result = replace(values, definitions=made, layouts=layouts, hoisted=hoisted)
-    before, alive = _alive(values), _alive(result)
-    if any(r.name in alive for r in scaled.sums):
+    result_values = replace(values, definitions=made, layouts=layouts, hoisted=hoisted)
+    before, alive = _alive(values), _alive(result_values)
+    if total.name in alive:
         return values
     gone = before - alive
     views = {name: view for name, view in values.views.items() if view.base not in gone}
-    return replace(result, definitions={n: d for n, d in made.items() if n not in gone}, views=views)
+    return replace(result_values, definitions={n: d for n, d in made.items() if n not in gone}, views=views)
 
 
-def _parts(reduction: Reduce) -> Reduce:
+def _parts(total: Reduce) -> Parts:
     """The sums over every `PART` columns of what is summed."""
-    rows, count = reduction.rows, reduction.cols // PART
-    domain = (rows, count, PART)
+    domain = (total.rows, total.cols // PART, PART)
     row, part, col = variables(domain)
-    place = at_flat(row * reduction.cols + part * PART + col, reduction.domain)
-    expr = rewrite(reduction.expr, substitution(dict(enumerate(place))))
-    layout = Layout.contiguous((rows, count), torch.float32, reduction.layout.device)
-    return Reduce(f"{reduction.name}_parts", layout, domain, (2,), "sum", expr, reduction.source)
+    place = at_flat(row * total.cols + part * PART + col, total.domain)
+    expr = rewrite(total.expr, substitution(dict(enumerate(place))))
+    layout = Layout.contiguous(domain[:2], torch.float32, total.layout.device)
+    return Parts(f"{total.name}_parts", layout, domain, (2,), "sum", expr, total.source)
 
 
-def _product(
-    product: Contract, unscaled: Map, scaled: Scaled, parts: Mapping[str, Reduce]
-) -> tuple[Reduce | Contract | Map, ...]:
-    """The product of the operand without its scale, the sums of parts, and the product's result, scaled."""
+def _product(product: Contract, unscaled: Map, scaled: Scaled, parts: Parts) -> tuple[SumOfParts, Contract, Map]:
+    """The sum of the parts, the product of the operand without its scale, and its result, scaled."""
+    row, at = variables(parts.layout.shape)
+    read = load(parts.name, row * parts.layout.shape[1] + at, torch.float32)
+    layout = Layout.contiguous((product.m,), torch.float32, parts.layout.device)
+    name = f"{scaled.sum.name}_{product.name}"
+    arrived = SumOfParts(name, layout, parts.layout.shape, (1,), "sum", read, parts.source)
     view = View(unscaled.name, product.a.layout, 0)
     inner = replace(product, name=f"{product.name}_unscaled", a=view, rounded=False)
-    sums: dict[str, Reduce] = {}
-    for name, part in parts.items():
-        row, at = variables(part.layout.shape)
-        read = load(part.name, row * part.layout.shape[1] + at, torch.float32)
-        layout = Layout.contiguous((product.m,), torch.float32, part.layout.device)
-        sums[name] = Reduce(f"{name}_{product.name}", layout, part.layout.shape, (1,), "sum", read, part.source)
     row, col = variables((product.m, product.n))
     place = at_flat(row * product.k, scaled.operand.layout.shape)
 
     def leaf(node: Expr) -> Expr | None:
-        if not isinstance(node, Load) or node.value not in sums:
-            return None
         # Each row's own sum: a Reduce's result lies in the order of the rows.
-        return load(sums[node.value].name, node.offset, torch.float32)
+        return load(name, node.offset, torch.float32) if isinstance(node, Load) else None
 
     scale = rewrite(scaled.scale, substitution(dict(enumerate(place))), leaf)
     value = cast(load(inner.name, row * product.n + col, inner.layout.dtype), torch.float32)
     result = apply("mul", value, cast(scale, torch.float32), dtype=torch.float32)
-    return *sums.values(), inner, Map(product.name, product.layout, keep(result, product.layout.dtype), product.source)
+    return arrived, inner, Map(product.name, product.layout, keep(result, product.layout.dtype), product.source)
 
 
 def _alive(values: Values) -> set[str]:

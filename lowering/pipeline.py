@@ -95,11 +95,13 @@ def plan(
     journal = journal or Journal()
     concrete = journal.run(specialize, traced, binding)
     values = journal.run(define, concrete)
-    hoisted = journal.run(hoist, values) if options.fuse else values
-    fused = journal.run(fuse, journal.run(depend, hoisted), options)
-    if fused.stranded:
-        hoisted = journal.run(hoist, values, fused.stranded)
+    vain: frozenset[str] = frozenset()
+    while True:
+        hoisted = journal.run(hoist, values, vain) if options.fuse else values
         fused = journal.run(fuse, journal.run(depend, hoisted), options)
+        if fused.stranded <= vain:
+            break
+        vain |= fused.stranded
     selected = journal.run(select, fused, options, misaligned)
     if selected.vendors:
         # What cuBLAS leaves to a kernel of its own may join another one instead.

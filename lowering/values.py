@@ -113,6 +113,16 @@ class Reduce:
 
 
 @dataclass(frozen=True)
+class Parts(Reduce):
+    """A row's sum in parts, of which only the total counts: it may all be in the first parts of a tile."""
+
+
+@dataclass(frozen=True)
+class SumOfParts(Reduce):
+    """The total of what `Parts` left of each row."""
+
+
+@dataclass(frozen=True)
 class Contract:
     """`m × k` times `k × n`, accumulated in fp32; `a` and `b` are the operands as geometry over values in memory.
     `rounded`: an op of the piece ends with these sums, so that eager rounds them here; otherwise they are inside one,
@@ -175,7 +185,7 @@ class Values:
         outputs, mutations, absolute: as in `Trace`, names resolved by `views` where they are views.
         layouts: geometry of every value.
         ops: the trace's nodes, which these definitions were made of.
-        hoisted: products whose operand lost its scale, with the value that is their scaled result (hoist.py).
+        hoisted: products whose operand lost its scale, with the value that is their scaled result (see hoist.py).
     """
 
     inputs: tuple[Input, ...]
