@@ -6,10 +6,12 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma, warpgroup_mma
 
+from .functions import sum_of_parts as triton_sum_of_parts
 from .gemm import sum_of_splits as triton_sum_of_splits
 
 # For Gluon, which cannot call what Triton interprets.
 sum_of_splits = gluon.jit(triton_sum_of_splits.fn)
+sum_of_parts = gluon.jit(triton_sum_of_parts.fn)
 
 
 @gluon.jit

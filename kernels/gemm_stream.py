@@ -25,7 +25,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma_wait
 
 from . import workspace
-from .functions import sum_of_parts
 from .gemm import (
     GemmProblem,
     descriptor,
@@ -45,6 +44,7 @@ from .gemm_steps import (
     let_successor_start,
     multiply,
     rows_and_columns,
+    sum_of_parts,
     sum_of_splits,
     wait_for_predecessor,
 )
