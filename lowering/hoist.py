@@ -13,9 +13,9 @@ so that no kernel has to see whole rows, and none stands between the product tha
 many roundings as the scaled operand had, and the sum is one in another order. It stands before `depend`, as it changes
 what depends on what. Only where x comes out of a product, whose epilogue fusion will give all this to; where fusion
 does not (`Fused.stranded`), planning goes without. Only for few tokens, of which a border between two kernels is a
-large part.
-Only in bfloat16 and with an ε: in fp16 an x' that is not yet scaled could overflow, and a scale that may be infinite is
-no longer where it was. In bfloat16 that takes rows of 1e35: eager scales those, whose squares overflow, by 0.
+large part. Only in bfloat16 and with an ε: in fp16 an x' that is not yet scaled could overflow, and a scale that may be
+infinite is no longer where it was. In bfloat16 that takes rows of 1e35: eager scales those, whose squares overflow, by
+0.
 """
 
 from __future__ import annotations
@@ -58,24 +58,36 @@ def hoist(values: Values, vain: frozenset[str] = frozenset()) -> Values:
     Args:
         vain: products that keep their operands as they are, because it gains nothing.
     """
+    found = _candidates(values, vain)
+    while found:
+        hoisted = _hoisted(found, values)
+        alive = _alive(hoisted)
+        needed = {scaled.sum.name for scaled in found} & alive
+        if not needed:
+            return _without(hoisted, _alive(values) - alive)
+        # A sum that something else reads is computed anyway, of whole rows.
+        found = [scaled for scaled in found if scaled.sum.name not in needed]
+    return values
+
+
+def _candidates(values: Values, vain: frozenset[str]) -> list[Scaled]:
+    """What could be hoisted out of all operands."""
     readers: dict[str, list[Definition]] = {}
     for made in values.definitions.values():
         for name in direct_reads(made, values):
             readers.setdefault(name, []).append(made)
-    kept = _kept(values)
-    # One leaves the readers of another's operand what they are, but for their names.
-    for name in [n for n, d in values.definitions.items() if isinstance(d, Map) and n not in kept]:
-        products = [values.definitions[made.name] for made in readers.get(name, ()) if made.name in values.definitions]
-        if len(products) == len(readers.get(name, ())) and vain.isdisjoint(p.name for p in products):
-            if (scaled := _scaled(name, products, values)) is not None:
-                values = _hoisted(scaled, values)
-    return values
+    kept, found = _kept(values), []
+    for name, products in readers.items():
+        if name not in kept and vain.isdisjoint(made.name for made in products):
+            scaled = _scaled(name, products, values)
+            found += [scaled] if scaled is not None else []
+    return found
 
 
 def _scaled(name: str, products: Sequence[Definition], values: Values) -> Scaled | None:
     """What can be hoisted out of this value, and past which products."""
-    made = values.definitions[name]
-    if not products or not isinstance(made, Map) or made.layout.dtype != torch.bfloat16 or not made.layout.shape:
+    made = values.definitions.get(name)
+    if not isinstance(made, Map) or made.layout.dtype != torch.bfloat16 or not made.layout.shape:
         return None
     shape = made.layout.shape
     rows, cols = math.prod(shape[:-1]), shape[-1]
@@ -131,7 +143,7 @@ def _numbers(product: Apply) -> bool:
 
 def _sums_rows(made: Reduce, rows: int, cols: int) -> bool:
     """Whether this is a sum over rows of these sizes."""
-    plain = type(made) is Reduce and made.kind == "sum" and made.layout.dtype == torch.float32
+    plain = made.kind == "sum" and made.layout.dtype == torch.float32
     return plain and made.reduced == (len(made.domain) - 1,) and alike(made.rows, rows) and alike(made.cols, cols)
 
 
@@ -143,7 +155,7 @@ def _out_of_a_product(expr: Expr, rows: int, cols: int, values: Values) -> bool:
     while stack:
         name = stack.pop()
         made = values.definitions.get(name)
-        if isinstance(made, Reduce) and not isinstance(made, SumOfParts):
+        if isinstance(made, Reduce):
             return False
         if isinstance(made, Contract):
             found |= alike(made.m, rows) and alike(made.n, cols)
@@ -213,32 +225,38 @@ def _opened(expr: Expr, values: Values) -> Expr:
     return rewrite(expr, new_leaf=leaf)
 
 
-def _hoisted(scaled: Scaled, values: Values) -> Values:
-    """The values after one operand's scale has left it; unchanged where its sum would be needed nevertheless."""
-    operand, total = scaled.operand, scaled.sum
-    unscaled = Map(f"{operand.name}_unscaled", operand.layout, keep(scaled.rest, operand.layout.dtype), operand.source)
-    parts = _parts(total)
+def _hoisted(found: Sequence[Scaled], values: Values) -> Values:
+    """The values with these scales past their products, what they were computed by still among them."""
+    operands = {scaled.operand.name: scaled for scaled in found}
+    parts = {scaled.sum.name: _parts(scaled.sum) for scaled in found}
+    products = {product.name: scaled for scaled in found for product in scaled.products}
     made: dict[str, Definition] = {}
-    hoisted = dict(values.hoisted)
+    hoisted: dict[str, str] = {}
     for name, definition in values.definitions.items():
-        if name == operand.name:
-            made[unscaled.name] = unscaled
-        elif name == total.name:
-            made |= {parts.name: parts, name: definition}
-        elif isinstance(definition, Contract) and definition in scaled.products:
-            arrived, inner, result = _product(definition, unscaled, scaled, parts)
-            made |= {arrived.name: arrived, inner.name: inner, result.name: result}
-            hoisted[inner.name] = name
-        else:
-            made[name] = definition
+        new: tuple[Definition, ...] = (definition,)
+        if name in operands:
+            new = (_unscaled(operands[name]),)
+        elif name in parts:
+            new = parts[name], definition
+        elif name in products and isinstance(definition, Contract):
+            scaled = products[name]
+            new = _product(definition, scaled, parts[scaled.sum.name])
+            hoisted[new[1].name] = name
+        made.update((d.name, d) for d in new)
     layouts = {**values.layouts, **{n: d.layout for n, d in made.items() if not isinstance(d, Extern)}}
-    result_values = replace(values, definitions=made, layouts=layouts, hoisted=hoisted)
-    before, alive = _alive(values), _alive(result_values)
-    if total.name in alive:
-        return values
-    gone = before - alive
+    return replace(values, definitions=made, layouts=layouts, hoisted=hoisted)
+
+
+def _without(values: Values, gone: set[str]) -> Values:
+    """The values without those that nothing needs any more."""
     views = {name: view for name, view in values.views.items() if view.base not in gone}
-    return replace(result_values, definitions={n: d for n, d in made.items() if n not in gone}, views=views)
+    return replace(values, definitions={n: d for n, d in values.definitions.items() if n not in gone}, views=views)
+
+
+def _unscaled(scaled: Scaled) -> Map:
+    """The operand without its scale."""
+    operand = scaled.operand
+    return replace(operand, name=f"{operand.name}_unscaled", expr=keep(scaled.rest, operand.layout.dtype))
 
 
 def _parts(total: Reduce) -> Parts:
@@ -251,14 +269,14 @@ def _parts(total: Reduce) -> Parts:
     return Parts(f"{total.name}_parts", layout, domain, (2,), "sum", expr, total.source)
 
 
-def _product(product: Contract, unscaled: Map, scaled: Scaled, parts: Parts) -> tuple[SumOfParts, Contract, Map]:
+def _product(product: Contract, scaled: Scaled, parts: Parts) -> tuple[SumOfParts, Contract, Map]:
     """The sum of the parts, the product of the operand without its scale, and its result, scaled."""
     row, at = variables(parts.layout.shape)
     read = load(parts.name, row * parts.layout.shape[1] + at, torch.float32)
     layout = Layout.contiguous((product.m,), torch.float32, parts.layout.device)
     name = f"{scaled.sum.name}_{product.name}"
     arrived = SumOfParts(name, layout, parts.layout.shape, (1,), "sum", read, parts.source)
-    view = View(unscaled.name, product.a.layout, 0)
+    view = View(_unscaled(scaled).name, product.a.layout, 0)
     inner = replace(product, name=f"{product.name}_unscaled", a=view, rounded=False)
     row, col = variables((product.m, product.n))
     place = at_flat(row * product.k, scaled.operand.layout.shape)

@@ -91,6 +91,16 @@ def test_products_of_one_operand_each_sum_its_parts() -> None:
     assert [len(g.reductions) for g in products] == [0, 1, 1]
 
 
+def two_weights(x: Any, w: Any, r: Any, g: Any, w1: Any) -> Any:
+    h = normed(residual(x, w, r), 1)
+    return (h * g) @ w1, (h * (g * 2)) @ w1
+
+
+def test_operands_of_one_sum_share_its_parts() -> None:
+    products = groups(same(two_weights, *given()))
+    assert [g.kind for g in products] == ["gemm"] * 3 and sum(s.summed > 0 for s in products[0].stores) == 1
+
+
 def test_a_chain_of_norms_is_a_chain_of_products() -> None:
     assert [g.kind for g in groups(same(twice, *given()))] == ["gemm", "gemm", "gemm"]
 
