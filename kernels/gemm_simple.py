@@ -1,4 +1,4 @@
-"""Simple GEMM: y[b, M, N] = epilogue(prologue(x)[b, M, K] @ W[b]) for any strides, alignment, batch and size.
+"""Simple GEMM: y[b, M, N] = epilogue(x[b, M, K] @ W[b]) for any strides, alignment, batch and size.
 
 Schedule: one program per output tile, grouped in rows of 8 tiles; masked pointer loads, pipelined with cp.async where
 they can be. Everything that TMA cannot read comes here, and Triton's interpreter on the CPU.
@@ -115,7 +115,6 @@ def gemm_simple_kernel(
     w_n,
     w_k,
     t,
-    t_prologue,
     N: tl.constexpr,
     K: tl.constexpr,
     PAIR_OFFSET: tl.constexpr,
@@ -130,7 +129,6 @@ def gemm_simple_kernel(
     HALVES: tl.constexpr,
     PAIRED: tl.constexpr,
     PRECISION: tl.constexpr,
-    PROLOGUE: tl.constexpr,
     LOAD_PARTS: tl.constexpr,
     EPILOGUE: tl.constexpr,
 ):
@@ -158,12 +156,8 @@ def gemm_simple_kernel(
     for k0 in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         k_row = k0 + tl.arange(0, BLOCK_K)[None, :]
         k_col = k0 + tl.arange(0, BLOCK_K)[:, None]
-        x_ok = m_ok & (k_row < K)
-        x_tile = tl.load(x + batch * x_b + m * x_m + k_row * x_k, mask=x_ok, other=0.0)  # [BLOCK_M, BLOCK_K]
-        if PROLOGUE is not None:
-            x_tile = PROLOGUE(x_tile, batch * m_size + m, k_row, x_ok, t_prologue)
-            # It may have turned the zeros beyond K into something else (an infinity, say): put them back.
-            x_tile = tl.where(x_ok, x_tile, 0.0).to(w.dtype.element_ty)
+        x_at = x + batch * x_b + m * x_m + k_row * x_k
+        x_tile = tl.load(x_at, mask=m_ok & (k_row < K), other=0.0)  # [BLOCK_M, BLOCK_K]
         w_at = w + batch * w_b + n * w_n + k_col * w_k  # [BLOCK_K, BLOCK_N]
         w_ok = n_ok & (k_col < K)
         acc = tl.dot(x_tile, tl.load(w_at, mask=w_ok, other=0.0), acc, input_precision=PRECISION)
@@ -192,7 +186,6 @@ def _constexprs(
     problem: GemmProblem,
     config: Config,
     epilogue: Any,
-    prologue: Any,
     unit: tuple[bool, str, int],
     parts: Any = None,
 ) -> dict[str, Any]:
@@ -212,18 +205,16 @@ def _constexprs(
         "HALVES": problem.halves,
         "PAIRED": problem.paired,
         "PRECISION": problem.precision,
-        "PROLOGUE": prologue,
         "LOAD_PARTS": parts,
         "EPILOGUE": epilogue,
     }
 
 
 class SimpleGemm:
-    """A prepared launch; call it with x, W in the problem's layout, and the tensors of epilogue and prologue."""
+    """A prepared launch; call it with x, W in the problem's layout, and the epilogue's tensors."""
 
-    def __init__(self, epilogue: Any, config: Config, problem: GemmProblem, prologue: Any, parts: Any) -> None:
-        self.config, self.problem, self.epilogue = config, problem, epilogue
-        self.prologue, self.parts = prologue, parts
+    def __init__(self, epilogue: Any, config: Config, problem: GemmProblem, parts: Any) -> None:
+        self.config, self.problem, self.epilogue, self.parts = config, problem, epilogue, parts
         self._kernels: dict[tuple[bool, str, int], Kernel] = {}
 
     def kernel(self, x_strides: tuple[int, int, int], w_strides: tuple[int, int, int]) -> Kernel:
@@ -233,20 +224,19 @@ class SimpleGemm:
         others = w_strides[:2] if w_unit == "k" else w_strides[::2] if w_unit == "n" else w_strides
         unit = (x_strides[2] == 1, w_unit, _stride_factor((*x_strides[:2], *others)))
         if unit not in self._kernels:
-            constexprs = _constexprs(self.problem, self.config, self.epilogue, self.prologue, unit, self.parts)
+            constexprs = _constexprs(self.problem, self.config, self.epilogue, unit, self.parts)
             config = self.config
             self._kernels[unit] = Kernel(gemm_simple_kernel, constexprs, config.warps, num_stages=config.stages)
         return self._kernels[unit]
 
-    def __call__(self, x: torch.Tensor, w: torch.Tensor, t: tuple, t_prologue: tuple = ()) -> None:
+    def __call__(self, x: torch.Tensor, w: torch.Tensor, t: tuple) -> None:
         m = x.shape[-2]
         x_strides = (x.stride(0) if x.dim() == 3 else 0, _stride(x, -2), _stride(x, -1))
         n_axis, k_axis = (-2, -1) if self.problem.layout == "nk" else (-1, -2)
         w_strides = (w.stride(0) if w.dim() == 3 else 0, _stride(w, n_axis), _stride(w, k_axis))
         tiles = ceil(m / self.config.block_m) * ceil(self.problem.n / self.config.block_n)
         kernel = self.kernel(x_strides, w_strides)
-        # An empty tuple is no kernel argument: x stands in for a prologue without tensors.
-        kernel((tiles, x.shape[0] if x.dim() == 3 else 1, 1), x, w, m, *x_strides, *w_strides, t, t_prologue or (x,))
+        kernel((tiles, x.shape[0] if x.dim() == 3 else 1, 1), x, w, m, *x_strides, *w_strides, t)
 
 
 def _stride(tensor: torch.Tensor, axis: int) -> int:
@@ -256,19 +246,16 @@ def _stride(tensor: torch.Tensor, axis: int) -> int:
     return 1 if axis == -1 else tensor.shape[-1]
 
 
-def prepare(
-    epilogue: Any, config: Config, problem: GemmProblem, *, prologue: Any = None, parts: Any = None
-) -> SimpleGemm:
+def prepare(epilogue: Any, config: Config, problem: GemmProblem, *, parts: Any = None) -> SimpleGemm:
     """Fix everything that does not change between calls.
 
     Args:
         epilogue: `@triton.jit` body `(acc, acc2, m, n, mask, t)`; with a batch, `m` is `b * M + row`.
         config: from `choose`.
         problem: sizes and layout; `m` and the strides are only hints, the tensors' own are used.
-        prologue: `@triton.jit` body `(x, m, k, mask, t) -> value` on x's tiles, `m` as above; None leaves x as it is.
         parts: as for `gemm_stream.prepare`.
     """
-    return SimpleGemm(epilogue, config, problem, prologue, parts)
+    return SimpleGemm(epilogue, config, problem, parts)
 
 
 def compile_jobs(arch: int) -> Iterable[CompileJob]:
@@ -295,10 +282,9 @@ def _job(problem: GemmProblem, config: Config, factor: int) -> CompileJob:
             "w": f"*{dtype}",
             **dict.fromkeys(("m_size", "x_b", "x_m", "x_k", "w_b", "w_n", "w_k"), "i32"),
             "t": (f"*{dtype}",),
-            "t_prologue": (f"*{dtype}",),
         },
-        constexprs=_constexprs(problem, config, sample(problem), None, (True, "k", factor)),
+        constexprs=_constexprs(problem, config, sample(problem), (True, "k", factor)),
         num_warps=config.warps,
         num_stages=config.stages,
-        divisible=("x", "w", "t", "t_prologue") if factor == 16 else (),
+        divisible=("x", "w", "t") if factor == 16 else (),
     )
