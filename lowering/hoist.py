@@ -34,11 +34,11 @@ from .group import PART
 from .size import Size, alike
 from .values import Contract, Definition, Extern, Item, Layout, Map, Parts, Reduce, SumOfParts, Values, View
 
-# Up to so many tokens it pays: every tile of the second product sums a row's parts anew, and the first stores x' beside
-# x. Middle pieces of Llama-3.1-8B, Llama-3.2-1B and Qwen3-8B took (H100, torch 2.11, triton 3.6, bf16, 2026-11-25, one
-# run) 0.98, 0.95 and 0.98 of the time with norms at 1 and 16 tokens, 0.98, 0.96 and 0.98 at 32, 0.99, 0.97 and 0.99 at
-# 64, 1.05, 0.97 and 1.05 at 128.
-MOST_TOKENS = 64
+# Up to so many tokens it pays, and to more where a row has few parts: every tile of the second product holds the parts
+# of its rows in registers, and the first stores x' beside x. Middle pieces of Llama-3.1-8B, Llama-3.2-1B (64 parts a
+# row) and Qwen3-8B took (H100, torch 2.11, triton 3.6, bf16, 2026-11-25, one run) 0.98, 0.95 and 0.98 of the time with
+# norms at 1 and 16 tokens, 0.98, 0.96 and 0.98 at 32, 0.99, 0.97 and 0.99 at 64, 1.05, 0.97 and 1.05 at 128.
+MOST_TOKENS, MOST_TOKENS_OF_FEW_PARTS, FEW_PARTS = 64, 128, 64
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,9 @@ def _scaled(name: str, products: Sequence[Definition], values: Values) -> Scaled
     total = values.definitions.get(summed.pop()) if len(summed) == 1 else None
     if not isinstance(total, Reduce) or not _sums_rows(total, rows, cols):
         return None
-    if any(not _out_of_a_product(expr, rows, cols, values) for expr in (total.expr, rest)) or rows > MOST_TOKENS:
+    if any(not _out_of_a_product(expr, rows, cols, values) for expr in (total.expr, rest)):
+        return None
+    if rows > (MOST_TOKENS_OF_FEW_PARTS if cols <= FEW_PARTS * PART else MOST_TOKENS):
         return None
     return Scaled(made, scale, rest, total, tuple(products))  # type: ignore[arg-type]
 

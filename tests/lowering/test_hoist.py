@@ -11,6 +11,7 @@ from hypothesis import given as drawn
 from hypothesis import seed, settings
 from hypothesis import strategies as st
 
+from terrazzo.lowering import hoist
 from terrazzo.lowering.group import Group
 from terrazzo.runtime.compiled import CompiledPiece
 
@@ -82,7 +83,7 @@ def hoisted(piece: CompiledPiece) -> bool:
     )
 
 
-@pytest.mark.parametrize("tokens", [1, 2, TOKENS, 64])
+@pytest.mark.parametrize("tokens", [1, 2, TOKENS, 128])
 @pytest.mark.parametrize("fn", [chain, glu, gemmas_weight, no_residual])
 def test_nothing_is_left_between_the_products(fn: Callable[..., Any], tokens: int) -> None:
     first, second = groups(same(fn, *given(tokens)))
@@ -201,7 +202,7 @@ def test_where_the_scaled_operand_or_its_sum_is_needed_it_stays(fn: Callable[...
     [
         pytest.param(given(dtype=torch.float16), id="fp16, in which it could overflow"),
         pytest.param(given(dtype=torch.float32), id="fp32"),
-        pytest.param(given(tokens=65), id="many tokens"),
+        pytest.param(given(tokens=129), id="many tokens"),
         pytest.param(given(width=72), id="a width that is no multiple of a part"),
     ],
 )
@@ -209,15 +210,22 @@ def test_where_it_would_not_be_right_or_not_pay_it_stays(args: list[torch.Tensor
     assert not hoisted(same(chain, *args))
 
 
+@pytest.mark.parametrize(("tokens", "found"), [(64, True), (65, False)])
+def test_of_rows_of_many_parts_fewer_are_held_in_registers(tokens: int, found: bool) -> None:
+    args = given(tokens, width=2080)
+    args[1], args[4] = args[1] / 8, args[4][:, :32] / 8
+    assert hoisted(same(chain, *args)) == found
+
+
 def test_results_repeat_bit_by_bit() -> None:
-    args = given(64)
+    args = given(128)
     piece = CompiledPiece(traced(chain, len(args)), args)
     first, second = (piece(*copied(args)) for _ in range(2))
     compare(first, second)
 
 
 def test_one_plan_serves_every_size_of_a_range() -> None:
-    _, [regime] = at_every_size(chain, given, 2, 64)
+    _, [regime] = at_every_size(chain, given, 120, 128)
     assert regime.plan is not None and "load_parts" in regime.plan.source
 
 
@@ -236,9 +244,14 @@ def scaled_by_its_sum(x: Any, w: Any) -> Any:
 
 
 @pytest.mark.parametrize("fn", [gated, scaled_by_its_sum])
-def test_a_range_in_which_nothing_is_hoisted_is_not_cut(fn: Callable[..., Any]) -> None:
-    _, found = at_every_size(fn, lambda n: [odd(n, N, dtype=BF16), odd(N, N, dtype=BF16, seed=1)], 62, 68)
+def test_a_range_in_which_nothing_is_hoisted_is_not_cut(
+    fn: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hoist, "MOST_TOKENS_OF_FEW_PARTS", 32)
+    _, found = at_every_size(fn, lambda n: [odd(n, N, dtype=BF16), odd(N, N, dtype=BF16, seed=1)], 30, 36)
     assert len(found) == 1 and found[0].plan is not None
+    _, found = at_every_size(chain, given, 30, 36)
+    assert [r.hi for r in found] == [32, 36]
 
 
 def after_a_layer_norm(x: Any, w: Any, r: Any, g: Any, w1: Any) -> Any:
@@ -289,7 +302,7 @@ def stream(steps: list[tuple[str, bool]]) -> Callable[..., Any]:
 @seed(SEED)
 @drawn(
     st.lists(st.tuples(st.sampled_from(list(STEPS)), st.booleans()), min_size=2, max_size=8),
-    st.sampled_from([1, 2, 5, 33, 64, 65]),
+    st.sampled_from([1, 2, 5, 33, 128, 129]),
     st.sampled_from([32, 64, 96]),
 )
 def test_residual_streams(steps: list[tuple[str, bool]], tokens: int, width: int) -> None:
