@@ -46,10 +46,6 @@ INTEGERS = {
     "shift_left": "shift_left({0}, {1})", "shift_right": "shift_right({0}, {1})",
 }  # fmt: skip
 
-# Functions of integers that ask their operands for their type; those that make 32 bits of a number.
-OF_TENSORS = {"pow", "shift_left", "shift_right"}
-WIDENING = {"maximum", "minimum"}
-
 # Where fp64 differs: its division and root are exact anyway.
 DOUBLES = {"div": "{0} / {1}", "sqrt": "tl.sqrt({0})", "reciprocal": "1.0 / {0}"}
 
@@ -92,12 +88,12 @@ def apply_text(expr: Apply, parts: list[str]) -> str:
     if expr.fn == "where":
         return tl_where(expr, parts)
     if not of.is_floating_point and expr.fn in INTEGERS:
-        if expr.fn in OF_TENSORS or (expr.fn in WIDENING and of.itemsize < 4):
-            wrapped = [
-                f"tl.cast({p}, {TYPES[of]})" if isinstance(a, Const) else p
-                for p, a in zip(parts, expr.args, strict=True)
-            ]
-        return INTEGERS[expr.fn].format(*wrapped)
+        template = INTEGERS[expr.fn]
+        if "(" not in template:
+            # An operator gives a number the type of its other operand; a function takes it for one of 32 bits.
+            return template.format(*wrapped)
+        typed = zip(parts, expr.args, strict=True)
+        return template.format(*(f"tl.cast({p}, {TYPES[of]})" if isinstance(a, Const) else p for p, a in typed))
     if of == torch.float64 and expr.fn in DOUBLES:
         return DOUBLES[expr.fn].format(*wrapped)
     if expr.fn in FUNCTIONS:
