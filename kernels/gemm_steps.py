@@ -70,13 +70,21 @@ def lines_of_pairs(along_n: int, tokens_first: bool, warps: int):
 
 @gluon.jit
 def rows_and_columns(
-    m0, n0, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, TOKENS_FIRST: gl.constexpr, WARPS: gl.constexpr
+    m0,
+    n0,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    HALVES: gl.constexpr,
+    TOKENS_FIRST: gl.constexpr,
+    WARPS: gl.constexpr,
 ):
-    """Where the elements of an epilogue's tile lie: `m` and `n`, each along its own axis."""
-    laid: gl.constexpr = lines(BLOCK_N, TOKENS_FIRST, WARPS)
+    """Where the elements of a tile's epilogue lie: `m` and `n`, each along its own axis; of heads, in first halves."""
+    ACROSS: gl.constexpr = 2 if HALVES > 0 else 1
+    WIDE: gl.constexpr = BLOCK_N // ACROSS
+    laid: gl.constexpr = lines(WIDE, TOKENS_FIRST, WARPS)
     M_AXIS: gl.constexpr = 0 if TOKENS_FIRST else 1
     m = m0 + gl.expand_dims(gl.arange(0, BLOCK_M, gl.SliceLayout(1 - M_AXIS, laid)), 1 - M_AXIS)
-    n = n0 + gl.expand_dims(gl.arange(0, BLOCK_N, gl.SliceLayout(M_AXIS, laid)), M_AXIS)
+    n = n0 // ACROSS + gl.expand_dims(gl.arange(0, WIDE, gl.SliceLayout(M_AXIS, laid)), M_AXIS)
     return m, n
 
 
@@ -89,23 +97,24 @@ def finish(
     m_size,
     t,
     N: gl.constexpr,
-    BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr,
     HALVES: gl.constexpr,
     TOKENS_FIRST: gl.constexpr,
     PAIRED: gl.constexpr,
     WARPS: gl.constexpr,
     EPILOGUE: gl.constexpr,
 ):
-    """The epilogue over a tile of BLOCK_M rows and, of what it gets, BLOCK_N columns."""
-    laid: gl.constexpr = lines(BLOCK_N, TOKENS_FIRST, WARPS)
+    """The epilogue, on sums laid out as it stores them."""
+    BLOCK_M: gl.constexpr = acc.shape[0 if TOKENS_FIRST else 1]
+    BLOCK_N: gl.constexpr = acc.shape[1 if TOKENS_FIRST else 0]
+    ACROSS: gl.constexpr = 2 if HALVES > 0 else 1
+    laid: gl.constexpr = lines(BLOCK_N // ACROSS, TOKENS_FIRST, WARPS)
     if HALVES > 0:
         # Of a head that is wider than the tile, the tile holds as much of both halves.
-        acc, acc2 = halves_apart(acc, min(HALVES, BLOCK_N), TOKENS_FIRST, WARPS)
-    m, n = rows_and_columns(m0, n0, BLOCK_M, BLOCK_N, TOKENS_FIRST, WARPS)
+        acc, acc2 = halves_apart(acc, min(HALVES, BLOCK_N // 2), TOKENS_FIRST, WARPS)
+    m, n = rows_and_columns(m0, n0, BLOCK_M, BLOCK_N, HALVES, TOKENS_FIRST, WARPS)
     acc = gl.convert_layout(acc, laid)
     acc2 = gl.convert_layout(acc2, laid) if PAIRED or HALVES > 0 else acc
-    EPILOGUE(acc, acc2, gl.minimum(m, m_size - 1), n, (n < N) & (m < m_size), t)
+    EPILOGUE(acc, acc2, gl.minimum(m, m_size - 1), n, (n < N // ACROSS) & (m < m_size), t)
 
 
 @gluon.jit

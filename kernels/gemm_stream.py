@@ -173,11 +173,9 @@ def gemm_stream_kernel(
     for s in gl.static_range(STAGES):
         k = k0 + s * BLOCK_K
         tma.async_copy_global_to_shared(x_desc, [m0, k], ready.index(s), x_ring.index(s), pred=k < k_end)
-    # Of what the epilogue gets: columns of W that are halves of heads are two of its own.
-    ACROSS: gl.constexpr = 2 if HALVES > 0 else 1
     if LOAD_PARTS is not None:
         # Nothing waits for them before the product is done.
-        m, n = rows_and_columns(m0, n0 // ACROSS, BLOCK_M, BLOCK_N // ACROSS, TOKENS_FIRST, WARPS)
+        m, n = rows_and_columns(m0, n0, BLOCK_M, BLOCK_N, HALVES, TOKENS_FIRST, WARPS)
         parts = LOAD_PARTS(gl.minimum(m, m_size - 1), n, t)
 
     ROWS: gl.constexpr = BLOCK_M if TOKENS_FIRST else BLOCK_N
@@ -238,15 +236,9 @@ def gemm_stream_kernel(
             if PAIRED:
                 acc2 = sum_of_splits(base + TILE, at, SPLIT_K, ACCS * TILE)
             gl.store(counters + unit, 0)
-            finish(
-                acc, acc2, m0, n0 // ACROSS, m_size, t, N // ACROSS, BLOCK_M, BLOCK_N // ACROSS, HALVES, TOKENS_FIRST,
-                PAIRED, WARPS, EPILOGUE,
-            )  # fmt: skip
+            finish(acc, acc2, m0, n0, m_size, t, N, HALVES, TOKENS_FIRST, PAIRED, WARPS, EPILOGUE)
     else:
-        finish(
-            acc, acc2, m0, n0 // ACROSS, m_size, t, N // ACROSS, BLOCK_M, BLOCK_N // ACROSS, HALVES, TOKENS_FIRST,
-            PAIRED, WARPS, EPILOGUE,
-        )  # fmt: skip
+        finish(acc, acc2, m0, n0, m_size, t, N, HALVES, TOKENS_FIRST, PAIRED, WARPS, EPILOGUE)
 
 
 def _constexprs(
@@ -297,14 +289,7 @@ class StreamGemm:
     """A prepared launch; call it with x [M, K], W in the problem's layout and the epilogue's tensors."""
 
     def __init__(
-        self,
-        epilogue: Any,
-        config: Config,
-        problem: GemmProblem,
-        parts: Any = None,
-        pdl: bool = False,
-        leads: bool = False,
-        slot: int = 0,
+        self, epilogue: Any, config: Config, problem: GemmProblem, parts: Any, pdl: bool, leads: bool, slot: int
     ) -> None:
         assert config.stages > 1, "a ring of one slot is never refilled"
         self.config, self.problem, self.epilogue, self.parts = config, problem, epilogue, parts

@@ -15,7 +15,7 @@ kernel's tiles sum those. The expressions are written in `composer.py` and, for 
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import fields
+from typing import Any
 
 from .composer import Composer, Refused
 from .elements import Elements
@@ -54,9 +54,8 @@ def compose(
         return _alone(order, made[0])
     if any(isinstance(v, (Extern, Item)) for v in made):
         raise Refused("an op that runs as itself shares no kernel")
-    composer = Composer(
-        order, tuple(n for n in order if n in needed), values, frozenset(inlined), elements, frozenset(returned)
-    )
+    kept = tuple(n for n in order if n in needed)
+    given = order, kept, values, frozenset(inlined), elements, frozenset(returned)
     products = [v for v in made if isinstance(v, Contract)]
     reductions = [v for v in made if isinstance(v, Reduce)]
     if len(products) > 1:
@@ -64,8 +63,8 @@ def compose(
     if products and not all(isinstance(r, Parts) or _arrived(r, order) for r in reductions):
         raise Refused("a reduction needs the whole row, a GEMM tile holds only some of its columns")
     if products:
-        return _product(composer, products[0])
-    return composer.row(reductions) if reductions else composer.pointwise(cols)
+        return _product(given, products[0])
+    return Composer(*given).row(reductions) if reductions else Composer(*given).pointwise(cols)
 
 
 def _alone(order: list[str], made: object) -> Group:
@@ -83,8 +82,9 @@ def _arrived(made: Reduce, members: Collection[str]) -> bool:
 HALVES = (128, 64, 32, 16)
 
 
-def _product(composer: Composer, product: Contract) -> Group:
+def _product(given: tuple[Any, ...], product: Contract) -> Group:
     """A product and what follows it: column by column, pairs of columns a fixed distance apart, or halves of heads."""
+    composer = Composer(*given)
     try:
         return composer.gemm(product)
     except Refused as reason:
@@ -93,7 +93,7 @@ def _product(composer: Composer, product: Contract) -> Group:
         for half in HALVES if len(composer.order) > 1 and product.m <= FEW_TOKENS else ():
             if product.n % (2 * half) == 0 and 2 * half in widths:
                 try:
-                    return Heads(**{f.name: getattr(composer, f.name) for f in fields(composer)}).halves(product, half)
+                    return Heads(*given).halves(product, half)
                 except Refused:
                     continue
         raise reason from None

@@ -14,7 +14,7 @@ from .affine import Affine, Var, contiguous_strides, delinearize, linear, substi
 from .define import at_flat
 from .elements import Elements
 from .expr import Acc, Apply, Expr, Load, RowScalar, const, rewrite, walk
-from .group import BODY_LIMIT, COL, EXPENSIVE, PART, ROW, Group, Reduction, Store, too_long
+from .group import BODY_LIMIT, COL, EXPENSIVE, ROW, Group, Reduction, Store, too_long
 from .size import alike, typical
 from .values import Contract, Layout, Map, Parts, Reduce, SumOfParts, Values
 
@@ -45,7 +45,6 @@ class Composer:
         self.memo: dict[tuple[str, tuple[Affine, ...], int], Expr] = {}
         self.reductions: dict[str, Reduction] = {}
         self.natural: Affine = Affine()
-        self.product: Contract | None = None
         self.accumulators: set[int] = set()
         # Of the columns that are being written the first, where they are not those of the domain (heads.py).
         self.first = 0
@@ -92,10 +91,7 @@ class Composer:
         return self._group("row", tuple(stores))
 
     def gemm(self, product: Contract) -> Group:
-        if {product.a.base, product.b.base} & set(self.order):
-            raise Refused(f"the operands of %{product.name} are read from memory")
-        self.product = product
-        self.sums_of_parts()
+        self.begin(product)
         summed = {n for n in self.needed if isinstance(self.values.definitions[n], Parts)}
         results = [n for n in self.needed if n != product.name and n not in summed]
         sizes = {self.layout(n).numel for n in results} or {product.m * product.n}
@@ -123,13 +119,15 @@ class Composer:
         names = {_numbered(expr, pair): name for expr, name in group.names.items()}
         return replace(group, contract=product, pair=pair, names=names)
 
-    def sums_of_parts(self) -> None:
-        """Row scalars of an epilogue, each from what an earlier kernel left of its row."""
+    def begin(self, product: Contract) -> None:
+        """Composes around a product: what it reads, and its epilogue's row scalars, are what earlier kernels left."""
+        if {product.a.base, product.b.base} & set(self.order):
+            raise Refused(f"the operands of %{product.name} are read from memory")
         for name in self.order:
             made = self.values.definitions[name]
             if isinstance(made, SumOfParts):
-                if self.product is None or not alike(made.rows, self.product.m):
-                    raise Refused(f"%{name} sums {made.rows} rows, %{self.product and self.product.name} has others")
+                if not alike(made.rows, product.m):
+                    raise Refused(f"%{name} sums {made.rows} rows, %{product.name} has others")
                 if name in self.needed:
                     raise Refused(f"every tile of a row computes %{name}, none stores it")
                 self.reductions[name] = Reduction(name, made.kind, made.expr, made.cols)
@@ -138,11 +136,12 @@ class Composer:
         """Sums over a tile's columns, for a kernel that then sums whole rows."""
         made = self.values.definitions[name]
         assert isinstance(made, Parts)
-        if not alike(made.domain[0], self.rows) or made.domain[1] * PART != self.cols:
-            raise Refused(f"%{name} sums {made.domain[0]} × {made.domain[1]} parts of rows that are others")
-        place = dict(enumerate((row, col.floordiv(PART), col.mod(PART))))
-        offset = linear((row, col.floordiv(PART)), made.layout.stride)
-        return Store(name, offset, self._inline(made.expr, place), False, PART)
+        rows, parts, width = made.domain
+        if not alike(rows, self.rows) or parts * width != self.cols:
+            raise Refused(f"%{name} sums {rows} × {parts} parts of rows that are others")
+        place = row, col.floordiv(width), col.mod(width)
+        offset = linear(place[:2], made.layout.stride)
+        return Store(name, offset, self._inline(made.expr, dict(enumerate(place))), False, width)
 
     def _group(self, kind: str, stores: tuple[Store, ...]) -> Group:
         names = {expr: name for (name, *_), expr in self.memo.items()}

@@ -93,9 +93,7 @@ def depend(values: Values) -> Dependencies:
     graph = nx.DiGraph()
     for entry in values.inputs:
         graph.add_node(entry.name)
-    pinned = {values.base(o.ref) for o in values.outputs if o.kind == "value"} | {
-        values.base(v) for _, v in values.mutations
-    }
+    pinned = set(values.kept)
     for made in values.definitions.values():
         graph.add_node(made.name)
         for name in direct_reads(made, values):

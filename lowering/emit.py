@@ -139,15 +139,15 @@ class _Writer:
     def parts(self, kernel: Kernel, body: str) -> str:
         """The function that reads the parts of an epilogue's rows; empty where it needs no sums of rows."""
         group = kernel.group
-        if group.contract is None or not group.reductions:
+        if not group.parts_read:
             return ""
-        touched = tensors(kernel)
+        [read], [total] = group.parts_read, group.reductions
         lines = ["@triton.jit", f"def {_parts(body)}(m, n, t):"]
-        lines += [f"    {line}" for line in self.pointers(touched, {load.value for load in group.summed})]
+        lines += [f"    {line}" for line in self.pointers(tensors(kernel), {read.value})]
         if self.wide(group):
             lines.append("    m, n = m.to(tl.int64), n.to(tl.int64)")
-        dtypes = {n: self.values.layouts[n].dtype for n in touched}
-        return "\n".join([*lines, f"    return {Body(group, dtypes, self.names, epilogue=True).parts()}"])
+        pointer = f"{self.names[read.value]}_ptr + m * {total.parts}"
+        return "\n".join([*lines, f"    return load_parts({pointer}, n, {total.parts})"])
 
     def pointers(self, tensors: Sequence[str], used: Collection[str]) -> list[str]:
         return [f"{self.names[n]}_ptr = t[{i}]" for i, n in enumerate(tensors) if n in used]
@@ -163,8 +163,8 @@ class _Writer:
         lines = ["@triton.jit", f"def {name}({parameters}):"]
         for number, group in enumerate(kernel.segments):
             inner = [f"# {line}" for line in self.sources(group)]
-            read = group.loads if not epilogue else [load for load in group.loads if load not in group.summed]
-            inner += self.pointers(touched, {load.value for load in read} | {s.value for s in group.stores})
+            used = {load.value for load in group.body_loads} | {s.value for s in group.stores}
+            inner += self.pointers(touched, used)
             if epilogue and self.wide(group):
                 inner.append("m, n = m.to(tl.int64), n.to(tl.int64)")
             inner += self.sizeless(kernel, "\n".join(Body(group, dtypes, self.names, epilogue).write())).split("\n")
@@ -220,7 +220,7 @@ class _Writer:
         parts = [self.body_of[kernel.name], f"{choice.family}.Config({settings})"]
         if kernel.group.contract is not None:
             parts.append(f"GemmProblem({', '.join(f'{k}={v!r}' for k, v in vars(problem).items())})")
-            if kernel.group.reductions:
+            if kernel.group.parts_read:
                 parts.append(f"parts={_parts(self.body_of[kernel.name])}")
         elif any(map(self.wide, kernel.segments)):
             parts.append("wide=True")

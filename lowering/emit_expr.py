@@ -123,12 +123,6 @@ class Body:
             self.store(store)
         return self.lines
 
-    def parts(self) -> str:
-        """Where an epilogue's row finds the parts that a GEMM sums for it: what is read before the product."""
-        [reduction] = self.group.reductions
-        assert isinstance(reduction.expr, Load)
-        return f"load_parts({self.pointer(reduction.expr.value)} + m * {reduction.parts}, n, {reduction.parts})"
-
     def assign(self, name: str, text: str) -> str:
         name = base = self.names.get(name) or identifier(name)
         count = 2

@@ -13,6 +13,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cached_property
 
 import networkx as nx
 
@@ -55,7 +56,7 @@ class Fused:
     def values(self) -> Values:
         return self.dependencies.values
 
-    @property
+    @cached_property
     def stranded(self) -> frozenset[str]:
         """Products past which a scale was hoisted in vain: what they take or what scales them became another kernel."""
         owner = {name: group for group in self.groups for name in group.members}
@@ -65,8 +66,8 @@ class Fused:
         def joined(name: str) -> bool:
             group, product = owner[name], made[name]
             assert isinstance(product, Contract)
-            scaled = group is owner.get(hoisted[name]) and parts.isdisjoint(load.value for load in group.summed)
-            return scaled and bool(group.summed) and owner[product.a.base].contract is not None
+            scaled = group is owner.get(hoisted[name]) and parts.isdisjoint(load.value for load in group.parts_read)
+            return scaled and bool(group.parts_read) and owner[product.a.base].contract is not None
 
         return frozenset(hoisted[name] for name in hoisted if not joined(name))
 

@@ -16,9 +16,6 @@ from .values import RUNNING, Contract, Extern
 
 ROW, COL = 0, 1
 
-# Columns that a GEMM's tile sums up, where another kernel is to sum rows: those of the narrowest tile that does it.
-PART = 32
-
 # Above this many distinct nodes a body no longer reads, or compiles, like something a person would write.
 BODY_LIMIT = 600
 
@@ -114,9 +111,14 @@ class Group:
         return loads(*(r.expr for r in self.reductions), *(s.expr for s in self.stores))
 
     @cached_property
-    def summed(self) -> list[Load]:
-        """Reads of the parts whose sum an epilogue gets."""
+    def parts_read(self) -> list[Load]:
+        """Loads of the parts whose sum an epilogue gets."""
         return loads(*(r.expr for r in self.reductions if r.parts))
+
+    @property
+    def body_loads(self) -> list[Load]:
+        """Loads of the body itself."""
+        return [load for load in self.loads if load not in self.parts_read]
 
 
 def too_long(roots: Sequence[Expr]) -> bool:

@@ -30,10 +30,8 @@ class Heads(Composer):
         self.half, self.head = 0, Affine()
 
     def halves(self, product: Contract, half: int) -> Group:
-        if {product.a.base, product.b.base} & set(self.order):
-            raise Refused(f"the operands of %{product.name} are read from memory")
-        self.product, self.half = product, half
-        self.sums_of_parts()
+        self.begin(product)
+        self.half = half
         row, col = self.domain(product.m, product.n // 2)
         self.natural = row * self.cols + col
         stores: list[Store] = []
@@ -79,8 +77,8 @@ class Heads(Composer):
         if numel % product.m or not width or width % (2 * half):
             return f"%{name} does not consist of heads of {2 * half} columns"
         probe = replace(self)
-        probe.product, probe.half = product, half
-        probe.sums_of_parts()
+        probe.begin(product)
+        probe.half = half
         row, col = probe.domain(product.m, width // 2)
         probe.head = col.floordiv(half)
         try:

@@ -30,10 +30,11 @@ from .affine import Affine, Indirect, Var, contiguous_strides, delinearize, subs
 from .define import at_flat
 from .depend import direct_reads
 from .expr import Apply, Const, Expr, Index, Load, apply, cast, keep, load, loads, rewrite, walk
-from .group import PART
 from .size import Size, alike
 from .values import Contract, Definition, Extern, Item, Layout, Map, Parts, Reduce, SumOfParts, Values, View
 
+# Columns whose sum a tile leaves: those of the narrowest tile that does it.
+PART = 32
 # Up to so many tokens it pays, and to more where a row has few parts: every tile of the second product holds the parts
 # of its rows in registers, and the first stores x' beside x. Middle pieces of Llama-3.1-8B, Llama-3.2-1B (64 parts a
 # row) and Qwen3-8B took (H100, torch 2.11, triton 3.6, bf16, 2026-11-25, one run) 0.98, 0.95 and 0.98 of the time with
@@ -50,6 +51,12 @@ class Scaled:
     rest: Expr
     sum: Reduce
     products: tuple[Contract, ...]
+
+    @property
+    def unscaled(self) -> Map:
+        """The operand without its scale."""
+        rest = keep(self.rest, self.operand.layout.dtype)
+        return replace(self.operand, name=f"{self.operand.name}_unscaled", expr=rest)
 
 
 def hoist(values: Values, vain: frozenset[str] = frozenset()) -> Values:
@@ -76,9 +83,9 @@ def _candidates(values: Values, vain: frozenset[str]) -> list[Scaled]:
     for made in values.definitions.values():
         for name in direct_reads(made, values):
             readers.setdefault(name, []).append(made)
-    kept, found = _kept(values), []
+    found: list[Scaled] = []
     for name, products in readers.items():
-        if name not in kept and vain.isdisjoint(made.name for made in products):
+        if name not in values.kept and vain.isdisjoint(made.name for made in products):
             scaled = _scaled(name, products, values)
             found += [scaled] if scaled is not None else []
     return found
@@ -107,13 +114,6 @@ def _scaled(name: str, products: Sequence[Definition], values: Values) -> Scaled
     if rows > (MOST_TOKENS_OF_FEW_PARTS if cols <= FEW_PARTS * PART else MOST_TOKENS):
         return None
     return Scaled(made, scale, rest, total, tuple(products))  # type: ignore[arg-type]
-
-
-def _kept(values: Values) -> set[str]:
-    """Values whose memory the caller sees."""
-    return {values.base(o.ref) for o in values.outputs if o.kind == "value"} | {
-        values.base(made) for _, made in values.mutations
-    }
 
 
 def _takes(made: Definition, operand: str, rows: int, cols: int) -> bool:
@@ -237,7 +237,7 @@ def _hoisted(found: Sequence[Scaled], values: Values) -> Values:
     for name, definition in values.definitions.items():
         new: tuple[Definition, ...] = (definition,)
         if name in operands:
-            new = (_unscaled(operands[name]),)
+            new = (operands[name].unscaled,)
         elif name in parts:
             new = parts[name], definition
         elif name in products and isinstance(definition, Contract):
@@ -253,12 +253,6 @@ def _without(values: Values, gone: set[str]) -> Values:
     """The values without those that nothing needs any more."""
     views = {name: view for name, view in values.views.items() if view.base not in gone}
     return replace(values, definitions={n: d for n, d in values.definitions.items() if n not in gone}, views=views)
-
-
-def _unscaled(scaled: Scaled) -> Map:
-    """The operand without its scale."""
-    operand = scaled.operand
-    return replace(operand, name=f"{operand.name}_unscaled", expr=keep(scaled.rest, operand.layout.dtype))
 
 
 def _parts(total: Reduce) -> Parts:
@@ -278,7 +272,7 @@ def _product(product: Contract, scaled: Scaled, parts: Parts) -> tuple[SumOfPart
     layout = Layout.contiguous((product.m,), torch.float32, parts.layout.device)
     name = f"{scaled.sum.name}_{product.name}"
     arrived = SumOfParts(name, layout, parts.layout.shape, (1,), "sum", read, parts.source)
-    view = View(_unscaled(scaled).name, product.a.layout, 0)
+    view = View(scaled.unscaled.name, product.a.layout, 0)
     inner = replace(product, name=f"{product.name}_unscaled", a=view, rounded=False)
     row, col = variables((product.m, product.n))
     place = at_flat(row * product.k, scaled.operand.layout.shape)
@@ -296,7 +290,7 @@ def _product(product: Contract, scaled: Scaled, parts: Parts) -> tuple[SumOfPart
 def _alive(values: Values) -> set[str]:
     """Values that something the caller sees depends on."""
     alive: set[str] = set()
-    stack = [*_kept(values), *(n for n, d in values.definitions.items() if isinstance(d, (Extern, Item)))]
+    stack = [*values.kept, *(n for n, d in values.definitions.items() if isinstance(d, (Extern, Item)))]
     while stack:
         name = stack.pop()
         if name in values.definitions and name not in alive:

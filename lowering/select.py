@@ -271,8 +271,8 @@ def is_looped(kernel: Kernel) -> bool:
 
 def _widest_tile(group: Group, values: Values) -> int:
     """Bytes per element of the widest matrix that an epilogue reads or stores."""
-    read = [load.value for load in group.loads if load not in group.summed]
-    layouts = [values.layouts[n] for n in (*(s.value for s in group.stores if not s.summed), *read)]
+    names = [s.value for s in group.stores if not s.summed] + [load.value for load in group.body_loads]
+    layouts = [values.layouts[n] for n in names]
     return max((v.dtype.itemsize for v in layouts if typical(v.numel) > typical(group.cols)), default=0)
 
 

@@ -209,6 +209,12 @@ class Values:
         """The inputs that the piece leaves as they are."""
         return frozenset(i.name for i in self.inputs) - {target for target, _ in self.mutations}
 
+    @cached_property
+    def kept(self) -> frozenset[str]:
+        """Values whose memory the caller sees: returned ones, and those that arguments are overwritten with."""
+        returned = (o.ref for o in self.outputs if o.kind == "value")
+        return frozenset(self.base(name) for name in (*returned, *(made for _, made in self.mutations)))
+
     def base(self, name: str) -> str:
         """The value in whose memory `name` lies."""
         return self.views[name].base if name in self.views else name

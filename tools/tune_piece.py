@@ -249,7 +249,8 @@ def main() -> int:
     options = parser.parse_args()
     place.timing()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    compilers.open_for(parser)
+    # Until this program ends.
+    compilers.open_for(main)
     work = [(model, size) for model in options.models.split(",") for size in options.sizes]
     end, wrong = time.monotonic() + options.budget_s, []
     with open(options.json or os.devnull, "a") as journal, torch.no_grad():
