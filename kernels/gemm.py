@@ -282,6 +282,13 @@ def _lack(family: str, target: Target) -> str | None:
 
 
 @triton.jit
+def first_row(m0, m_size, BLOCK_M: tl.constexpr):
+    """Where the rows of a tile begin: at m0, or so far before it that all of them are rows of x. Those beyond x's last
+    one TMA would fill with zeros, for which it takes longer than for reading them."""
+    return tl.maximum(tl.minimum(m0, m_size - BLOCK_M), 0)
+
+
+@triton.jit
 def load_tile(desc, outer, k, KN: tl.constexpr):
     """W's tile at columns `outer` and depth `k` as [columns, depth], whichever way W is stored."""
     if KN:

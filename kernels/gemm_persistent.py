@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .gemm import GemmProblem, Measured, descriptor, reference, row_of, tma_obstacle, type_name, whole_heads
+from .gemm import GemmProblem, Measured, descriptor, first_row, reference, row_of, tma_obstacle, type_name, whole_heads
 from .gemm_jobs import job_configs, label, sample
 from .gemm_persistent_table import BUCKETS, CONFIGS, EVIDENCE, Config, as_many_tiles
 from .gemm_tiles import accumulate, run_epilogue, tile_origin, w_descriptor, w_descriptor_type
@@ -232,17 +232,21 @@ def gemm_persistent_kernel(
     TILES_N: tl.constexpr = (N + WIDTH - 1) // WIDTH
     for tile in tl.range(tl.program_id(0), tiles_m * TILES_N, tl.num_programs(0), flatten=FLATTEN):
         m0, n0 = tile_origin(tile, tiles_m, TILES_N, GROUP_M, BLOCK_M, WIDTH)
+        first = first_row(m0, m_size, BLOCK_M)
         acc, acc2 = accumulate(
-            x_desc, w_desc, beside_desc, m0, n0, K,
+            x_desc, w_desc, beside_desc, first, n0, K,
             PAIR_OFFSET, BLOCK_M, BLOCK_N, EXTRA_N, BLOCK_K, STAGES, PAIRED, KN, PRECISION,
         )  # fmt: skip
         if PDL:
             tl.extra.cuda.gdc_launch_dependents()
         # Bodies multiply m by a row length: M * N may exceed 2^31 here.
-        m = m0.to(tl.int64) + tl.arange(0, BLOCK_M)[:, None]
-        run_epilogue(acc, acc2, m, n0, m_size, N, t, PARTS, HALVES, EPILOGUE)
+        m = first.to(tl.int64) + tl.arange(0, BLOCK_M)[:, None]
+        # The tile before has the others.
+        own = (m >= m0) & (m < m_size)
+        m = tl.minimum(m, m_size - 1)
+        run_epilogue(acc, acc2, m, own, n0, N, t, PARTS, HALVES, EPILOGUE)
         if EXTRA_N > 0:
-            run_epilogue(acc2, acc2, m, n0 + BLOCK_N, m_size, N, t, PARTS, 0, EPILOGUE)
+            run_epilogue(acc2, acc2, m, own, n0 + BLOCK_N, N, t, PARTS, 0, EPILOGUE)
 
 
 def _constexprs(problem: GemmProblem, config: Config, epilogue: Any, pdl: bool) -> dict[str, Any]:

@@ -7,9 +7,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma, warpgroup_mma
 
 from .functions import sum_of_parts as triton_sum_of_parts
+from .gemm import first_row as triton_first_row
 from .gemm import sum_of_splits as triton_sum_of_splits
 
 # For Gluon, which cannot call what Triton interprets.
+first_row = gluon.jit(triton_first_row.fn)
 sum_of_splits = gluon.jit(triton_sum_of_splits.fn)
 sum_of_parts = gluon.jit(triton_sum_of_parts.fn)
 
@@ -37,6 +39,24 @@ def ask_w(w_desc, n, k, ready, tile, APART: gl.constexpr, KN: gl.constexpr, pred
         tma.async_copy_global_to_shared(w_desc, [k, n], ready, tile, pred=pred)
     else:
         tma.async_copy_global_to_shared(w_desc, [n, k], ready, tile, pred=pred)
+
+
+@gluon.constexpr_function
+def folds(block_m: int) -> bool:
+    """Whether tiles of so many rows of x come in halves: the second may begin before the first ends."""
+    return block_m >= 64
+
+
+@gluon.jit
+def ask_x(x_desc, m, k, ready, tile, BLOCK_M: gl.constexpr, pred):
+    tma.async_copy_global_to_shared(x_desc, [0, m, k] if folds(BLOCK_M) else [m, k], ready, tile, pred=pred)
+
+
+@gluon.jit
+def as_rows(tile, ROWS: gl.constexpr, DEPTH: gl.constexpr):
+    """A tile that came in boxes of rows, as a matrix."""
+    shape: gl.constexpr = [ROWS, DEPTH]
+    return tile._reinterpret(tile.dtype, shape, gl.NVMMASharedLayout.get_default_for(shape, tile.dtype))
 
 
 @gluon.jit
@@ -72,20 +92,31 @@ def lines_of_pairs(along_n: int, tokens_first: bool, warps: int):
 def rows_and_columns(
     m0,
     n0,
+    m_size,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     HALVES: gl.constexpr,
     TOKENS_FIRST: gl.constexpr,
     WARPS: gl.constexpr,
 ):
-    """Where the elements of a tile's epilogue lie: `m` and `n`, each along its own axis; of heads, in first halves."""
+    """Where the elements of a tile's epilogue lie: `m` and `n`, each along its own axis; of heads, in first halves. And
+    which rows are the tile's own: as none is read beyond the last, some are there twice, or another tile's."""
     ACROSS: gl.constexpr = 2 if HALVES > 0 else 1
     WIDE: gl.constexpr = BLOCK_N // ACROSS
     laid: gl.constexpr = lines(WIDE, TOKENS_FIRST, WARPS)
     M_AXIS: gl.constexpr = 0 if TOKENS_FIRST else 1
-    m = m0 + gl.expand_dims(gl.arange(0, BLOCK_M, gl.SliceLayout(1 - M_AXIS, laid)), 1 - M_AXIS)
+    row = gl.expand_dims(gl.arange(0, BLOCK_M, gl.SliceLayout(1 - M_AXIS, laid)), 1 - M_AXIS)
+    first = first_row(m0, m_size, BLOCK_M)
+    m = first + row
+    HALF: gl.constexpr = BLOCK_M // 2
+    if folds(BLOCK_M):
+        twice = gl.where(m_size > HALF, gl.maximum(BLOCK_M - m_size, 0), 0)
+        m = gl.where(row < HALF, m, m - twice)
+    own = (m >= m0) & (m < m_size)
+    if folds(BLOCK_M):
+        own = own & ((row < HALF) | (m >= first + HALF))
     n = n0 // ACROSS + gl.expand_dims(gl.arange(0, WIDE, gl.SliceLayout(M_AXIS, laid)), M_AXIS)
-    return m, n
+    return gl.minimum(m, m_size - 1), n, own
 
 
 @gluon.jit
@@ -111,10 +142,10 @@ def finish(
     if HALVES > 0:
         # Of a head that is wider than the tile, the tile holds as much of both halves.
         acc, acc2 = halves_apart(acc, min(HALVES, BLOCK_N // 2), TOKENS_FIRST, WARPS)
-    m, n = rows_and_columns(m0, n0, BLOCK_M, BLOCK_N, HALVES, TOKENS_FIRST, WARPS)
+    m, n, own = rows_and_columns(m0, n0, m_size, BLOCK_M, BLOCK_N, HALVES, TOKENS_FIRST, WARPS)
     acc = gl.convert_layout(acc, laid)
     acc2 = gl.convert_layout(acc2, laid) if PAIRED or HALVES > 0 else acc
-    EPILOGUE(acc, acc2, gl.minimum(m, m_size - 1), n, (n < N // ACROSS) & (m < m_size), t)
+    EPILOGUE(acc, acc2, m, n, (n < N // ACROSS) & own, t)
 
 
 @gluon.jit

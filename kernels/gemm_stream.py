@@ -22,25 +22,19 @@ from typing import Any
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma_wait
 
 from . import workspace
-from .gemm import (
-    GemmProblem,
-    descriptor,
-    k_per_split,
-    lookup,
-    reference,
-    tma_obstacle,
-    type_name,
-    w_block,
-    whole_heads,
-)
+from .gemm import GemmProblem, k_per_split, lookup, reference, tma_obstacle, type_name
+from .gemm_boxes import describe_w, describe_x, layout, w_box, x_box
 from .gemm_jobs import job_configs, label, sample
 from .gemm_persistent import MEASURED_SM_COUNT
 from .gemm_steps import (
+    as_rows,
     ask_w,
+    ask_x,
     finish,
+    first_row,
     let_successor_start,
     multiply,
     rows_and_columns,
@@ -170,13 +164,14 @@ def gemm_stream_kernel(
             ask_w(w_desc, n0 + a * PAIR_OFFSET, k, ready.index(s), w_ring.index(s * ACCS + a), APART, KN, k < k_end)
     if PDL and ASKS_EARLY:
         wait_for_predecessor()
+    first = first_row(m0, m_size, BLOCK_M)
     for s in gl.static_range(STAGES):
         k = k0 + s * BLOCK_K
-        tma.async_copy_global_to_shared(x_desc, [m0, k], ready.index(s), x_ring.index(s), pred=k < k_end)
+        ask_x(x_desc, first, k, ready.index(s), x_ring.index(s), BLOCK_M, k < k_end)
     if LOAD_PARTS is not None:
         # Nothing waits for them before the product is done.
-        m, n = rows_and_columns(m0, n0, BLOCK_M, BLOCK_N, HALVES, TOKENS_FIRST, WARPS)
-        parts = LOAD_PARTS(gl.minimum(m, m_size - 1), n, t)
+        m, n, _own = rows_and_columns(m0, n0, m_size, BLOCK_M, BLOCK_N, HALVES, TOKENS_FIRST, WARPS)
+        parts = LOAD_PARTS(m, n, t)
 
     ROWS: gl.constexpr = BLOCK_M if TOKENS_FIRST else BLOCK_N
     COLS: gl.constexpr = BLOCK_N if TOKENS_FIRST else BLOCK_M
@@ -187,11 +182,10 @@ def gemm_stream_kernel(
     parity = 0
     for k in range(k0, k_end, BLOCK_K):
         mbarrier.wait(ready.index(slot), parity)
-        x = x_ring.index(slot)
+        x = as_rows(x_ring.index(slot), BLOCK_M, BLOCK_K)
         w = w_ring.index(slot * ACCS)
         if APART > 0:
-            tile: gl.constexpr = [BLOCK_N, w_desc.block_shape[2]]
-            w = w._reinterpret(w_desc.dtype, tile, gl.NVMMASharedLayout.get_default_for(tile, w_desc.dtype))
+            w = as_rows(w, BLOCK_N, BLOCK_K)
         acc = multiply(w, x, acc, TOKENS_FIRST, KN)
         if PAIRED:
             acc2 = multiply(w_ring.index(slot * ACCS + 1), x, acc2, TOKENS_FIRST, KN)
@@ -207,7 +201,7 @@ def gemm_stream_kernel(
             ask_w(
                 w_desc, n0 + a * PAIR_OFFSET, ahead, ready.index(free), w_ring.index(free * ACCS + a), APART, KN, there
             )
-        tma.async_copy_global_to_shared(x_desc, [m0, ahead], ready.index(free), x_ring.index(free), pred=there)
+        ask_x(x_desc, first, ahead, ready.index(free), x_ring.index(free), BLOCK_M, there)
         last = slot == STAGES - 1
         slot = gl.where(last, 0, slot + 1)
         parity = gl.where(last, parity ^ 1, parity)
@@ -215,8 +209,6 @@ def gemm_stream_kernel(
         acc, acc2 = warpgroup_mma_wait(0, deps=(acc, acc2))
     else:
         acc = warpgroup_mma_wait(0, deps=(acc,))
-    for s in gl.static_range(STAGES):
-        mbarrier.invalidate(ready.index(s))
     if LOAD_PARTS is not None:
         t = t + (sum_of_parts(parts, n),)
 
@@ -239,6 +231,9 @@ def gemm_stream_kernel(
             finish(acc, acc2, m0, n0, m_size, t, N, HALVES, TOKENS_FIRST, PAIRED, WARPS, EPILOGUE)
     else:
         finish(acc, acc2, m0, n0, m_size, t, N, HALVES, TOKENS_FIRST, PAIRED, WARPS, EPILOGUE)
+    # Nothing else may take the barriers' memory before the end, as they are not invalidated: for each, that would cost
+    # a barrier of all threads.
+    ready._keep_alive()
 
 
 def _constexprs(
@@ -267,24 +262,6 @@ def _constexprs(
     }
 
 
-def _shared_layout(block: list[int], dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    kind = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}[dtype]
-    return gl.NVMMASharedLayout.get_default_for(block, kind)
-
-
-def _w_box(problem: GemmProblem, config: Config) -> list[int]:
-    """What one request brings of W: a tile, or, where heads are wider than it, as much of either half of one."""
-    if whole_heads(problem, config.block_n):
-        return w_block(problem, config.block_n, config.block_k)
-    return [2, config.block_n // 2, config.block_k]
-
-
-def _by_halves(desc: Any, box: list[int], halves: int) -> None:
-    """W's descriptor as [halves of heads, columns of a half, K]."""
-    (rows, depth), (stride, one) = desc.shape, desc.strides
-    desc.shape, desc.strides, desc.block_shape = [rows // halves, halves, depth], [halves * stride, stride, one], box
-
-
 class StreamGemm:
     """A prepared launch; call it with x [M, K], W in the problem's layout and the epilogue's tensors."""
 
@@ -296,10 +273,7 @@ class StreamGemm:
         self.leads, self.slot = leads, slot
         constexprs = _constexprs(problem, config, epilogue, pdl, leads, parts)
         self.kernel = Kernel(gemm_stream_kernel, constexprs, num_warps=config.warps, pdl=pdl)
-        self._x_block = [config.block_m, config.block_k]
-        self._w_block = _w_box(problem, config)
-        self._x_layout = _shared_layout(self._x_block, problem.dtype)
-        self._w_layout = _shared_layout(self._w_block, problem.dtype)
+        self._x_box, self._w_box = x_box(config), w_box(problem, config)
 
     def arguments(self, x: torch.Tensor, w: torch.Tensor, t: tuple) -> tuple[tuple[int, int, int], tuple]:
         """Return grid and kernel arguments, as the next call would launch them."""
@@ -307,10 +281,7 @@ class StreamGemm:
         tiles = ceil(self.problem.n / config.block_n) * ceil(m / config.block_m)
         sums = config.block_n * config.block_m * self.problem.accumulators
         scratch = workspace.for_splits(x.device, tiles, config.split_k, sums, self.slot)
-        x_desc = descriptor(x, self._x_block, "x", self._x_layout)
-        w_desc = descriptor(w, self._w_block[-2:], "W", self._w_layout)
-        if len(self._w_block) == 3:
-            _by_halves(w_desc, self._w_block, self.problem.halves)
+        x_desc, w_desc = describe_x(x, self._x_box), describe_w(w, self._w_box, self.problem.halves)
         return (tiles, config.split_k, 1), (x_desc, w_desc, scratch.partials, scratch.counters, m, t)
 
     def __call__(self, x: torch.Tensor, w: torch.Tensor, t: tuple) -> None:
@@ -356,18 +327,17 @@ def compile_jobs(arch: int) -> Iterable[CompileJob]:
 
 def _job(problem: GemmProblem, config: Config) -> CompileJob:
     dtype = type_name(problem.dtype)
-    x_block, w_tile = [config.block_m, config.block_k], _w_box(problem, config)
 
     def described(block: list[int]) -> str:
-        return f"tensordesc<{dtype}[{','.join(map(str, block))}],{_shared_layout(block, problem.dtype)!r}>"
+        return f"tensordesc<{dtype}[{','.join(map(str, block))}],{layout(block, problem.dtype)!r}>"
 
     return CompileJob(
         family="gemm_stream",
         label=label(problem),
         fn=gemm_stream_kernel,
         signature={
-            "x_desc": described(x_block),
-            "w_desc": described(w_tile),
+            "x_desc": described(x_box(config)),
+            "w_desc": described(w_box(problem, config)),
             "partials": "*fp32",
             "counters": "*i32",
             "m_size": "i32",

@@ -70,23 +70,24 @@ def accumulate(
 
 @triton.jit
 def run_epilogue(
-    acc, acc2, m, n0, m_size, N: tl.constexpr, t, PARTS: tl.constexpr, HALVES: tl.constexpr, EPILOGUE: tl.constexpr
+    acc, acc2, m, own, n0, N: tl.constexpr, t, PARTS: tl.constexpr, HALVES: tl.constexpr, EPILOGUE: tl.constexpr
 ):
-    """The epilogue over columns n0 … of both accumulators, in `PARTS` runs of columns: each needs registers and shared
-    memory only for itself. With HALVES the two are the halves of the first one's heads."""
+    """The epilogue over rows m, of which `own` are this tile's, and columns n0 … of both accumulators, in `PARTS` runs
+    of columns: each needs registers and shared memory only for itself. With HALVES the two are the halves of the first
+    one's heads."""
     HALF: tl.constexpr = acc.shape[1] // 2
     if PARTS == 1 and HALVES > 0:
         first, second = halves_apart(acc, HALVES, 1)
         n = n0 // 2 + tl.arange(0, HALF)[None, :]
-        EPILOGUE(first, second, tl.minimum(m, m_size - 1), n, (m < m_size) & (n < N // 2), t)
+        EPILOGUE(first, second, m, n, own & (n < N // 2), t)
     elif PARTS == 1:
         n = n0 + tl.arange(0, acc.shape[1])[None, :]
-        EPILOGUE(acc, acc2, tl.minimum(m, m_size - 1), n, (m < m_size) & (n < N), t)
+        EPILOGUE(acc, acc2, m, n, own & (n < N), t)
     else:
         left, right = acc.reshape(acc.shape[0], 2, HALF).permute(0, 2, 1).split()
         left2, right2 = acc2.reshape(acc.shape[0], 2, HALF).permute(0, 2, 1).split()
-        run_epilogue(left, left2, m, n0, m_size, N, t, PARTS // 2, HALVES, EPILOGUE)
-        run_epilogue(right, right2, m, n0 + HALF, m_size, N, t, PARTS // 2, HALVES, EPILOGUE)
+        run_epilogue(left, left2, m, own, n0, N, t, PARTS // 2, HALVES, EPILOGUE)
+        run_epilogue(right, right2, m, own, n0 + HALF, N, t, PARTS // 2, HALVES, EPILOGUE)
 
 
 def w_descriptor(w: torch.Tensor, problem: GemmProblem, block_n: int, block_k: int) -> TensorDescriptor:

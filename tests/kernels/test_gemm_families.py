@@ -24,6 +24,8 @@ WIDE = gemm_skinny.Config(64, 64, 64, 2, 4, 2)
 STREAM = gemm_stream.Config(16, 64, 128, 4, 4, 1)
 STREAM_SPLIT = gemm_stream.Config(8, 64, 64, 3, 4, 3)
 TOKENS_FIRST = gemm_stream.Config(64, 32, 64, 3, 4, 2, tokens_first=True)
+TALL = gemm_stream.Config(128, 64, 128, 2, 4, 1)
+TALL_TOKENS = gemm_stream.Config(128, 32, 64, 3, 4, 2, tokens_first=True)
 PERSISTENT = gemm_persistent.Config(64, 64, 64, 3, 4, group_m=2)
 FLAT = gemm_persistent.Config(64, 128, 64, 2, 4, flatten=True, parts=2)
 QUARTERS = gemm_persistent.Config(64, 128, 64, 2, 4, flatten=True, parts=4)
@@ -37,6 +39,8 @@ FAMILIES = [
     pytest.param(gemm_stream, STREAM, id="stream", marks=pytest.mark.gpu),
     pytest.param(gemm_stream, STREAM_SPLIT, id="stream-split", marks=pytest.mark.gpu),
     pytest.param(gemm_stream, TOKENS_FIRST, id="stream-tokens-first", marks=pytest.mark.gpu),
+    pytest.param(gemm_stream, TALL, id="stream-tall", marks=pytest.mark.gpu),
+    pytest.param(gemm_stream, TALL_TOKENS, id="stream-tall-tokens-split", marks=pytest.mark.gpu),
     pytest.param(gemm_persistent, PERSISTENT, id="persistent"),
     pytest.param(gemm_persistent, FLAT, id="persistent-flat"),
     pytest.param(gemm_persistent, QUARTERS, id="persistent-quarters"),
@@ -58,6 +62,12 @@ def silu_residual(acc, acc2, m, n, mask, t):
     at = m * t[1] + n
     value = acc / (1 + tl.exp(-acc)) + tl.load(t[2] + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(t[0] + at, value.to(t[0].dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def add_in_place(acc, acc2, m, n, mask, t):
+    at = t[0] + m * t[1] + n
+    tl.store(at, (tl.load(at, mask=mask, other=0.0) + acc).to(t[0].dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -151,6 +161,19 @@ def test_one_preparation_serves_every_m(family: ModuleType, config: Any, device:
         launch(x[:m], w, (y, problem.n))
         assert y[m].isnan().all(), "a row beyond m was written"
         torch.testing.assert_close(y[:m].double(), expected[:m], rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize(("family", "config"), FAMILIES)
+def test_each_row_is_stored_by_one_tile(family: ModuleType, config: Any, device: torch.device) -> None:
+    # The last tile's rows begin before the end of the tile before it, and a tile's second half within its first.
+    problem = GemmProblem(193, 72, 64, torch.float16)
+    x, w = operands(problem, device)
+    launch = family.prepare(add_in_place, config, problem)
+    expected = reference(problem, x.double(), w.double())
+    for m in (1, 31, 32, 33, 63, 64, 65, 96, 100, 127, 128, 129, 193):
+        y = torch.ones(m, problem.n, dtype=torch.float32, device=device)
+        launch(x[:m], w, (y, problem.n))
+        torch.testing.assert_close(y.double() - 1, expected[:m], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(("family", "config"), FAMILIES)

@@ -1,0 +1,68 @@
+"""What one request of the streaming GEMM brings: boxes of x and of W, and TMA's descriptors of them.
+
+TMA fills what lies beyond the end of a matrix with zeros, and takes longer for that than for reading: at 72 tokens in
+tiles of 128, a product of 4096 columns and depth 14336 took 81 us instead of 49 (H100, torch 2.11, triton 3.6, bf16,
+2026-11-26). So tiles of many rows come in halves, and where x has fewer rows than a tile, the second half ends with x.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from triton.experimental.gluon import language as gl
+
+from .gemm import GemmProblem, descriptor, w_block, whole_heads
+from .gemm_steps import folds
+from .gemm_stream_table import Config
+
+
+def layout(box: list[int], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    """Of a box in shared memory."""
+    kind = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}[dtype]
+    return gl.NVMMASharedLayout.get_default_for(box, kind)
+
+
+def x_box(config: Config) -> list[int]:
+    """A tile of x, or the two halves of its rows."""
+    if not folds(config.block_m):
+        return [config.block_m, config.block_k]
+    return [2, config.block_m // 2, config.block_k]
+
+
+def describe_x(x: torch.Tensor, box: list[int]) -> Any:
+    """x [M, K], or as [halves of a tile, M, K], whose second half overlaps the first where M is less than a tile.
+
+    Raises:
+        Unsupported: base or row stride is not a multiple of 16 bytes.
+    """
+    made = descriptor(x, box[-2:], "x", layout(box, x.dtype))
+    if len(box) == 3:
+        half = box[1]
+        (rows, depth), (stride, one) = made.shape, made.strides
+        apart = min(rows, 2 * half) - half
+        # Where not even one half is filled, there is no second.
+        made.shape = [2, max(rows - half, half), depth] if apart > 0 else [1, rows, depth]
+        made.strides, made.block_shape = [max(apart, 1) * stride, stride, one], box
+    return made
+
+
+def w_box(problem: GemmProblem, config: Config) -> list[int]:
+    """A tile of W, or, where heads are wider than it, as much of either half of one."""
+    if whole_heads(problem, config.block_n):
+        return w_block(problem, config.block_n, config.block_k)
+    return [2, config.block_n // 2, config.block_k]
+
+
+def describe_w(w: torch.Tensor, box: list[int], halves: int) -> Any:
+    """W as it is stored, or as [halves of heads, columns of a half, K].
+
+    Raises:
+        Unsupported: base or row stride is not a multiple of 16 bytes.
+    """
+    made = descriptor(w, box[-2:], "W", layout(box, w.dtype))
+    if len(box) == 3:
+        (rows, depth), (stride, one) = made.shape, made.strides
+        made.shape, made.strides = [rows // halves, halves, depth], [halves * stride, stride, one]
+        made.block_shape = box
+    return made
