@@ -43,6 +43,8 @@ ENGINE = Path(__file__).with_name("vllm_engine.py")
 # How much further from eager than vLLM's default, in the mean, counts as worse: sums in another order differ by chance.
 SLACK = 1.1
 TIMEOUT_S = 900
+# Cache of keys and values of a timed engine: enough for 128 requests, beside 61 GB of weights.
+KV_GIB = 8
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def environment(run: Run, work: Path) -> dict[str, str]:
 
 
 def agree(
-    models: Sequence[str], graphs: Sequence[str], jobs: int, work: Path, known: bool = False
+    models: Sequence[str], graphs: Sequence[str], jobs: int, work: Path, known: bool = False, exact: bool = True
 ) -> list[dict[str, Any]]:
     """How far each contender's log-probabilities are from those of vLLM without compilation.
 
@@ -80,6 +82,7 @@ def agree(
         jobs: engines side by side.
         work: where each leaves its results.
         known: an engine whose results are there is not run again.
+        exact: with an engine in fp32, whose weights take twice the memory.
 
     Returns:
         Per model, contender and kind of graphs: max_difference and mean_difference from eager and mean_from_fp32 (nats;
@@ -87,12 +90,12 @@ def agree(
         the same), start_s, said; or `failed`, the end of what the engine wrote.
     """
     # The others wait for eager's tokens, so that comes first.
-    runs = [Run(model, contender) for contender in ("eager", "fp32") for model in models]
+    runs = [Run(model, contender) for contender in ("eager", "fp32")[: 1 + exact] for model in models]
     runs += [Run(m, c, g) for m in models for g in graphs for c in ("default", "terrazzo")]
     with ThreadPoolExecutor(jobs) as pool:
         found = dict(zip(runs, pool.map(lambda run: _engine(run, work, known), runs), strict=True))
     return [
-        {**vars(run), **_distance(made, found[Run(run.model, "eager")], found[Run(run.model, "fp32")])}
+        {**vars(run), **_distance(made, found[Run(run.model, "eager")], found.get(Run(run.model, "fp32")))}
         for run, made in found.items()
     ]
 
@@ -124,7 +127,7 @@ def _process(command: list[str], run: Run, work: Path, out: Path) -> dict[str, A
     return json.loads(out.read_text())
 
 
-def _distance(found: dict[str, Any], eager: dict[str, Any], exact: dict[str, Any]) -> dict[str, Any]:
+def _distance(found: dict[str, Any], eager: dict[str, Any], exact: dict[str, Any] | None) -> dict[str, Any]:
     for one in (found, eager):
         if "failed" in one:
             return {"failed": one["failed"]}
@@ -136,7 +139,7 @@ def _distance(found: dict[str, Any], eager: dict[str, Any], exact: dict[str, Any
     return {
         "max_difference": max(gaps),
         "mean_difference": fmean(gaps),
-        "mean_from_fp32": float("nan") if "failed" in exact else fmean(_gaps(found, exact)),
+        "mean_from_fp32": float("nan") if exact is None or "failed" in exact else fmean(_gaps(found, exact)),
         "likeliest": fmean(same),
         "start_s": found["start_s"],
         "said": [line for line in found["said"] if "terrazzo" in line],
@@ -184,6 +187,7 @@ def _bench(run: Run, batches: str, start: str, work: Path) -> dict[str, Any]:
     out = work / f"{run.name}-{start}.jsonl"
     command = [os.environ["LABBENCH"], "--model", str(Path(os.environ["LABMODELS"]) / run.model), "--mode", "default"]
     command += ["--tag", f"{run.name}-{start}", "--batches", batches, "--res", str(out), "--prof-dir", str(work)]
+    command += ["--kv-gib", str(KV_GIB)]
     # A warm start is looked at for its start alone.
     return _process(command + ["--no-bench"] * (start == "warm"), run, work, out)
 
@@ -235,6 +239,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--graphs", default=GRAPHS[0], help=f"of {', '.join(GRAPHS)}, comma-separated")
     parser.add_argument("--batches", default=BATCHES, help="decode batch sizes to time, comma-separated")
     parser.add_argument("--jobs", type=int, default=2, help="engines side by side while they are only compared")
+    parser.add_argument("--no-fp32", action="store_true", help="for models whose weights do not fit in fp32")
     parser.add_argument("--work", type=Path, help="folder for logs and caches; by default one that goes away")
     parser.add_argument("--resume", action="store_true", help="keep what engines compared earlier left in --work")
     parser.add_argument("--json", action="store_true", help="results as JSON")
@@ -256,7 +261,8 @@ def main() -> int:
         work = options.work or Path(folder)
         work.mkdir(parents=True, exist_ok=True)
         if both or options.agree:
-            found["agree"] = agree(models, options.graphs.split(","), options.jobs, work, options.resume)
+            graphs, exact = options.graphs.split(","), not options.no_fp32
+            found["agree"] = agree(models, graphs, options.jobs, work, options.resume, exact)
         wrong = failures(found.get("agree", [])) + further(found.get("agree", []))
         if (both and not wrong) or (options.time and not options.agree):
             found["time"] = times(models, options.batches, work)
