@@ -15,7 +15,7 @@ import networkx as nx
 
 from .affine import Affine
 from .cost import distinct, footprint
-from .expr import Apply, Load, loads, walk
+from .expr import Apply, Const, Load, loads, walk
 from .group import BODY_LIMIT, EXPENSIVE, FEW_TOKENS
 from .size import typical
 from .values import Contract, Definition, Extern, Item, Map, Reduce, Values
@@ -125,13 +125,18 @@ def _shortened(made: Map | Reduce, lengths: dict[str, int], inlined: set[str]) -
     return total + sum(inner.values())
 
 
+def _slow(operation: Apply) -> bool:
+    """Whether an operation takes many instructions; a division by a number, as of means, is not worth a value."""
+    if operation.fn == "div":
+        return not isinstance(operation.args[1], Const)
+    return operation.fn in EXPENSIVE or operation.fn in ("rsqrt", "sqrt")
+
+
 def _cheap(made: Map, values: Values, inlined: set[str]) -> bool:
     """Whether readers should compute this value rather than read it."""
     nodes = list(walk(made.expr))
     operations = [n for n in nodes if isinstance(n, Apply)]
-    if len(operations) > CHEAP_OPERATIONS or any(
-        n.fn in EXPENSIVE or n.fn in ("rsqrt", "sqrt", "div") for n in operations
-    ):
+    if len(operations) > CHEAP_OPERATIONS or any(_slow(n) for n in operations):
         return False
     read: dict[str, list[Affine]] = {}
     for node in nodes:

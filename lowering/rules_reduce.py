@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,7 +56,9 @@ def reduce_to(d: Definer, node: Node, name: str, kind: str, expr: Expr, layout: 
     return Ref(name)
 
 
-def _finish(d: Definer, node: Node, reduced: Ref, scale: float | None = None, part: int | None = None) -> None:
+def _finish(
+    d: Definer, node: Node, reduced: Ref, scale: Callable[[Expr], Expr] | None = None, part: int | None = None
+) -> None:
     """The node's own value (or its result number `part`) from a reduction: shape, dtype and scale."""
     spec = node.spec if part is None else node.spec[part]  # type: ignore[index]
     made = Layout.of(spec)  # type: ignore[arg-type]
@@ -65,13 +69,20 @@ def _finish(d: Definer, node: Node, reduced: Ref, scale: float | None = None, pa
         index.append(next(own) if size != 1 else Affine())
     value = d.read(reduced, index)
     if scale is not None:
-        value = apply("mul", value, const(scale, value.dtype), dtype=value.dtype)
+        value = scale(value)
     d.map(node, value, name=node.name if part is None else f"{node.name}#{part}", layout=made)
 
 
-def _inverse(count: int) -> float:
-    """What a sum of so many is multiplied with to be their mean."""
-    return 1.0 / count if count else math.nan
+def _mean(total: Expr, count: int) -> Expr:
+    """A sum of so many as their mean. By their number's inverse only where that is exact: one instruction would
+    multiply with it and subtract without rounding in between, and a row of equal numbers be away from its mean."""
+    if count & (count - 1) == 0:
+        return _times(total, 1.0 / count if count else math.nan)
+    return apply("div", total, const(float(count), total.dtype), dtype=total.dtype)
+
+
+def _times(value: Expr, number: float) -> Expr:
+    return apply("mul", value, const(number, value.dtype), dtype=value.dtype)
 
 
 @rule(aten.sum, aten.mean)
@@ -87,7 +98,7 @@ def total(d: Definer, node: Node) -> None:
     count = 1
     for axis in axes:
         count *= layout.shape[axis]
-    _finish(d, node, reduced, _inverse(count) if node.op.overloadpacket is aten.mean else None)
+    _finish(d, node, reduced, partial(_mean, count=count) if node.op.overloadpacket is aten.mean else None)
 
 
 @rule(aten.amax, aten.amin, aten.max.default, aten.min.default, aten.prod, aten.any, aten.all)
@@ -141,10 +152,10 @@ def variance(d: Definer, node: Node) -> None:
     freedom = _freedom(node, count)
     made = Layout.of(node.spec)  # type: ignore[arg-type]
     if not deviation:
-        _finish(d, node, spread, freedom)
+        _finish(d, node, spread, partial(_times, number=freedom))
         return
     kept = d.layout(spread)
-    scaled = apply("mul", d.read(spread, variables(kept.shape)), const(freedom, dtype), dtype=dtype)
+    scaled = _times(d.read(spread, variables(kept.shape)), freedom)
     name = f"{node.name}_root"
     d.map(node, apply("sqrt", scaled, dtype=dtype), name=name, layout=Layout.contiguous(kept.shape, dtype, made.device))
     _finish(d, node, Ref(name))
@@ -155,8 +166,8 @@ def variance_and_mean(d: Definer, node: Node) -> None:
     layout, value = _source(d, node)
     axes = _axes(node, 1, len(layout.shape))
     spread, sums, count, _ = _spread(d, node, layout, value, axes)
-    _finish(d, node, spread, _freedom(node, count), part=0)
-    _finish(d, node, sums, _inverse(count), part=1)
+    _finish(d, node, spread, partial(_times, number=_freedom(node, count)), part=0)
+    _finish(d, node, sums, partial(_mean, count=count), part=1)
 
 
 def _freedom(node: Node, count: int) -> float:
@@ -181,7 +192,7 @@ def _spread(
     for axis in axes:
         count *= layout.shape[axis]
     index = variables(layout.shape)
-    mean = apply("mul", d.read(sums, _at_kept(axes, index)), const(_inverse(count), dtype), dtype=dtype)
+    mean = _mean(d.read(sums, _at_kept(axes, index)), count)
     distance = apply("sub", value, mean, dtype=dtype)
     squared = apply("mul", distance, distance, dtype=dtype)
     return reduce_to(d, node, f"{node.name}_spread", "sum", squared, layout, axes), sums, count, dtype
