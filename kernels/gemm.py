@@ -55,6 +55,7 @@ class GemmProblem:
         plain: the epilogue stores the product as it is, dense and in the operands' dtype.
         rounds: the sums may be rounded to the operands' dtype before the epilogue, as eager rounds them there.
         w_given: W is an argument of the piece, so there before its first kernel; no kernel of the piece writes it.
+        part: columns whose sums the epilogue leaves (`functions.store_sums`), which every tile has to hold; 0: none.
     """
 
     m: int
@@ -74,6 +75,7 @@ class GemmProblem:
     plain: bool = False
     rounds: bool = False
     w_given: bool = False
+    part: int = 0
 
     @property
     def w_columns(self) -> int:
@@ -97,8 +99,9 @@ class GemmProblem:
 
     @property
     def kind(self) -> str:
-        """How tables name it: "one" accumulator, a "pair" of them, or "head": one whose halves come together."""
-        return "pair" if self.paired else "head" if self.halves else "one"
+        """How tables name it: "one" accumulator, a "pair" of them, a "head", whose halves come together, or a "sum":
+        one of which sums over columns are left."""
+        return "pair" if self.paired else "head" if self.halves else "sum" if self.part else "one"
 
     @property
     def accumulators(self) -> int:
@@ -164,7 +167,7 @@ def measured(config: Any, rows: str, source: str) -> Table:
     for row in rows.strip().splitlines()[1:]:
         n, k, kind, m, *values = row.split()
         times = values[len(types) :]
-        if len(times) not in (1, 2) or kind not in ("one", "pair", "head"):
+        if len(times) not in (1, 2) or kind not in ("one", "pair", "head", "sum"):
             names = " ".join(field.name for field in fields(config))
             raise InternalError(
                 f"row {row.strip()!r}", f"it is not N K kind m {names} us [cuBLAS]", stage="kernels.gemm"
@@ -185,11 +188,13 @@ def joined(*tables: Table) -> Table:
 
 
 def row_of(table: Table, problem: GemmProblem) -> Mapping[int, Measured]:
-    """Return what was measured for exactly this N, K and kind, by m; where heads were not, as one accumulator."""
+    """Return what was measured for exactly this N, K and kind, by m; heads and sums also as one accumulator."""
     if problem.dtype not in (torch.float16, torch.bfloat16) or problem.layout != "nk" or problem.batch != 1:
         return {}
     row = table.get((problem.n, problem.k, problem.kind), {})
-    return {**table.get((problem.n, problem.k, "one"), {}), **row} if problem.halves else row
+    if problem.kind in ("head", "sum"):
+        row = {**table.get((problem.n, problem.k, "one"), {}), **row}
+    return {m: hit for m, hit in row.items() if hit.config.block_n >= problem.part} if problem.part else row
 
 
 def lookup(table: Table, buckets: tuple[int, ...], problem: GemmProblem) -> Measured | None:

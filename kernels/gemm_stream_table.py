@@ -44,7 +44,7 @@ class Config:
         return f"{tile}x{self.block_k} stages {self.stages} warps {self.warps} split {self.split_k}"
 
 
-EVIDENCE = "added to a piece, NVIDIA H100 80GB, torch 2.11, triton 3.6, bf16, 2026-11-25"
+EVIDENCE = "added to a piece, NVIDIA H100 80GB, torch 2.11, triton 3.6, bf16, 2026-11-25 and 26"
 
 # What `tools/tune_piece.py` found best where the GEMM runs: in the model's middle piece, its neighbours' kernels around
 # it. A row serves the m below it too; `us` is what the launch adds to the piece, counted from the end of the kernel
@@ -75,6 +75,7 @@ CONFIGS = measured(
  4096  4096  one   32   32  64 128   8   4   2   0    19.7
  4096  4096  one   64   64  32 128   8   4   1   1    15.6
  4096  4096  one  128  128  64  64   8   4   1   0    16.9
+ 4096  4096  sum  128   64  64 128   7   4   1   0    21.2
  4096 12288  one    8    8  64 128   6   4   4   0    34.0
  4096 12288  one   16   16  64 128   8   4   2   0    34.6
  4096 12288  one   32   32  64 128   8   4   2   0    35.2
@@ -85,17 +86,18 @@ CONFIGS = measured(
  4096 14336  one   32   32  64 128   8   4   2   0    41.0
  4096 14336  one   64   64  32 128   8   4   1   1    42.3
  4096 14336  one  128  128  32 128   5   4   1   1    50.1
+ 4096 14336  sum  128   64  64  64   8   4   1   1    48.1
  6144  4096  one    8    8  64 128   8   4   1   0    18.6
  6144  4096  one   16   16  64 128   8   4   1   0    18.1
  6144  4096  one   32   32  64 128   8   4   1   0    18.0
  6144  4096  one   64   64  32 128   4   4   1   1    19.1
  6144  4096  one  128  128  64 128   4   4   1   0    20.9
- 6144  4096 head  128  128  64  64   8   4   1   1    21.3
+ 6144  4096 head  128  128  64  64   8   8   1   1    21.9
  8192  2048 pair    8    8  64 128   6   4   1   0    18.9
  8192  2048 pair   16   16  64 128   6   4   1   0    20.5
  8192  2048 pair   32   32  64 128   5   4   1   0    21.9
  8192  2048 pair   64   64  32 128   3   4   1   1    23.7
- 8192  2048 pair  128  128  64  64   7   4   1   0    25.0
+ 8192  2048 pair  128  128  64 128   3   4   1   0    27.9
 12288  4096 pair    8    8  64 128   6   4   1   0    68.4
 12288  4096 pair   16   16  64 128   3   4   1   0    68.1
 12288  4096 pair   32   32  64 128   5   4   1   0    68.9

@@ -6,7 +6,7 @@ Enters: `Values`. Leaves: `Values` in which, for a product whose operand is scal
 
 has become
 
-    x' = x · g    parts = that sum over every PART columns    what computes x leaves both, tile by tile
+    x' = x · g    parts = that sum over every few columns     what computes x leaves both, tile by tile
     y = r[row] · (x' @ W)                                     what computes y sums the parts
 
 so that no kernel has to see whole rows, and none stands between the product that x comes out of and this one. x' has as
@@ -33,13 +33,14 @@ from .expr import Apply, Const, Expr, Index, Load, apply, cast, keep, load, load
 from .size import Size, alike
 from .values import Contract, Definition, Extern, Item, Layout, Map, Parts, Reduce, SumOfParts, Values, View
 
-# Columns whose sum a tile leaves: those of the narrowest tile that does it.
-PART = 32
 # Up to so many tokens it pays, and to more where a row has few parts: every tile of the second product holds the parts
-# of its rows in registers, and the first stores x' beside x. Middle pieces of Llama-3.1-8B, Llama-3.2-1B (64 parts a
-# row) and Qwen3-8B took (H100, torch 2.11, triton 3.6, bf16, 2026-11-25, one run) 0.98, 0.95 and 0.98 of the time with
-# norms at 1 and 16 tokens, 0.98, 0.96 and 0.98 at 32, 0.99, 0.97 and 0.99 at 64, 1.05, 0.97 and 1.05 at 128.
+# of its rows in registers, and the first stores x' beside x. Middle pieces of Llama-3.1-8B, Llama-3.2-1B (64 narrow
+# parts a row) and Qwen3-8B took (H100, torch 2.11, triton 3.6, bf16, 2026-11-25, one run) 0.98, 0.95 and 0.98 of the
+# time with norms at 1 and 16 tokens, 0.98, 0.96 and 0.98 at 32, 0.99, 0.97 and 0.99 at 64; at 128 with narrow parts
+# 1.05, 0.97 and 1.05, with few (2026-11-26, with configs measured so) 0.98, 0.98 and 0.98.
 MOST_TOKENS, MOST_TOKENS_OF_FEW_PARTS, FEW_PARTS = 64, 128, 64
+# Columns of a part: of as narrow a tile as computes what is summed, or of one twice as wide where parts have to be few.
+NARROW, WIDE = 32, 64
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def _scaled(name: str, products: Sequence[Definition], values: Values) -> Scaled
         return None
     shape = made.layout.shape
     rows, cols = math.prod(shape[:-1]), shape[-1]
-    if isinstance(cols, Size) or cols % PART or not all(_takes(p, name, rows, cols) for p in products):
+    if isinstance(cols, Size) or cols % NARROW or not all(_takes(p, name, rows, cols) for p in products):
         return None
     if not all(map(alike, made.layout.stride, contiguous_strides(shape))):
         return None
@@ -111,9 +112,14 @@ def _scaled(name: str, products: Sequence[Definition], values: Values) -> Scaled
         return None
     if any(not _out_of_a_product(expr, rows, cols, values) for expr in (total.expr, rest)):
         return None
-    if rows > (MOST_TOKENS_OF_FEW_PARTS if cols <= FEW_PARTS * PART else MOST_TOKENS):
+    if rows > MOST_TOKENS and (rows > MOST_TOKENS_OF_FEW_PARTS or cols > FEW_PARTS * WIDE or cols % WIDE):
         return None
     return Scaled(made, scale, rest, total, tuple(products))  # type: ignore[arg-type]
+
+
+def _width(rows: int, cols: int) -> int:
+    """Columns of a part."""
+    return WIDE if cols > FEW_PARTS * NARROW and rows > MOST_TOKENS else NARROW
 
 
 def _takes(made: Definition, operand: str, rows: int, cols: int) -> bool:
@@ -256,10 +262,11 @@ def _without(values: Values, gone: set[str]) -> Values:
 
 
 def _parts(total: Reduce) -> Parts:
-    """The sums over every `PART` columns of what is summed."""
-    domain = (total.rows, total.cols // PART, PART)
+    """The sums over a part's columns of what is summed."""
+    width = _width(total.rows, total.cols)
+    domain = (total.rows, total.cols // width, width)
     row, part, col = variables(domain)
-    place = at_flat(row * total.cols + part * PART + col, total.domain)
+    place = at_flat(row * total.cols + part * width + col, total.domain)
     expr = rewrite(total.expr, substitution(dict(enumerate(place))))
     layout = Layout.contiguous(domain[:2], torch.float32, total.layout.device)
     return Parts(f"{total.name}_parts", layout, domain, (2,), "sum", expr, total.source)

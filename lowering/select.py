@@ -314,6 +314,7 @@ def gemm_problem(
         plain=_plain(group, product),
         rounds=product.rounded,
         w_given=given,
+        part=max((s.summed for s in group.stores), default=0),
     )
 
 

@@ -92,7 +92,7 @@ def stream_space(problem: GemmProblem, target: Target) -> Iterator[gemm_stream.C
         in_flight = n * k * accs * problem.dtype.itemsize * tiles_at_once
         fits = 0.4 <= programs / target.sm_count <= 6 and (split == 1 or tiles_of_w <= 100)
         holds = sums_per_thread <= 128 and (warps == 4 or (rows >= 128 and sums_per_thread >= 32))
-        if fits and holds and stages >= 2 and in_flight >= 24_000:
+        if fits and holds and n >= problem.part and stages >= 2 and in_flight >= 24_000:
             yield replace(base, stages=stages)
 
 

@@ -210,9 +210,11 @@ def test_where_it_would_not_be_right_or_not_pay_it_stays(args: list[torch.Tensor
     assert not hoisted(same(chain, *args))
 
 
-@pytest.mark.parametrize(("tokens", "found"), [(64, True), (65, False)])
-def test_of_rows_of_many_parts_fewer_are_held_in_registers(tokens: int, found: bool) -> None:
-    args = given(tokens, width=2080)
+@pytest.mark.parametrize(
+    ("tokens", "width", "found"), [(64, 2080, True), (65, 2080, False), (65, 2112, True), (65, 4160, False)]
+)
+def test_of_rows_of_many_parts_fewer_are_held_in_registers(tokens: int, width: int, found: bool) -> None:
+    args = given(tokens, width=width)
     args[1], args[4] = args[1] / 8, args[4][:, :32] / 8
     assert hoisted(same(chain, *args)) == found
 
@@ -247,6 +249,7 @@ def scaled_by_its_sum(x: Any, w: Any) -> Any:
 def test_a_range_in_which_nothing_is_hoisted_is_not_cut(
     fn: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(hoist, "MOST_TOKENS", 32)
     monkeypatch.setattr(hoist, "MOST_TOKENS_OF_FEW_PARTS", 32)
     _, found = at_every_size(fn, lambda n: [odd(n, N, dtype=BF16), odd(N, N, dtype=BF16, seed=1)], 30, 36)
     assert len(found) == 1 and found[0].plan is not None
