@@ -2,6 +2,7 @@
 
     python -m terrazzo.tools.bench                                     Llama-3.1-8B and 3.2-1B, bf16
     python -m terrazzo.tools.bench --models qwen3-8b --sizes 1,64 --json
+    python -m terrazzo.tools.bench --models ./my-model --dtype fp16    of a folder with a config.json
     python -m terrazzo.tools.bench --kernels --contenders terrazzo     where the plan's time goes, kernel by kernel
     python -m terrazzo.tools.bench --max-autotune                      also Inductor with max-autotune: minutes per size
 
@@ -26,7 +27,7 @@ from rich.table import Table
 from terrazzo.tools.command import exit_status, sizes
 from terrazzo.tools.device import HERE, screen, timing
 from terrazzo.tools.measure import KernelTime, Target, chain, floor_us, host_us, interleaved_us, kernel_times, layers_of
-from terrazzo.tools.models import Piece, config, pieces
+from terrazzo.tools.models import DTYPES, Piece, config, pieces
 from terrazzo.tools.piece_check import CompiledPiece, check_piece
 
 MODELS = ("llama-3.1-8b", "llama-3.2-1b")
@@ -134,14 +135,15 @@ def kernel_table(title: str, kernels: Sequence[dict[str, Any]]) -> Table:
     return made
 
 
-def middle(name: str, tiny: bool = False) -> Piece:
-    """The middle piece of a model in bf16."""
-    return pieces(name, tiny=tiny, device=HERE, layers=2)[1]
+def middle(name: str, tiny: bool = False, dtype: str = "bf16") -> Piece:
+    """The middle piece of a model; `dtype` is a key of `DTYPES`."""
+    return pieces(name, tiny=tiny, dtype=DTYPES[dtype], device=HERE, layers=2)[1]
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", default=",".join(MODELS), help="names, comma-separated")
+    parser.add_argument("--models", default=",".join(MODELS), help="names or folders, comma-separated")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the weights")
     parser.add_argument("--sizes", default=list(SIZES), type=sizes, help="numbers of tokens, comma-separated")
     parser.add_argument("--contenders", default=",".join(CONTENDERS), help="comma-separated")
     parser.add_argument("--max-autotune", action="store_true", help="also Inductor with max-autotune")
@@ -169,7 +171,7 @@ def main() -> int:
     host = host_us(middle("llama-3.1-8b", tiny=True), 16, HERE)
     results: list[dict[str, Any]] = []
     for name in models:
-        results += bench_piece(middle(name), options.sizes, contenders, kernels)
+        results += bench_piece(middle(name, dtype=options.dtype), options.sizes, contenders, kernels)
     _report(options.json, results, host)
     return int(any(r["failures"] for r in results))
 

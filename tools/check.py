@@ -23,18 +23,16 @@ from dataclasses import asdict
 from functools import cache
 from itertools import groupby
 
-import torch
 from rich.table import Table
 
 from terrazzo.tools.command import exit_status, sizes
 from terrazzo.tools.device import HERE, screen
-from terrazzo.tools.models import Piece, config, names, pieces
+from terrazzo.tools.models import DTYPES, Piece, config, names, pieces
 from terrazzo.tools.piece_check import Result, bounds, check_sizes
 
 SIZES = (1, 2, 7, 16, 64, 128, 1000, 2048, 8192)
 # The interpreter takes about 12 ms per 128 x 128 x 128 product.
 INTERPRETED_SIZES = (1, 2, 7)
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 KINDS = ("first", "middle", "last")
 # Two layers give one piece of each kind.
 LAYERS = 2

@@ -28,13 +28,13 @@ from rich.table import Table
 from terrazzo.tools.command import exit_status
 from terrazzo.tools.coverage import Coverage
 from terrazzo.tools.device import HERE, screen
+from terrazzo.tools.models import DTYPES
 from terrazzo.tools.oracle import judge
 from terrazzo.tools.tiny_models import TABLE, architecture, model
 from terrazzo.tools.wide_model import run_wide
 
 # Between them the results stand in a page.
 MARKS = ("<!-- models -->", "<!-- /models -->")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # (batch, length) of the calls, in order; none equals a dimension of the models'.
 SIZES = ((2, 7), (3, 7), (3, 11), (2, 11))
 

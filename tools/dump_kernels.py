@@ -25,8 +25,6 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from typing import Any
 
-import torch
-
 from terrazzo.kernels.target import NAMED, Target
 from terrazzo.lowering.emit import Plan
 from terrazzo.lowering.errors import UserError
@@ -36,9 +34,8 @@ from terrazzo.tools import dump_range, dump_text
 from terrazzo.tools.command import LARGEST, exit_status, sizes
 from terrazzo.tools.dump_compile import Stats, compile_launch, launches
 from terrazzo.tools.dump_plan import STAGES, Dump, describe, label, make
-from terrazzo.tools.models import Piece, load_piece, names, pieces
+from terrazzo.tools.models import DTYPES, Piece, load_piece, names, pieces
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # The device planned for when only an architecture is given.
 BY_ARCH = {80: "a100", 90: "h200", 100: "b200"}
 # First, two equal middle ones, last: a piece of a deeper model is one of these.

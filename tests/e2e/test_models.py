@@ -262,3 +262,47 @@ def test_on_a_gpu_pieces_add_up_too(name: str) -> None:
     parts = whole(name, tiny=True, dtype=torch.bfloat16, device="cuda", layers=2)
     ids, positions = (t.cuda() for t in tokens(name, 11))
     assert torch.equal(run_whole(parts, run_eagerly, ids, positions), parts.model(ids, positions))
+
+
+def test_a_folder_with_a_config_is_a_model(tmp_path: Path) -> None:
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 5e5,
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    written = {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 2048,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 8192,
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": rope,
+    }
+    folder = tmp_path / "llama-3.2-1b"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(written))
+    assert config(str(folder)) == config("llama-3.2-1b")
+    older = {**written, "rope_parameters": None, "rope_scaling": rope, "rope_theta": 5e5}
+    (folder / "config.json").write_text(json.dumps(older))
+    assert config(str(folder), tiny=True) == config("tiny-llama-3.2-1b")
+
+
+@pytest.mark.parametrize(
+    ("text", "fact"),
+    [
+        ("{", "cannot be read"),
+        ('{"architectures": ["FalconForCausalLM"]}', "its architecture is Falcon"),
+        ('{"architectures": ["LlamaForCausalLM"], "hidden_size": 8}', "lacks intermediate_size"),
+    ],
+)
+def test_a_folder_that_is_no_model_says_so(text: str, fact: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=fact):
+        config(str(tmp_path))

@@ -9,9 +9,10 @@ from terrazzo.tools.models.config import ModelConfig, RopeScaling, config, names
 from terrazzo.tools.models.fill import Fill
 from terrazzo.tools.models.piece import Piece
 from terrazzo.tools.models.store import load_piece, save_piece
-from terrazzo.tools.models.whole import Whole, build, pieces, run_eagerly, run_whole, whole
+from terrazzo.tools.models.whole import DTYPES, Whole, build, pieces, run_eagerly, run_whole, whole
 
 __all__ = [
+    "DTYPES",
     "Fill",
     "ModelConfig",
     "Piece",

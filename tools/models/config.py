@@ -1,9 +1,13 @@
-"""The dimensions of the models terrazzo is run on: published ones, and a tiny twin of each for the CPU."""
+"""The dimensions of the models terrazzo is run on: published ones, a tiny twin of each for the CPU, and those of any
+folder with the `config.json` of a model of these families."""
 
 from __future__ import annotations
 
 import difflib
+import json
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from terrazzo.lowering.errors import UserError
 
@@ -103,9 +107,15 @@ def names() -> list[str]:
 def config(name: str, tiny: bool = False) -> ModelConfig:
     """The dimensions of a model, or of its tiny twin (same structure, also reachable as `tiny-<name>`).
 
+    Args:
+        name: of the table above, or a folder with a `config.json` as transformers writes it.
+
     Raises:
-        UserError: there is no such model.
+        UserError: there is no such model, or the folder's is of another architecture.
     """
+    if "/" in name:
+        read = _read(Path(name) / "config.json")
+        return _tiny(read) if tiny else read
     plain = name.removeprefix("tiny-")
     if plain not in _CONFIGS:
         near = difflib.get_close_matches(plain, _CONFIGS, n=3, cutoff=0.3) or list(_CONFIGS)
@@ -113,6 +123,61 @@ def config(name: str, tiny: bool = False) -> ModelConfig:
                         remedy=f"Did you mean {', '.join(near)}?")  # fmt: skip
     full = _CONFIGS[plain]
     return _tiny(full) if tiny or plain != name else full
+
+
+# By the name of transformers' class, the family; what else sets them apart is in the other entries of the file.
+_FAMILIES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "llama",
+    "Qwen3ForCausalLM": "llama",
+    "Gemma2ForCausalLM": "gemma2",
+    "MixtralForCausalLM": "mixtral",
+}
+
+
+# Entries without which a file says too little.
+_NEEDED = {"hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"}
+
+
+def _read(path: Path) -> ModelConfig:
+    """The dimensions in a file."""
+    what, remedy = f"model {str(path.parent)!r}", f"There are {', '.join(_FAMILIES)}."
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(what, f"its config.json cannot be read: {error}", stage="models") from error
+    name = next(iter(found.get("architectures") or ["no architecture"]))
+    if name not in _FAMILIES:
+        raise UserError(what, f"its architecture is {name}", stage="models", remedy=remedy)
+    if missing := _NEEDED - set(found):
+        raise UserError(what, f"its config.json lacks {', '.join(sorted(missing))}", stage="models")
+    heads, hidden = found["num_attention_heads"], found["hidden_size"]
+    # Newer files keep both in one entry.
+    rope = found.get("rope_parameters") or {**(found.get("rope_scaling") or {}), "rope_theta": found.get("rope_theta")}
+    scaling = None
+    if rope.get("rope_type") == "llama3":
+        keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        scaling = RopeScaling(*(rope[key] for key in keys))
+    return ModelConfig(
+        path.resolve().parent.name,
+        _FAMILIES[name],
+        hidden=hidden,
+        layers=found["num_hidden_layers"],
+        heads=heads,
+        kv_heads=found.get("num_key_value_heads") or heads,
+        head_dim=found.get("head_dim") or hidden // heads,
+        intermediate=found["intermediate_size"],
+        vocab=found["vocab_size"],
+        max_positions=found.get("max_position_embeddings", 8192),
+        norm_eps=found.get("rms_norm_eps", 1e-6),
+        rope_theta=rope.get("rope_theta") or 10_000.0,
+        rope_scaling=scaling,
+        qk_norm=name.startswith("Qwen3"),
+        soft_cap=found.get("attn_logit_softcapping") or 0.0,
+        query_scale=(found["query_pre_attn_scalar"] ** -0.5 if found.get("query_pre_attn_scalar") else 0.0),
+        experts=found.get("num_local_experts", 0),
+        experts_per_token=found.get("num_experts_per_tok", 0),
+    )
 
 
 def _tiny(c: ModelConfig) -> ModelConfig:

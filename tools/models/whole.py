@@ -45,6 +45,10 @@ def build(
     return model if torch.device(device).type == "meta" else initialize(model, seed)
 
 
+# By the names that commands use.
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
 def pieces(
     name: str,
     *,
