@@ -329,7 +329,7 @@ def _job(problem: GemmProblem, config: Config) -> CompileJob:
     dtype = type_name(problem.dtype)
 
     def described(block: list[int]) -> str:
-        return f"tensordesc<{dtype}[{','.join(map(str, block))}],{layout(block, problem.dtype)!r}>"
+        return f"tensordesc<{dtype}[{','.join(map(str, block))}],{layout(tuple(block), problem.dtype)!r}>"
 
     return CompileJob(
         family="gemm_stream",

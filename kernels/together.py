@@ -25,6 +25,9 @@ from .launch import Kernel, noting
 # Asked for the binary of a source, with options: true when Triton's cache holds it now.
 Ahead = Callable[[Any, Any, dict[str, Any]], bool]
 
+# How often something is parsed before an error of the interpreter's own is one.
+ATTEMPTS = 4
+
 # On their way, by what each is known by in the process.
 _promised: dict[tuple, Any] = {}
 # Launchers that are built, or being built.
@@ -105,9 +108,20 @@ class _Asking:
             held = inspect.getclosurevars(compile).nonlocals
             if {"src", "target", "options"} <= held.keys():
                 self._ahead(held["src"], held["target"], dict(vars(held["options"])))
-        compiled = compile()
+        compiled = retried(compile)
         _build_launcher(compiled)
         return compiled
+
+
+def retried(parses: Callable[[], Any]) -> Any:
+    """What it returns. CPython 3.11 counts how deep `ast.parse` is for all threads together, and raises SystemError
+    where that comes out wrong because two were at it."""
+    for _ in range(ATTEMPTS - 1):
+        try:
+            return parses()
+        except SystemError:
+            continue
+    return parses()
 
 
 def _build_launcher(compiled: Any) -> None:
