@@ -20,14 +20,10 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as LaidOutDescriptor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..lowering.errors import InternalError, Unsupported
 from .target import Target
-
-# TMA takes bases and outer strides in units of 16 bytes.
-TMA_ALIGNMENT_BYTES = 16
+from .tma import TMA_ALIGNMENT_BYTES
 
 FAMILIES = ("gemm_stream", "gemm_skinny", "gemm_persistent", "gemm_simple", "gemm_vendor")
 
@@ -338,38 +334,6 @@ def k_per_split(k: int, block_k: int, split_k: int) -> int:
 def w_block(problem: GemmProblem, block_n: int, block_k: int) -> list[int]:
     """Block shape of W's descriptor in W's own axis order."""
     return [block_n, block_k] if problem.layout == "nk" else [block_k, block_n]
-
-
-def descriptor(tensor: torch.Tensor, block: list[int], name: str, layout: Any = None) -> Any:
-    """Describe a row-major matrix for TMA: a `TensorDescriptor`, or Gluon's where a layout is given.
-
-    Args:
-        tensor: 2-D, unit innermost stride; rows may be apart (a slice of a wider matrix).
-        block: tile shape in the tensor's axis order.
-        name: for the error.
-        layout: of a tile in shared memory.
-
-    Raises:
-        Unsupported: base or row stride is not a multiple of 16 bytes, or the innermost stride is not 1.
-    """
-    rows, cols = tensor.shape
-    # torch gives axes of length 1 any stride it likes; the descriptor must not see those.
-    unit = TMA_ALIGNMENT_BYTES // tensor.itemsize
-    row_stride = tensor.stride(0) if rows > 1 else -(-cols // unit) * unit
-    inner = tensor.stride(1) if cols > 1 else 1
-    if tensor.data_ptr() % TMA_ALIGNMENT_BYTES or row_stride * tensor.itemsize % TMA_ALIGNMENT_BYTES or inner != 1:
-        raise Unsupported(
-            f"TMA descriptor of {name}",
-            f"address {tensor.data_ptr():#x}, strides {tuple(tensor.stride())} of {tensor.itemsize}-byte elements",
-            stage="kernels.gemm",
-            remedy="Choose gemm_simple for operands that are not 16-byte aligned.",
-        )
-    # Without their own checks, which repeat these and cost a third of a launch.
-    made = object.__new__(TensorDescriptor if layout is None else LaidOutDescriptor)
-    made.base, made.shape, made.strides, made.block_shape = tensor, [rows, cols], [row_stride, 1], block
-    if layout is not None:
-        made.layout = layout
-    return made
 
 
 def type_name(dtype: torch.dtype) -> str:

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from triton.experimental.gluon import language as gl
 
-from .gemm import GemmProblem, descriptor, w_block, whole_heads
+from .gemm import GemmProblem, w_block, whole_heads
 from .gemm_steps import folds
 from .gemm_stream_table import Config
+from .tma import descriptor
 
 
 @cache

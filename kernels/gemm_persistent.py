@@ -21,13 +21,14 @@ import torch
 import triton
 import triton.language as tl
 
-from .gemm import GemmProblem, Measured, descriptor, first_row, reference, row_of, tma_obstacle, type_name, whole_heads
+from .gemm import GemmProblem, Measured, first_row, reference, row_of, tma_obstacle, type_name, whole_heads
 from .gemm_jobs import job_configs, label, sample
 from .gemm_persistent_table import BUCKETS, CONFIGS, EVIDENCE, Config, as_many_tiles
 from .gemm_tiles import accumulate, run_epilogue, tile_origin, w_descriptor, w_descriptor_type
 from .jobs import CompileJob
 from .launch import Kernel
 from .target import Target
+from .tma import Descriptors, descriptor
 
 __all__ = ["CONFIGS", "EVIDENCE", "Config", "choose", "compile_jobs", "estimate_us", "prepare", "reference", "supports"]
 
@@ -284,18 +285,18 @@ class PersistentGemm:
             pdl=pdl and starts_early(problem, config),
         )
         self._tiles_n = ceil(problem.n / config.width)
+        self._describe_x = Descriptors(lambda x: descriptor(x, [config.block_m, config.block_k], "x"))
+        self._describe_w = Descriptors(lambda w: w_descriptor(w, problem, config.block_n, config.block_k))
+        self._describe_beside = Descriptors(lambda w: w_descriptor(w, problem, config.extra_n, config.block_k))
 
     def arguments(self, x: torch.Tensor, w: torch.Tensor, t: tuple) -> tuple[tuple[int, int, int], tuple]:
         """Return grid and kernel arguments, as the next call would launch them."""
         config, m = self.config, x.shape[0]
         tiles = ceil(m / config.block_m) * self._tiles_n
         resident = _sm_count(x.device) * config.programs_per_sm
-        x_desc = descriptor(x, [config.block_m, config.block_k], "x")
-        w_desc = w_descriptor(w, self.problem, config.block_n, config.block_k)
-        beside = w_desc
-        if config.extra_n:
-            beside = w_descriptor(w, self.problem, config.extra_n, config.block_k)
-        return (min(tiles, resident), 1, 1), (x_desc, w_desc, beside, m, t)
+        w_desc = self._describe_w(w)
+        beside = self._describe_beside(w) if config.extra_n else w_desc
+        return (min(tiles, resident), 1, 1), (self._describe_x(x), w_desc, beside, m, t)
 
     def __call__(self, x: torch.Tensor, w: torch.Tensor, t: tuple) -> None:
         if x.shape[0] == 0:

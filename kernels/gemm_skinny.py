@@ -24,7 +24,6 @@ from . import workspace
 from .functions import sum_of_parts
 from .gemm import (
     GemmProblem,
-    descriptor,
     halves_apart,
     k_per_split,
     load_tile,
@@ -39,6 +38,7 @@ from .gemm_jobs import job_configs, label, sample
 from .jobs import CompileJob
 from .launch import Kernel
 from .target import Target
+from .tma import Descriptors, descriptor
 
 __all__ = ["Config", "choose", "compile_jobs", "estimate_us", "prepare", "reference", "supports"]
 
@@ -283,7 +283,9 @@ class SkinnyGemm:
             num_stages=config.stages,
             pdl=pdl,
         )
-        self._w_block = w_block(problem, config.block_n, config.block_k)
+        block = w_block(problem, config.block_n, config.block_k)
+        self._describe_x = Descriptors(lambda x: descriptor(x, [config.block_m, config.block_k], "x"))
+        self._describe_w = Descriptors(lambda w: descriptor(w, block, "W"))
 
     def arguments(self, x: torch.Tensor, w: torch.Tensor, t: tuple) -> tuple[tuple[int, int, int], tuple]:
         """Return grid and kernel arguments, as the next call would launch them."""
@@ -291,9 +293,7 @@ class SkinnyGemm:
         tiles_n, tiles_m = ceil(self.problem.n / config.block_n), ceil(m / config.block_m)
         sums = config.block_n * config.block_m * self.problem.accumulators
         scratch = workspace.for_splits(x.device, tiles_n * tiles_m, config.split_k, sums, self.slot)
-        x_desc = descriptor(x, [config.block_m, config.block_k], "x")
-        w_desc = descriptor(w, self._w_block, "W")
-        args = (x_desc, w_desc, scratch.partials, scratch.counters, m, t)
+        args = (self._describe_x(x), self._describe_w(w), scratch.partials, scratch.counters, m, t)
         return (tiles_n, config.split_k, tiles_m), args
 
     def __call__(self, x: torch.Tensor, w: torch.Tensor, t: tuple) -> None:

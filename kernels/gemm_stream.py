@@ -16,6 +16,7 @@ Bytes: W, x per column tile (L2), partials 8 * split_k * M * N (L2). FLOPs: 2 * 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from math import ceil
 from typing import Any
 
@@ -46,6 +47,7 @@ from .gemm_stream_table import BUCKETS, CONFIGS, EVIDENCE, MOST_TOKENS, Config, 
 from .jobs import CompileJob
 from .launch import Kernel
 from .target import Target
+from .tma import Descriptors
 
 __all__ = [
     "CONFIGS", "EVIDENCE", "Config", "choose", "compile_jobs", "estimate_us", "prepare", "reference", "smem_bytes",
@@ -273,7 +275,8 @@ class StreamGemm:
         self.leads, self.slot = leads, slot
         constexprs = _constexprs(problem, config, epilogue, pdl, leads, parts)
         self.kernel = Kernel(gemm_stream_kernel, constexprs, num_warps=config.warps, pdl=pdl)
-        self._x_box, self._w_box = x_box(config), w_box(problem, config)
+        self._describe_x = Descriptors(partial(describe_x, box=x_box(config)))
+        self._describe_w = Descriptors(partial(describe_w, box=w_box(problem, config), halves=problem.halves))
 
     def arguments(self, x: torch.Tensor, w: torch.Tensor, t: tuple) -> tuple[tuple[int, int, int], tuple]:
         """Return grid and kernel arguments, as the next call would launch them."""
@@ -281,8 +284,8 @@ class StreamGemm:
         tiles = ceil(self.problem.n / config.block_n) * ceil(m / config.block_m)
         sums = config.block_n * config.block_m * self.problem.accumulators
         scratch = workspace.for_splits(x.device, tiles, config.split_k, sums, self.slot)
-        x_desc, w_desc = describe_x(x, self._x_box), describe_w(w, self._w_box, self.problem.halves)
-        return (tiles, config.split_k, 1), (x_desc, w_desc, scratch.partials, scratch.counters, m, t)
+        described = self._describe_x(x), self._describe_w(w)
+        return (tiles, config.split_k, 1), (*described, scratch.partials, scratch.counters, m, t)
 
     def __call__(self, x: torch.Tensor, w: torch.Tensor, t: tuple) -> None:
         if x.shape[0] == 0:

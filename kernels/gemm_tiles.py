@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .gemm import GemmProblem, descriptor, halves_apart, load_tile, w_block
+from .gemm import GemmProblem, halves_apart, load_tile, w_block
+from .tma import descriptor
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 `JITFunction.run` derives a signature, a specialisation string and an options string on every call. A `Kernel` has its
 constexprs and options fixed when it is made, so all that can still change the binary is what the arguments *are*: the
 dtype and 16-byte alignment of each tensor, the block shape of each descriptor, the width of each int. A call builds
-that key (two attribute reads per tensor), looks it up, and calls Triton's compiled launcher with the current stream.
+that key (two attribute reads per tensor), looks it up, and launches on the current stream (`binary.py`).
 
 Rules for the kernels launched this way, from what Triton 3.6's `native_specialize_impl` does:
 - Run-time ints are declared `do_not_specialize`, or 1 and multiples of 16 each compile a binary of their own.
@@ -29,14 +29,12 @@ from typing import Any
 
 import torch
 import triton
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as LaidOutDescriptor
 from triton.runtime import driver
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..lowering.errors import InternalError, UserError
+from .binary import DESCRIPTORS, Binary
 
 _Tensor = torch.Tensor
-DESCRIPTORS = (TensorDescriptor, LaidOutDescriptor)
 _PLAIN = frozenset((int, tuple, bool, float, type(None), *DESCRIPTORS))
 
 Grid = tuple[int, int, int]
@@ -47,7 +45,7 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 _I32 = 1 << 31
 
 # Compiled kernels by (fn, constexprs, options), then by the arguments' key: equal Kernels share them.
-_COMPILED: dict[tuple, dict[tuple, Any]] = {}
+_COMPILED: dict[tuple, dict[tuple, Binary]] = {}
 
 
 # Launches noted instead of made; None outside `noting`.
@@ -121,18 +119,11 @@ class Kernel:
             _noted.append((self, args))
             return
         device, key, passed = _describe(args)
-        compiled = self._compiled.get(key)
-        if compiled is None:
-            compiled = self._loaded(key, args)
+        binary = self._compiled.get(key)
+        if binary is None:
+            binary = self._loaded(key, args)
         bound = (*passed, *self._tail) if not self._slots else self._bind(passed)
-        stream = driver.active.get_current_stream(device)
-        runtime = triton.knobs.runtime
-        enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
-        if enter.calls or leave.calls:
-            metadata = compiled.launch_metadata(grid, stream, *bound)
-        else:
-            enter = leave = metadata = None
-        compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, metadata, enter, leave, *bound)
+        binary(grid, driver.active.get_current_stream(device), bound, triton.knobs.runtime)
 
     def precompile(self, *args: Any) -> Any:
         """Compile and load for arguments like these without launching; returns Triton's `CompiledKernel`.
@@ -143,7 +134,7 @@ class Kernel:
         if self.interpreted:
             return None
         key = _describe(args, hollow=True)[1]
-        return self._compiled.get(key) or self._loaded(key, args)
+        return (self._compiled.get(key) or self._loaded(key, args)).compiled
 
     def wanting(self, args: tuple) -> tuple | None:
         """What the binary for arguments like these is known by in the process, where it is not loaded yet."""
@@ -156,13 +147,13 @@ class Kernel:
         self._refuse_specialised(named)
         return self.fn.warmup(grid=(1, 1, 1), **named, **self.constexprs, **self.options)
 
-    def _loaded(self, key: tuple, args: tuple) -> Any:
+    def _loaded(self, key: tuple, args: tuple) -> Binary:
         compiled = self.compile(args)
         compiled = compiled.result() if hasattr(compiled, "result") else compiled
         # Loads the module: cuModuleLoad must not happen for the first time inside a capture.
         compiled._init_handles()
-        self._compiled[key] = compiled
-        return compiled
+        binary = self._compiled[key] = Binary(compiled)
+        return binary
 
     def _refuse_specialised(self, named: dict[str, Any]) -> None:
         """An int that Triton specialises on is not in the key: 1 would run for 2."""

@@ -1,0 +1,97 @@
+"""A compiled kernel and how it is launched: by the C function that Triton's own launcher calls in the end.
+
+Between the two lie, in Python, memory for kernels that ask for scratch (none here does) and the encoding of TMA
+descriptors, which is done once for each here. Where Triton's launcher is not what is expected, it is called instead.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as LaidOutDescriptor
+from triton.runtime import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+DESCRIPTORS = (TensorDescriptor, LaidOutDescriptor)
+
+
+class Binary:
+    """Triton's `CompiledKernel`, loaded.
+
+    Args:
+        compiled: with its handles initialised.
+    """
+
+    __slots__ = ("_head", "_metas", "_raw", "compiled")
+
+    def __init__(self, compiled: Any) -> None:
+        self.compiled = compiled
+        run = compiled.run
+        self._raw, self._metas = _raw(run)
+        if self._raw is not None:
+            # Neither scratch, nor what hooks get, nor hooks.
+            fixed = (run.launch_cooperative_grid, run.launch_pdl, None, None)
+            self._head = (compiled.function, *fixed, compiled.packed_metadata, None, None, None)
+
+    def __call__(self, grid: tuple[int, int, int], stream: int, bound: tuple, hooks: Any) -> None:
+        """Launch on a stream; `bound` are all parameters in order, constexprs included."""
+        enter, leave = hooks.launch_enter_hook, hooks.launch_exit_hook
+        compiled = self.compiled
+        if enter.calls or leave.calls:
+            metadata = compiled.launch_metadata(grid, stream, *bound)
+            compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, metadata, enter, leave, *bound)
+        elif self._raw is None:
+            compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *bound)
+        elif self._metas:
+            self._raw(*grid, stream, *self._head, *self._flat(bound))
+        else:
+            self._raw(*grid, stream, *self._head, *bound)
+
+    def _flat(self, bound: tuple) -> list:
+        """The parameters with each descriptor as the C function takes it: encoded, and its shape and strides."""
+        flat: list = []
+        metas = iter(self._metas)
+        for value in bound:
+            if type(value) in DESCRIPTORS:
+                flat += _encoded(value, next(metas))
+            else:
+                flat.append(value)
+        return flat
+
+
+def _raw(run: Any) -> tuple[Any, tuple]:
+    """The C function under a launcher of Triton, None where it cannot be called directly; and per descriptor what it is
+    encoded by."""
+    launch = getattr(run, "launch", None)
+    if launch is None or run.global_scratch_size or run.profile_scratch_size:
+        return None, ()
+    if not inspect.isfunction(launch):
+        return launch, ()
+    # Triton wraps it in a closure where there are descriptors.
+    held = inspect.getclosurevars(launch).nonlocals
+    metas = tuple(held.get("tensordesc_meta") or ())
+    if "launcher" not in held or not metas or None in metas:
+        return None, ()
+    return held["launcher"], metas
+
+
+def _encoded(descriptor: Any, meta: dict[str, Any]) -> list:
+    """A descriptor for the kernel whose tiles `meta` describes; made at its first use and kept with it."""
+    known = descriptor.__dict__.get("encoded")
+    if known is not None and known[0] is meta:
+        return known[1]
+    shape, strides = descriptor.shape, descriptor.strides
+    made = driver.active.utils.fill_tma_descriptor(
+        descriptor.base.data_ptr(),
+        meta["swizzle"],
+        meta["elem_size"],
+        TMA_DTYPE_DEVICE_TO_HOST[meta["elem_type"]],
+        meta["block_size"],
+        shape,
+        strides,
+        1 if descriptor.padding == "nan" else 0,
+    )
+    descriptor.encoded = meta, [made, *shape, *strides]
+    return descriptor.encoded[1]
