@@ -142,8 +142,9 @@ class VendorGemm:
 
     def __call__(self, x: torch.Tensor, w: torch.Tensor, t: tuple) -> None:
         problem, m = self.problem, x.shape[0]
-        # W may be wider than what the epilogue uses.
-        columns = (w.t() if problem.layout == "nk" else w)[:, : problem.w_columns]
+        columns = w.t() if problem.layout == "nk" else w
+        if columns.shape[1] > problem.w_columns:
+            columns = columns[:, : problem.w_columns]
         # Like the kernels, which autograd never sees; `out=` refuses parameters otherwise.
         with torch.no_grad():
             product = t[0] if problem.plain else torch.empty(m, problem.w_columns, dtype=x.dtype, device=x.device)

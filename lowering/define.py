@@ -22,6 +22,7 @@ from .expr import Const, Expr, const, keep, load
 from .ir import Node, Ref, Scalar, Spec, Trace, iter_leaves, iter_refs, op_name
 from .size import Size, Undecided, integer
 from .values import Contract, Definition, Empty, Extern, Item, Layout, Map, Reduce, Values, View, home
+from .writes import writing
 
 Rule = Callable[["Definer", Node], None]
 RULES: dict[Any, Rule] = {}
@@ -128,7 +129,8 @@ class Definer:
 
     def _refusal(self, node: Node) -> str | None:
         if node.op not in RULES:
-            return f"no lowering rule for {op_name(node.op)}"
+            call = writing(node)
+            return f"no lowering rule for {op_name(node.op if call is None else call.op)}"
         if any(isinstance(leaf, Scalar) for leaf in iter_leaves((node.args, dict(node.kwargs)))):
             return "it takes a number that is only known at run time"
         specs = [self.layouts.get(r.name) for r in iter_refs((node.args, dict(node.kwargs)))]

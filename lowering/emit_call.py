@@ -17,6 +17,7 @@ from .schedule import Schedule, Step
 from .select import Kernel, operand
 from .size import NAME, Size, integer
 from .values import Contract, Empty, Extern, Item, Layout, Map, Reduce, Values, View
+from .writes import Writing, writing
 
 
 def tensors(kernel: Kernel) -> list[str]:
@@ -69,7 +70,8 @@ class Calls:
         group = kernel.group
         if group.kind == "extern":
             assert group.foreign is not None
-            lines += self.foreign(group.foreign)
+            call = writing(group.foreign.node)
+            lines += self.foreign(group.foreign) if call is None else self.writing(group.foreign, call, step.drops)
         elif group.kind == "item":
             made = self.values.definitions[group.members[0]]
             assert isinstance(made, Item)
@@ -92,17 +94,52 @@ class Calls:
         return f"launch_{name}({size}({given}), ({rows}), {kernel.group.cols})"
 
     def foreign(self, made: Extern) -> list[str]:
-        def leaf(value: Any) -> Any:
-            return _Text(self.tensor(value.name)) if isinstance(value, Ref) else self.literal(value)
-
-        args = [_python(map_tree(a, leaf)) for a in made.node.args]
-        args += [f"{k}={_python(map_tree(v, leaf))}" for k, v in made.node.kwargs.items()]
+        args = [_python(map_tree(a, self.leaf)) for a in made.node.args]
+        args += [f"{k}={_python(map_tree(v, self.leaf))}" for k, v in made.node.kwargs.items()]
         op = made.node.op
         text = f"torch.ops.{op}" if isinstance(op, torch._ops.OpOverload) else self.kept(op)
         lines = [f"# {made.name}: itself, {made.why}"] if made.why else []
         returns = isinstance(op, torch._ops.OpOverload) and bool(op._schema.returns)
         target = f"{self.names[made.name]} = " if returns or any(made.layouts) else ""
         return [*lines, f"{target}{text}({', '.join(args)})"]
+
+    def writing(self, made: Extern, call: Writing, ends: Sequence[str]) -> list[str]:
+        """An op that writes arguments: on copies of what is not ours, or is read later than this."""
+        lines, bases = [f"# {made.name}: itself, {made.why}"], []
+        for number, base in enumerate(call.bases):
+            text = self.tensor(base.name)
+            if not self._ends(base.name, made, call, ends):
+                dense = self.values.layouts[base.name].dense
+                copied = f"{text}.clone()" if dense else f"torch._prims_common.clone_preserve_strides({text})"
+                text = f"{self.names[made.name]}_writes_{number}"
+                lines.append(f"{text} = {copied}")
+            bases.append(text)
+        parts = {name: f"{name}={_python(map_tree(value, self.leaf))}" for name, value in call.given.items()}
+        for name, place in call.written.items():
+            text = "None" if place is None else bases[place[0]]
+            if place is not None and place[1] is not None:
+                dim, start, end = (_python(self.literal(n)) for n in (place[1].dim, place[1].start, place[1].end))
+                text = f"torch.ops.aten.slice.Tensor({text}, {dim}, {start}, {end})"
+            parts[name] = f"{name}={text}"
+        arguments = ", ".join(parts[a.name] for a in call.op._schema.arguments if a.name in parts)
+        result = f"torch.ops.{call.op}({arguments})"
+        if len(call.op._schema.returns) > 1:
+            result = f"*{result}"
+        return [*lines, f"{self.names[made.name]} = ({', '.join([result, *bases])},)"]
+
+    def _ends(self, name: str, made: Extern, call: Writing, ends: Sequence[str]) -> bool:
+        """Whether a value is memory of this plan that nothing reads after this call, nor the call itself elsewhere."""
+        base, definitions = self.values.base(name), self.values.definitions
+        ours = isinstance(definitions.get(base), (Map, Reduce, Contract, Empty))
+        others = [self.values.base(other) for other in (*call.read, *(b.name for b in call.bases if b.name != name))]
+        # What another op returns may share memory with what it was given.
+        seen = any(isinstance(d, Extern) and d is not made and base in map(self.values.base, d.reads)
+                   for d in definitions.values())  # fmt: skip
+        return ours and base in ends and base not in others and not seen
+
+    def leaf(self, value: Any) -> Any:
+        """An argument of an op as source."""
+        return _Text(self.tensor(value.name)) if isinstance(value, Ref) else self.literal(value)
 
     def literal(self, value: Any) -> Any:
         if isinstance(value, torch.device):
