@@ -113,28 +113,48 @@ CONFIGS = measured(
 
 
 def alike(problem: GemmProblem, target: Target) -> Config:
-    """What most rows of CONFIGS have in common, for shapes without a row.
+    """What the rows of CONFIGS, and what came close to them, have in common, for shapes without a row.
 
-    Up to 32 tokens W's columns are the rows, 64 a tile; at 64 tokens tokens are, with 32 columns a tile, so that twice
-    as many programs load. Beyond, a tile holds 128 tokens where its 64 columns of W still occupy most of the
-    multiprocessors, else 64 of them. K is split where tiles occupy less than half of the multiprocessors, a long one
-    until they occupy most. The ring is as deep as shared memory allows, eight stages at most.
+    All programs should be there at once, and most multiprocessors have one: what memory gives then flows to the end,
+    and one ring may take all shared memory. Tiles are as narrow, and K is split in as many parts, as that allows. Where
+    tiles are more than that however wide they are, two programs share a multiprocessor, if the last wave would
+    otherwise be a small one.
     """
-    most = 0.7 * target.sm_count
-    tokens_first = 32 < problem.m <= 64
-    block_n, block_k = 32 if tokens_first else 64, 128
-    block_m = max(8, triton.next_power_of_2(problem.m)) if problem.m <= 32 else 64
-    if problem.m > 64 and ceil(problem.n / block_n) >= most:
-        block_m, block_k = 128, 64
-    tiles = ceil(problem.n / block_n) * ceil(problem.m / block_m)
-    enough = 0.8 * target.sm_count if problem.k >= 8192 or problem.m <= 8 else 0.45 * target.sm_count
-    split_k = next(split for split in (1, 2, 4) if tiles * split >= enough or split == 4)
-    # No split without a step of its own.
+    sms, n, m = target.sm_count, problem.n, problem.m
+    block_m, block_n, tokens_first = _tile(problem, sms)
+    tiles = ceil(n / block_n) * ceil(m / block_m)
+    block_k, warps = 256 // problem.dtype.itemsize, 8 if block_m > 64 and tokens_first else 4
+    # The fewest tokens may have two programs a multiprocessor, as their tiles of x are small.
+    most = 2 * sms if m <= 8 and tiles < 0.7 * sms else sms
     steps = ceil(problem.k / block_k)
+    split_k = max(1, min(4, most // tiles, steps // (4 if m <= 8 else 8 if m <= 32 else 16)))
+    # No split without a step of its own.
     split_k = ceil(steps / ceil(steps / split_k))
-    one = Config(block_m, block_n, block_k, 1, 4, split_k, tokens_first)
-    stages = min(8, (target.smem_bytes - 1024) // (smem_bytes(problem, one) - 1024))
-    return replace(one, stages=stages)
+    waves = tiles * split_k / sms
+    shared = waves > 1 and (m <= 8 or waves / ceil(waves) < (0.8 if block_m > 64 else 0.9))
+    one = Config(block_m, block_n, block_k, 1, warps, split_k, tokens_first)
+    if shared and block_m > 64:
+        one = replace(one, block_k=block_k // 2)
+    room = target.smem_bytes // 2 - 1024 if shared else target.smem_bytes
+    stages = min(8, (room - 1024) // (smem_bytes(problem, one) - 1024))
+    return replace(one, stages=max(2, stages))
+
+
+# Programs for such a share of the multiprocessors are enough: 80 of 132 ask for nearly all that memory gives.
+ENOUGH = 0.6
+
+
+def _tile(problem: GemmProblem, sms: int) -> tuple[int, int, bool]:
+    """Tokens and columns of a tile, and whether tokens are its rows."""
+    n, m = problem.n, problem.m
+    if m <= 32:
+        return max(8, triton.next_power_of_2(m)), 64, False
+    if m <= 64:
+        # Narrow tiles, unless only wide ones are there at once.
+        return 64, 64 if ceil(n / 64) <= sms < ceil(n / 32) else 32, True
+    if ceil(n / 64) >= ENOUGH * sms:
+        return 128, 64, not problem.paired
+    return 64, 32 if 2 * ceil(n / 32) <= sms else 64, True
 
 
 def smem_bytes(problem: GemmProblem, config: Config) -> int:
