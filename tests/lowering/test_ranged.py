@@ -36,6 +36,7 @@ LAST = 40
 
 def symbolic(fn: Callable[..., Any], args: Sequence[Any]) -> fx.GraphModule:
     """The function with the first dimension of its first argument (and of those as long) symbolic."""
+    args = copied(args)
     sizes = {id(a): a.shape[0] for a in args if isinstance(a, torch.Tensor)}
     tokens = sizes[id(args[0])]
     dynamic = {i: {0: torch.export.Dim.DYNAMIC} for i, a in enumerate(args) if a.dim() and a.shape[0] == tokens}
