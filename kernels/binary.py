@@ -9,7 +9,8 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
+import triton
+from triton.backends.nvidia import driver as nvidia
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as LaidOutDescriptor
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -65,7 +66,9 @@ def _raw(run: Any) -> tuple[Any, tuple]:
     """The C function under a launcher of Triton, None where it cannot be called directly; and per descriptor what it is
     encoded by."""
     launch = getattr(run, "launch", None)
-    if launch is None or run.global_scratch_size or run.profile_scratch_size:
+    # What it takes is Triton's own affair, and another in 3.7.
+    known = triton.__version__.split(".")[:2] == ["3", "6"]
+    if not known or launch is None or run.global_scratch_size or run.profile_scratch_size:
         return None, ()
     if not inspect.isfunction(launch):
         return launch, ()
@@ -87,11 +90,12 @@ def _encoded(descriptor: Any, meta: dict[str, Any]) -> list:
         descriptor.base.data_ptr(),
         meta["swizzle"],
         meta["elem_size"],
-        TMA_DTYPE_DEVICE_TO_HOST[meta["elem_type"]],
+        nvidia.TMA_DTYPE_DEVICE_TO_HOST[meta["elem_type"]],
         meta["block_size"],
         shape,
         strides,
         1 if descriptor.padding == "nan" else 0,
     )
-    descriptor.encoded = meta, [made, *shape, *strides]
-    return descriptor.encoded[1]
+    flat = [made, *shape, *strides]
+    descriptor.encoded = meta, flat
+    return flat

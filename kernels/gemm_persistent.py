@@ -287,16 +287,17 @@ class PersistentGemm:
         self._tiles_n = ceil(problem.n / config.width)
         self._describe_x = Descriptors(lambda x: descriptor(x, [config.block_m, config.block_k], "x"))
         self._describe_w = Descriptors(lambda w: w_descriptor(w, problem, config.block_n, config.block_k))
-        self._describe_beside = Descriptors(lambda w: w_descriptor(w, problem, config.extra_n, config.block_k))
+        # One of its own also where it is not used: a descriptor is encoded for one parameter.
+        beside = config.extra_n or config.block_n
+        self._describe_beside = Descriptors(lambda w: w_descriptor(w, problem, beside, config.block_k))
 
     def arguments(self, x: torch.Tensor, w: torch.Tensor, t: tuple) -> tuple[tuple[int, int, int], tuple]:
         """Return grid and kernel arguments, as the next call would launch them."""
         config, m = self.config, x.shape[0]
         tiles = ceil(m / config.block_m) * self._tiles_n
         resident = _sm_count(x.device) * config.programs_per_sm
-        w_desc = self._describe_w(w)
-        beside = self._describe_beside(w) if config.extra_n else w_desc
-        return (min(tiles, resident), 1, 1), (self._describe_x(x), w_desc, beside, m, t)
+        described = self._describe_x(x), self._describe_w(w), self._describe_beside(w)
+        return (min(tiles, resident), 1, 1), (*described, m, t)
 
     def __call__(self, x: torch.Tensor, w: torch.Tensor, t: tuple) -> None:
         if x.shape[0] == 0:

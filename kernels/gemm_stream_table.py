@@ -120,7 +120,7 @@ def alike(problem: GemmProblem, target: Target) -> Config:
     tiles are more than that however wide they are, two programs share a multiprocessor, if the last wave would
     otherwise be a small one.
     """
-    sms, n, m = target.sm_count, problem.n, problem.m
+    sms, n, m = target.sm_count, problem.n, max(problem.m, 1)
     block_m, block_n, tokens_first = _tile(problem, sms)
     tiles = ceil(n / block_n) * ceil(m / block_m)
     block_k, warps = 256 // problem.dtype.itemsize, 8 if block_m > 64 and tokens_first else 4
@@ -154,7 +154,7 @@ def _tile(problem: GemmProblem, sms: int) -> tuple[int, int, bool]:
         return 64, 64 if ceil(n / 64) <= sms < ceil(n / 32) else 32, True
     if ceil(n / 64) >= ENOUGH * sms:
         return 128, 64, not problem.paired
-    return 64, 32 if 2 * ceil(n / 32) <= sms else 64, True
+    return 64, 32 if problem.part <= 32 and 2 * ceil(n / 32) <= sms else 64, True
 
 
 def smem_bytes(problem: GemmProblem, config: Config) -> int:

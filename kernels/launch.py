@@ -32,6 +32,7 @@ import triton
 from triton.runtime import driver
 
 from ..lowering.errors import InternalError, UserError
+from ..lowering.parser import retried
 from .binary import DESCRIPTORS, Binary
 
 _Tensor = torch.Tensor
@@ -148,7 +149,7 @@ class Kernel:
         return self.fn.warmup(grid=(1, 1, 1), **named, **self.constexprs, **self.options)
 
     def _loaded(self, key: tuple, args: tuple) -> Binary:
-        compiled = self.compile(args)
+        compiled = retried(lambda: self.compile(args))
         compiled = compiled.result() if hasattr(compiled, "result") else compiled
         # Loads the module: cuModuleLoad must not happen for the first time inside a capture.
         compiled._init_handles()

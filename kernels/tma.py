@@ -13,7 +13,7 @@ from .binary import LaidOutDescriptor, TensorDescriptor
 # Of base and strides: what cuTensorMapEncodeTiled asks for.
 TMA_ALIGNMENT_BYTES = 16
 # Places of one operand that are remembered: a model's layers, and what activations get from the allocator.
-MOST_PLACES = 512
+MOST_PLACES = 256
 
 
 class Descriptors:

@@ -15,18 +15,17 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import triton
 from triton.runtime import driver
 
+from ..lowering.parser import retried
 from .launch import Kernel, noting
 
 # Asked for the binary of a source, with options: true when Triton's cache holds it now.
 Ahead = Callable[[Any, Any, dict[str, Any]], bool]
-
-# How often something is parsed before an error of the interpreter's own is one.
-ATTEMPTS = 4
 
 # On their way, by what each is known by in the process.
 _promised: dict[tuple, Any] = {}
@@ -59,7 +58,8 @@ class Compiling:
         pool = ThreadPoolExecutor(min(len(new), cores() * (2 if ahead else 1)))
         with triton.AsyncCompileMode(cast(Any, _Asking(pool, ahead)), ignore_errors=True) as mode:
             for known, (kernel, args) in new.items():
-                _promised[known] = kernel.compile(args)
+                # Whoever compiles parses, and so may the threads meanwhile.
+                _promised[known] = retried(partial(kernel.compile, args))
                 self._promises.append((known, _promised[known]))
             # Leaving the mode would wait for all of them.
             mode.raw_futures.clear()
@@ -111,17 +111,6 @@ class _Asking:
         compiled = retried(compile)
         _build_launcher(compiled)
         return compiled
-
-
-def retried(parses: Callable[[], Any]) -> Any:
-    """What it returns. CPython 3.11 counts how deep `ast.parse` is for all threads together, and raises SystemError
-    where that comes out wrong because two were at it."""
-    for _ in range(ATTEMPTS - 1):
-        try:
-            return parses()
-        except SystemError:
-            continue
-    return parses()
 
 
 def _build_launcher(compiled: Any) -> None:

@@ -105,14 +105,15 @@ class Calls:
 
     def writing(self, made: Extern, call: Writing, ends: Sequence[str]) -> list[str]:
         """An op that writes arguments: on copies of what is not ours, or is read later than this."""
-        lines, bases = [f"# {made.name}: itself, {made.why}"], []
+        lines, bases, copies = [f"# {made.name}: itself, {made.why}"], [], []
         for number, base in enumerate(call.bases):
             text = self.tensor(base.name)
-            if not self._ends(base.name, made, call, ends):
+            if not self._ends(number, made, call, ends):
                 dense = self.values.layouts[base.name].dense
                 copied = f"{text}.clone()" if dense else f"torch._prims_common.clone_preserve_strides({text})"
                 text = f"{self.names[made.name]}_writes_{number}"
                 lines.append(f"{text} = {copied}")
+                copies.append(text)
             bases.append(text)
         parts = {name: f"{name}={_python(map_tree(value, self.leaf))}" for name, value in call.given.items()}
         for name, place in call.written.items():
@@ -125,13 +126,15 @@ class Calls:
         result = f"torch.ops.{call.op}({arguments})"
         if len(call.op._schema.returns) > 1:
             result = f"*{result}"
-        return [*lines, f"{self.names[made.name]} = ({', '.join([result, *bases])},)"]
+        lines.append(f"{self.names[made.name]} = ({', '.join([result, *bases])},)")
+        return lines + [f"del {', '.join(copies)}"] * bool(copies)
 
-    def _ends(self, name: str, made: Extern, call: Writing, ends: Sequence[str]) -> bool:
-        """Whether a value is memory of this plan that nothing reads after this call, nor the call itself elsewhere."""
-        base, definitions = self.values.base(name), self.values.definitions
+    def _ends(self, number: int, made: Extern, call: Writing, ends: Sequence[str]) -> bool:
+        """Whether a base is memory of this plan that nothing reads after this call, nor the call itself elsewhere."""
+        base, definitions = self.values.base(call.bases[number].name), self.values.definitions
         ours = isinstance(definitions.get(base), (Map, Reduce, Contract, Empty))
-        others = [self.values.base(other) for other in (*call.read, *(b.name for b in call.bases if b.name != name))]
+        elsewhere = (*call.read, *(b.name for i, b in enumerate(call.bases) if i != number))
+        others = [self.values.base(other) for other in elsewhere]
         # What another op returns may share memory with what it was given.
         seen = any(isinstance(d, Extern) and d is not made and base in map(self.values.base, d.reads)
                    for d in definitions.values())  # fmt: skip

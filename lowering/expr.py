@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .affine import Affine, Atom, Indirect
+from .affine import Affine, Atom, Indirect, Var
 from .size import Size, Undecided
 
 
@@ -280,6 +280,12 @@ def walk(*roots: Expr) -> Iterator[Expr]:
 def loads(*roots: Expr) -> list[Load]:
     """The distinct loads below the roots, in order of first use."""
     return list(dict.fromkeys(n for n in walk(*roots) if isinstance(n, Load)))
+
+
+def varies(expr: Expr, dim: int) -> bool:
+    """Whether an expression differs along a variable, by what it reads or by an index, those of indices included."""
+    atoms = (atom for node in walk(expr) if isinstance(node, (Load, Index)) for atom in node.offset.atoms())
+    return any(isinstance(atom, Var) and atom.dim == dim for atom in atoms)
 
 
 def rewrite(

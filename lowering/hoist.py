@@ -26,10 +26,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .affine import Affine, Indirect, Var, contiguous_strides, delinearize, substitution, variables
+from .affine import contiguous_strides, delinearize, substitution, variables
 from .define import at_flat
 from .depend import direct_reads
-from .expr import Apply, Const, Expr, Index, Load, apply, cast, keep, load, loads, rewrite, walk
+from .expr import Apply, Const, Expr, Load, apply, cast, keep, load, loads, rewrite, varies
 from .size import Size, alike
 from .values import Contract, Definition, Extern, Item, Layout, Map, Parts, Reduce, SumOfParts, Values, View
 
@@ -177,7 +177,7 @@ def _split(expr: Expr, column: int, values: Values) -> tuple[Expr | None, Expr |
     """An expression as a factor that is the same for all columns, and the rest; None stands for 1."""
     if not expr.dtype.is_floating_point:
         return None, expr
-    if not _varies(expr, column):
+    if not varies(expr, column):
         return _opened(expr, values), None
     if isinstance(expr, Load):
         inner = _definition(expr, values)
@@ -200,18 +200,6 @@ def _times(factors: list[Expr]) -> Expr | None:
         return None
     first, *others = (cast(factor, torch.float32) for factor in factors)
     return first if not others else apply("mul", first, *others, dtype=torch.float32)
-
-
-def _varies(expr: Expr, column: int) -> bool:
-    """Whether an expression differs between the columns of a row."""
-
-    def along(offset: Affine) -> bool:
-        return any(
-            _varies(a.value, column) if isinstance(a, Indirect) else isinstance(a, Var) and a.dim == column
-            for a in offset.atoms()
-        )
-
-    return any(along(node.offset) for node in walk(expr) if isinstance(node, (Load, Index)))
 
 
 def _definition(read: Load, values: Values) -> Expr | None:

@@ -28,9 +28,9 @@ from .choices import Table, by_size, choose
 from .compose import compose
 from .composer import Refused
 from .cost import traffic
-from .expr import Load, loads
+from .expr import varies
 from .fuse import Fused
-from .group import Group
+from .group import COL, Group
 from .options import Options
 from .size import Size, Undecided, alike, typical
 from .values import Contract, Item, Values, View
@@ -147,13 +147,9 @@ def _index_work(group: Group) -> int:
             seen.add(atom)
             if isinstance(atom, (Div, Mod)) and any(getattr(a, "dim", 0) == 1 for a in atom.base.atoms()):
                 count += 1
-            if isinstance(atom, Indirect) and any(_varies(node) for node in loads(atom.value)):
+            if isinstance(atom, Indirect) and varies(atom.value, COL):
                 count += 1
     return count
-
-
-def _varies(node: Load) -> bool:
-    return any(getattr(a, "dim", 0) == 1 for a in node.offset.atoms())
 
 
 def reads_and_writes(group: Group, values: Values) -> tuple[set[str], set[str]]:

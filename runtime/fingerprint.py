@@ -9,6 +9,7 @@ import hashlib
 import sys
 import types
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import sympy
@@ -92,7 +93,9 @@ def _target(node: fx.Node) -> str:
         # What a module does hangs on more than its type and its tensors.
         raise _Unknown
     target = node.target
-    if isinstance(target, (str, torch._ops.OpOverload, torch._ops.OpOverloadPacket, torch._ops.HigherOrderOperator)):
+    if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        return _schemas(target)
+    if isinstance(target, (str, torch._ops.HigherOrderOperator)):
         return str(target)
     module, name = getattr(target, "__module__", None), getattr(target, "__qualname__", None)
     if name is None:
@@ -101,6 +104,13 @@ def _target(node: fx.Node) -> str:
         # A lambda or a function inside a function: others have its name.
         raise _Unknown
     return f"{module}.{name}"
+
+
+@cache
+def _schemas(op: torch._ops.OpOverload | torch._ops.OpOverloadPacket) -> str:
+    """An op with what it takes, writes and returns, which whoever registers it may change."""
+    overloads = [op] if isinstance(op, torch._ops.OpOverload) else [getattr(op, name) for name in op.overloads()]
+    return " ".join([str(op), *(str(overload._schema) for overload in overloads)])
 
 
 def _found(module: Any, name: str) -> Any:

@@ -17,8 +17,8 @@ from typing import Any
 
 import triton
 
-from ..kernels.together import retried
 from ..lowering.emit import Plan, nameless
+from ..lowering.parser import retried
 
 _BODIES: dict[str, Any] = {}
 

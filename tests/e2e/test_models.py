@@ -294,12 +294,28 @@ def test_a_folder_with_a_config_is_a_model(tmp_path: Path) -> None:
     assert config(str(folder), tiny=True) == config("tiny-llama-3.2-1b")
 
 
+def written(**more: Any) -> str:
+    """The least that a config.json says, and more."""
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    return json.dumps({"architectures": ["MixtralForCausalLM"], "vocab_size": 256, **sizes, **more})
+
+
+def test_what_a_config_leaves_out_is_as_transformers_has_it(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(written(max_position_embeddings=None))
+    made = config(str(tmp_path))
+    assert (made.experts, made.experts_per_token, made.rope_theta, made.kv_heads) == (8, 2, 1e6, 4)
+
+
 @pytest.mark.parametrize(
     ("text", "fact"),
     [
         ("{", "cannot be read"),
         ('{"architectures": ["FalconForCausalLM"]}', "its architecture is Falcon"),
         ('{"architectures": ["LlamaForCausalLM"], "hidden_size": 8}', "lacks intermediate_size"),
+        ("[]", "its architecture is not said"),
+        (written(attention_bias=True), "it has attention_bias"),
+        (written(rope_scaling={"type": "yarn", "factor": 4.0}), "scaled as 'yarn'"),
+        (written(rope_scaling={"type": "llama3", "factor": 4.0}), "not all of that is said"),
     ],
 )
 def test_a_folder_that_is_no_model_says_so(text: str, fact: str, tmp_path: Path) -> None:

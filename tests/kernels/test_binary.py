@@ -96,6 +96,15 @@ def test_a_kernel_that_asks_for_scratch_is_launched_by_triton(encoded: list[tupl
     assert len(run.got) == 1
 
 
+def test_another_tritons_launcher_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Launcher([])
+    run.launch = None
+    monkeypatch.setattr("triton.__version__", "3.7.0")
+    called = []
+    Binary(compiled(lambda *args: called.append(args)))((1, 1, 1), 0, (64, 5), QUIET)
+    assert called == [(1, 1, 1, 0, 7, ("packed",), None, None, None, 64, 5)]
+
+
 @pytest.mark.gpu
 def test_a_place_is_described_once_and_not_held() -> None:
     made: list[torch.Tensor] = []

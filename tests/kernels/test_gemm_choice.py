@@ -123,6 +123,20 @@ def test_the_rule_is_near_the_table() -> None:
     assert tiles >= 0.85 * len(rows)
 
 
+@pytest.mark.parametrize("kind", ["one", "pair", "sum"])
+@pytest.mark.parametrize("target", [H200, replace(H200, sm_count=114)])
+def test_the_rule_gives_tiles_that_can_be(kind: str, target: Target) -> None:
+    for n in (*range(32, 5300, 32), 8192, 28672, 151936):
+        for m in (0, 1, 8, 16, 33, 64, 65, 128):
+            part = 0 if kind != "sum" else 64 if m > 64 and n > 2048 else 32
+            problem = GemmProblem(
+                m, n, 1024, torch.bfloat16, paired=kind == "pair", pair_offset=n * (kind == "pair"), part=part
+            )
+            config = gemm_stream.alike(problem, target)
+            assert config.block_n >= part and gemm_stream.smem_bytes(problem, config) <= target.smem_bytes
+            assert config.stages > 1 and (config.warps == 4 or config.block_m == 128)
+
+
 def test_every_split_has_a_step_and_a_grid_holds_any_n() -> None:
     for n, k in ((768, 768), (512, 256), (512, 128), (4096, 14336)):
         config = gemm_stream.alike(GemmProblem(16, n, k, torch.bfloat16), H200)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import pytest
@@ -169,3 +170,23 @@ def test_what_is_written_otherwise_is_torchs_affair(fn: Any) -> None:
         results = (piece(*ours), ours), (graph(*theirs), theirs)
     compare(*results, close=True)
     assert "OBJECTS" in call_of(piece)
+
+
+def test_a_value_that_is_written_twice_is_two() -> None:
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    h = graph.call_function(torch.ops.aten.relu.default, (x,))
+    bases = {"_a_base_index": 0, "_b_base_index": 1, "_all_bases": [h, h], "x": None}
+    wrapped = graph.call_function(torch.ops.higher_order.auto_functionalized_v2, (OPS.both.default,), bases)
+    graph.output(tuple(graph.call_function(operator.getitem, (wrapped, i)) for i in range(4)))
+    module = torch.fx.GraphModule(torch.nn.Module(), graph)
+    args = [odd(6, 8)]
+    with torch.no_grad():
+        compare((CompiledPiece(module, args)(*copied(args)), ()), (module(*copied(args)), ()), close=True)
+
+
+def test_copies_do_not_outlive_the_call() -> None:
+    args = [odd(6, 8), odd(8, 8, seed=1)]
+    piece = CompiledPiece(graph_of(read_later, args), args)
+    piece(*copied(args))
+    assert "del auto_functionalized_v2_writes_0" in call_of(piece)

@@ -169,3 +169,22 @@ def test_bodies_of_higher_order_ops_count(device):
 
         torch.testing.assert_close(torch.compile(fn, backend=terrazzo)(x), body(x))
     torch._dynamo.reset()
+
+
+def test_what_an_op_writes_counts():
+    def of(schema: str) -> str | None:
+        library = torch.library.Library("terrazzo_test_schema", "DEF")
+        library.define(schema)
+        graph = fx.Graph()
+        x = graph.placeholder("x")
+        x.meta["val"] = torch.zeros(3)
+        graph.call_function(torch.ops.terrazzo_test_schema.op.default, (x, x))
+        graph.output((x,))
+        module = fx.GraphModule(nn.Module(), graph)
+        try:
+            return fingerprint(module, Examples.of(module, None))
+        finally:
+            library._destroy()
+
+    first, again, other = (of(f"op(Tensor(a!) a, {b} b) -> ()") for b in ("Tensor", "Tensor", "Tensor(b!)"))
+    assert first == again != other

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -125,59 +126,81 @@ def config(name: str, tiny: bool = False) -> ModelConfig:
     return _tiny(full) if tiny or plain != name else full
 
 
-# By the name of transformers' class, the family; what else sets them apart is in the other entries of the file.
-_FAMILIES = {
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "llama",
-    "Qwen3ForCausalLM": "llama",
-    "Gemma2ForCausalLM": "gemma2",
-    "MixtralForCausalLM": "mixtral",
+# By the name of transformers' class, the family, and what transformers takes for entries that are not there.
+_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "LlamaForCausalLM": ("llama", {}),
+    "MistralForCausalLM": ("llama", {}),
+    "Qwen3ForCausalLM": ("llama", {"head_dim": 128}),
+    "Gemma2ForCausalLM": (
+        "gemma2",
+        {"head_dim": 256, "attn_logit_softcapping": 50.0, "query_pre_attn_scalar": 256},
+    ),
+    "MixtralForCausalLM": ("mixtral", {"num_local_experts": 8, "num_experts_per_tok": 2, "rope_theta": 1e6}),
 }
 
-
-# Entries without which a file says too little.
+# Entries without which a file says too little, and those that with another value make another model of it.
 _NEEDED = {"hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"}
+_PLAIN = {"attention_bias": False, "mlp_bias": False, "partial_rotary_factor": 1.0}
 
 
 def _read(path: Path) -> ModelConfig:
     """The dimensions in a file."""
-    what, remedy = f"model {str(path.parent)!r}", f"There are {', '.join(_FAMILIES)}."
+
+    def refused(fact: str) -> UserError:
+        remedy = f"There are {', '.join(_FAMILIES)}, without biases, in full rotation, scaled as Llama 3.1 or not."
+        return UserError(f"model {str(path.parent)!r}", fact, stage="models", remedy=remedy)
+
     try:
-        found: dict[str, Any] = json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(what, f"its config.json cannot be read: {error}", stage="models") from error
-    name = next(iter(found.get("architectures") or ["no architecture"]))
+        raise refused(f"its config.json cannot be read: {error}") from error
+    written = {k: v for k, v in found.items() if v is not None} if isinstance(found, dict) else {}
+    name = next(iter(written.get("architectures", ())), "not said")
     if name not in _FAMILIES:
-        raise UserError(what, f"its architecture is {name}", stage="models", remedy=remedy)
-    if missing := _NEEDED - set(found):
-        raise UserError(what, f"its config.json lacks {', '.join(sorted(missing))}", stage="models")
-    heads, hidden = found["num_attention_heads"], found["hidden_size"]
-    # Newer files keep both in one entry.
-    rope = found.get("rope_parameters") or {**(found.get("rope_scaling") or {}), "rope_theta": found.get("rope_theta")}
-    scaling = None
-    if rope.get("rope_type") == "llama3":
-        keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        scaling = RopeScaling(*(rope[key] for key in keys))
+        raise refused(f"its architecture is {name}")
+    if missing := _NEEDED - set(written):
+        raise refused(f"its config.json lacks {', '.join(sorted(missing))}")
+    family, usual = _FAMILIES[name]
+    read = {**usual, **written}
+    if other := [key for key, plain in _PLAIN.items() if read.get(key, plain) != plain]:
+        raise refused(f"it has {', '.join(other)}")
+    heads, hidden = read["num_attention_heads"], read["hidden_size"]
+    theta, scaling = _rope(read, refused)
+    scalar = read.get("query_pre_attn_scalar")
     return ModelConfig(
         path.resolve().parent.name,
-        _FAMILIES[name],
+        family,
         hidden=hidden,
-        layers=found["num_hidden_layers"],
+        layers=read["num_hidden_layers"],
         heads=heads,
-        kv_heads=found.get("num_key_value_heads") or heads,
-        head_dim=found.get("head_dim") or hidden // heads,
-        intermediate=found["intermediate_size"],
-        vocab=found["vocab_size"],
-        max_positions=found.get("max_position_embeddings", 8192),
-        norm_eps=found.get("rms_norm_eps", 1e-6),
-        rope_theta=rope.get("rope_theta") or 10_000.0,
+        kv_heads=read.get("num_key_value_heads", heads),
+        head_dim=read.get("head_dim", hidden // heads),
+        intermediate=read["intermediate_size"],
+        vocab=read["vocab_size"],
+        max_positions=read.get("max_position_embeddings", 8192),
+        norm_eps=read.get("rms_norm_eps", 1e-6),
+        rope_theta=theta,
         rope_scaling=scaling,
         qk_norm=name.startswith("Qwen3"),
-        soft_cap=found.get("attn_logit_softcapping") or 0.0,
-        query_scale=(found["query_pre_attn_scalar"] ** -0.5 if found.get("query_pre_attn_scalar") else 0.0),
-        experts=found.get("num_local_experts", 0),
-        experts_per_token=found.get("num_experts_per_tok", 0),
+        soft_cap=read.get("attn_logit_softcapping", 0.0),
+        query_scale=scalar**-0.5 if scalar else 0.0,
+        experts=read.get("num_local_experts", 0),
+        experts_per_token=read.get("num_experts_per_tok", 0),
     )
+
+
+def _rope(read: dict[str, Any], refused: Callable[[str], UserError]) -> tuple[float, RopeScaling | None]:
+    """Its base and how it is scaled."""
+    # Newer files keep both in one entry.
+    rope = read.get("rope_parameters", {**read.get("rope_scaling", {}), "rope_theta": read.get("rope_theta")})
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    theta = rope.get("rope_theta") or 10_000.0
+    if kind == "default":
+        return theta, None
+    keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    if kind != "llama3" or any(key not in rope for key in keys):
+        raise refused(f"its positions are scaled as {kind!r}, or not all of that is said")
+    return theta, RopeScaling(*(rope[key] for key in keys))
 
 
 def _tiny(c: ModelConfig) -> ModelConfig:
