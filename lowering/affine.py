@@ -131,6 +131,10 @@ class Affine:
 
     def __add__(self, other: int | Affine) -> Affine:
         other = Affine.of(other)
+        if not other.terms:
+            return self if _is(other.const, 0) else Affine(self.terms, self.const + other.const)
+        if not self.terms:
+            return other if _is(self.const, 0) else Affine(other.terms, self.const + other.const)
         terms = dict(self.terms)
         for atom, coefficient in other.terms:
             terms[atom] = terms.get(atom, 0) + coefficient
@@ -141,6 +145,8 @@ class Affine:
         return self + Affine.of(other) * -1
 
     def __mul__(self, factor: int) -> Affine:
+        if _is(factor, 1):
+            return self
         if factor == 0:
             return Affine()
         return Affine(tuple((a, c * factor) for a, c in self.terms), self.const * factor)
@@ -196,13 +202,14 @@ class Affine:
 
     def substitute(self, new: Callable[[Atom], Affine | None]) -> Affine:
         """Every atom replaced by `new(atom)`; where that is None, the atom's own parts are substituted."""
-        out = Affine((), self.const)
+        out, changed = Affine((), self.const), False
         for atom, coefficient in self.terms:
             replaced = new(atom)
             if replaced is None:
                 replaced = _rebuild(atom, new)
+            changed = changed or replaced.terms != ((atom, 1),)
             out = out + replaced * coefficient
-        return out
+        return out if changed else self
 
     @functools.cached_property
     def looked_up(self) -> tuple[Expr, ...]:
@@ -215,6 +222,11 @@ class Affine:
             yield atom
             if isinstance(atom, (Div, Mod, Bounded)):
                 yield from atom.base.atoms()
+
+
+def _is(number: int, other: int) -> bool:
+    """Whether this is that very number; of a size, which stands for many, it is not asked."""
+    return type(number) is int and number == other
 
 
 def _coarse(rest: Affine, divisor: int) -> tuple[int, Affine, Affine] | None:

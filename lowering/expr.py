@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -261,8 +261,19 @@ def children(expr: Expr) -> tuple[Expr, ...]:
     return ()
 
 
-def walk(*roots: Expr) -> Iterator[Expr]:
+def walk(*roots: Expr) -> Iterable[Expr]:
     """Every distinct node below the roots, operands before users."""
+    if len(roots) != 1:
+        return _ordered(roots)
+    # Planning asks the same expressions again and again.
+    known = roots[0].__dict__.get("_order")
+    if known is None:
+        known = tuple(_ordered(roots))
+        object.__setattr__(roots[0], "_order", known)
+    return known
+
+
+def _ordered(roots: Sequence[Expr]) -> Iterator[Expr]:
     seen: set[int] = set()
     stack: list[tuple[Expr, bool]] = [(r, False) for r in reversed(roots)]
     while stack:
@@ -317,7 +328,9 @@ def rewrite(
     for node in walk(expr):
         made: Expr = node
         if isinstance(node, Load):
-            made = Load(node.dtype, value=node.value, offset=shift(node.offset))
+            offset = shift(node.offset)
+            if offset is not node.offset:
+                made = Load(node.dtype, value=node.value, offset=offset)
         elif isinstance(node, Index):
             made = index(shift(node.offset), node.dtype)
         elif isinstance(node, Apply):
