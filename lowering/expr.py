@@ -12,6 +12,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -265,12 +266,12 @@ def walk(*roots: Expr) -> Iterable[Expr]:
     """Every distinct node below the roots, operands before users."""
     if len(roots) != 1:
         return _ordered(roots)
-    # Planning asks the same expressions again and again.
-    known = roots[0].__dict__.get("_order")
-    if known is None:
-        known = tuple(_ordered(roots))
-        object.__setattr__(roots[0], "_order", known)
-    return known
+    # Planning asks the same expressions again and again. Without the root, which would then hold itself.
+    below = roots[0].__dict__.get("_below")
+    if below is None:
+        below = tuple(_ordered(roots))[:-1]
+        object.__setattr__(roots[0], "_below", below)
+    return chain(below, roots)
 
 
 def _ordered(roots: Sequence[Expr]) -> Iterator[Expr]:
