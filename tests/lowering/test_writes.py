@@ -134,6 +134,18 @@ def call_of(piece: CompiledPiece) -> str:
     return loaded.plan.source.partition("def call(")[2]
 
 
+def call_of_what_is_right(fn: Any) -> str:
+    """The text of the function's call, after it did to the same arguments what its graph does."""
+    args = [odd(6, 8), odd(8, 8, seed=1)]
+    graph = graph_of(fn, args)
+    piece = CompiledPiece(graph, args)
+    ours, theirs = copied(args), copied(args)
+    with torch.no_grad():
+        results = (piece(*ours), ours), (graph(*theirs), theirs)
+    compare(*results, close=True)
+    return call_of(piece)
+
+
 @pytest.mark.parametrize(
     ("fn", "copies"),
     [
@@ -148,28 +160,14 @@ def call_of(piece: CompiledPiece) -> str:
     ],
 )
 def test_it_is_called_itself(fn: Any, copies: int) -> None:
-    args = [odd(6, 8), odd(8, 8, seed=1)]
-    graph = graph_of(fn, args)
-    piece = CompiledPiece(graph, args)
-    ours, theirs = copied(args), copied(args)
-    with torch.no_grad():
-        results = (piece(*ours), ours), (graph(*theirs), theirs)
-    compare(*results, close=True)
-    call = call_of(piece)
+    call = call_of_what_is_right(fn)
     assert "torch.ops.terrazzo_test" in call and "OBJECTS" not in call
     assert call.count(".clone()") == copies
 
 
 @pytest.mark.parametrize("fn", [of_a_list, of_a_transposed_buffer])
 def test_what_is_written_otherwise_is_torchs_affair(fn: Any) -> None:
-    args = [odd(6, 8), odd(8, 8, seed=1)]
-    graph = graph_of(fn, args)
-    piece = CompiledPiece(graph, args)
-    ours, theirs = copied(args), copied(args)
-    with torch.no_grad():
-        results = (piece(*ours), ours), (graph(*theirs), theirs)
-    compare(*results, close=True)
-    assert "OBJECTS" in call_of(piece)
+    assert "OBJECTS" in call_of_what_is_right(fn)
 
 
 def test_a_value_that_is_written_twice_is_two() -> None:
@@ -186,7 +184,4 @@ def test_a_value_that_is_written_twice_is_two() -> None:
 
 
 def test_copies_do_not_outlive_the_call() -> None:
-    args = [odd(6, 8), odd(8, 8, seed=1)]
-    piece = CompiledPiece(graph_of(read_later, args), args)
-    piece(*copied(args))
-    assert "del auto_functionalized_v2_writes_0" in call_of(piece)
+    assert "del auto_functionalized_v2_writes_0" in call_of_what_is_right(read_later)
