@@ -207,7 +207,7 @@ class Affine:
             replaced = new(atom)
             if replaced is None:
                 replaced = _rebuild(atom, new)
-            changed = changed or replaced.terms != ((atom, 1),)
+            changed = changed or replaced.terms != ((atom, 1),) or not _is(replaced.const, 0)
             out = out + replaced * coefficient
         return out if changed else self
 

@@ -93,3 +93,9 @@ def test_bounded_is_dropped_when_the_range_proves_it():
     assert bounded(i, 8) == i
     assert bounded(i - 4, 4) != i - 4
     assert bounded(i - 4, 4).substitute(substitution({0: Affine((), 5)})) == Affine((), 1)
+
+
+def test_an_index_moved_along_its_own_dimension_is_another():
+    (i,) = variables((8,))
+    assert (i * 3 + 2).substitute(substitution({0: i - 1})) == i * 3 - 1
+    assert i.floordiv(3).substitute(substitution({0: i + 1})) == (i + 1).floordiv(3)

@@ -40,7 +40,7 @@ def test_stack() -> None:
 
 
 @pytest.mark.parametrize(
-    "amounts", [(1, 2), (0, 3, 2, 0), (-1, 2), (-1, -2), (2, -1, -1, 1), (-2, 0, 0, 0), (0, 0), (-5, 0)]
+    "amounts", [(1, 2), (0, 3, 2, 0), (-1, 2), (-1, -2), (2, -1, -1, 1), (-2, 0, 0, 0), (0, 0), (-5, 0), (1, -1)]
 )
 def test_pad(amounts: tuple[int, ...]) -> None:
     same(lambda x: F.pad(x, amounts, value=3.5), odd(4, 5))
