@@ -216,6 +216,10 @@ class Affine:
         """The expressions inside its indices."""
         return tuple(a.value for a in self.atoms() if isinstance(a, Indirect))
 
+    def varies(self, dim: int) -> bool:
+        """Whether it differs along a variable, other than by what an `Indirect` looks up."""
+        return any(isinstance(atom, Var) and atom.dim == dim for atom in self.atoms())
+
     def atoms(self) -> Iterable[Atom]:
         """Every atom, nested ones included (those inside an `Indirect`'s expression are not)."""
         for atom, _ in self.terms:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from .affine import Affine, Atom, Indirect, Var
+from .affine import Affine, Atom, Indirect
 from .size import Size, Undecided
 
 
@@ -296,8 +296,7 @@ def loads(*roots: Expr) -> list[Load]:
 
 def varies(expr: Expr, dim: int) -> bool:
     """Whether an expression differs along a variable, by what it reads or by an index, those of indices included."""
-    atoms = (atom for node in walk(expr) if isinstance(node, (Load, Index)) for atom in node.offset.atoms())
-    return any(isinstance(atom, Var) and atom.dim == dim for atom in atoms)
+    return any(node.offset.varies(dim) for node in walk(expr) if isinstance(node, (Load, Index)))
 
 
 def rewrite(

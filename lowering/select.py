@@ -145,7 +145,7 @@ def _index_work(group: Group) -> int:
             if atom in seen:
                 continue
             seen.add(atom)
-            if isinstance(atom, (Div, Mod)) and any(getattr(a, "dim", 0) == 1 for a in atom.base.atoms()):
+            if isinstance(atom, (Div, Mod)) and atom.base.varies(COL):
                 count += 1
             if isinstance(atom, Indirect) and varies(atom.value, COL):
                 count += 1
