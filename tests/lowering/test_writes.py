@@ -10,7 +10,8 @@ import torch
 
 from terrazzo.runtime.compiled import CompiledPiece
 
-from .equal import compare, copied, odd
+from .equal import copied, odd
+from .test_intake import same_as_graph
 
 
 @torch.library.custom_op("terrazzo_test::gate", mutates_args=("hidden",))
@@ -137,12 +138,8 @@ def call_of(piece: CompiledPiece) -> str:
 def call_of_what_is_right(fn: Any) -> str:
     """The text of the function's call, after it did to the same arguments what its graph does."""
     args = [odd(6, 8), odd(8, 8, seed=1)]
-    graph = graph_of(fn, args)
-    piece = CompiledPiece(graph, args)
-    ours, theirs = copied(args), copied(args)
-    with torch.no_grad():
-        results = (piece(*ours), ours), (graph(*theirs), theirs)
-    compare(*results, close=True)
+    piece = CompiledPiece(graph_of(fn, args), args)
+    same_as_graph(piece, *args)
     return call_of(piece)
 
 
@@ -179,8 +176,7 @@ def test_a_value_that_is_written_twice_is_two() -> None:
     graph.output(tuple(graph.call_function(operator.getitem, (wrapped, i)) for i in range(4)))
     module = torch.fx.GraphModule(torch.nn.Module(), graph)
     args = [odd(6, 8)]
-    with torch.no_grad():
-        compare((CompiledPiece(module, args)(*copied(args)), ()), (module(*copied(args)), ()), close=True)
+    same_as_graph(CompiledPiece(module, args), *args)
 
 
 def test_copies_do_not_outlive_the_call() -> None:
