@@ -10,7 +10,6 @@ import torch
 from triton.backends.nvidia.driver import wrap_handle_tensordesc
 from triton.runtime import driver
 
-from terrazzo.kernels import binary
 from terrazzo.kernels.binary import Binary
 from terrazzo.kernels.tma import Descriptors, Place, descriptor
 
@@ -56,9 +55,7 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
         return f"map {args[0]}"
 
     active = SimpleNamespace(utils=SimpleNamespace(fill_tma_descriptor=fill))
-    monkeypatch.setattr(driver, "_active", active, raising=False)
-    monkeypatch.setattr(binary, "driver", SimpleNamespace(active=active))
-    monkeypatch.setattr(type(driver), "active", active, raising=False)
+    monkeypatch.setattr(type(driver), "active", active)
     return made
 
 
