@@ -184,12 +184,14 @@ def joined(*tables: Table) -> Table:
 
 
 def row_of(table: Table, problem: GemmProblem) -> Mapping[int, Measured]:
-    """Return what was measured for exactly this N, K and kind, by m; heads and sums also as one accumulator."""
+    """Return what was measured for exactly this N and K, by m: of its kind, or else of another with as many
+    accumulators."""
     if problem.dtype not in (torch.float16, torch.bfloat16) or problem.layout != "nk" or problem.batch != 1:
         return {}
-    row = table.get((problem.n, problem.k, problem.kind), {})
-    if problem.kind in ("head", "sum"):
-        row = {**table.get((problem.n, problem.k, "one"), {}), **row}
+    kinds = ("pair",) if problem.paired else ("sum", "head", "one", problem.kind)
+    row: dict[int, Measured] = {}
+    for kind in kinds:
+        row |= table.get((problem.n, problem.k, kind), {})
     return {m: hit for m, hit in row.items() if hit.config.block_n >= problem.part} if problem.part else row
 
 

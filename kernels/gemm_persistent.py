@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .gemm import GemmProblem, Measured, first_row, reference, row_of, tma_obstacle, type_name, whole_heads
+from .gemm import GemmProblem, Measured, first_row, lookup, reference, row_of, tma_obstacle, type_name, whole_heads
 from .gemm_jobs import job_configs, label, sample
 from .gemm_persistent_table import BUCKETS, CONFIGS, EVIDENCE, Config, as_many_tiles
 from .gemm_tiles import accumulate, run_epilogue, tile_origin, w_descriptor, w_descriptor_type
@@ -30,7 +30,10 @@ from .launch import Kernel
 from .target import Target
 from .tma import Descriptors, descriptor
 
-__all__ = ["CONFIGS", "EVIDENCE", "Config", "choose", "compile_jobs", "estimate_us", "prepare", "reference", "supports"]
+__all__ = [
+    "CONFIGS", "EVIDENCE", "Config", "choose", "compile_jobs", "estimate_us", "measurement", "prepare", "reference",
+    "supports",
+]  # fmt: skip
 
 
 def supports(problem: GemmProblem) -> str | None:
@@ -76,6 +79,11 @@ def _holds_heads(problem: GemmProblem, config: Config) -> bool:
 def _row(problem: GemmProblem, target: Target) -> Mapping[int, Measured]:
     """What was measured for this N and K on this architecture."""
     return row_of(CONFIGS, problem) if target.arch == 90 and not target.interpreted else {}
+
+
+def measurement(problem: GemmProblem, target: Target) -> Measured | None:
+    """Return what was measured for the problem's N and K in the bucket that holds its m."""
+    return lookup(CONFIGS, BUCKETS, problem) if _row(problem, target) else None
 
 
 def _measured_at(problem: GemmProblem, target: Target) -> Mapping[Config, Sequence[int]]:

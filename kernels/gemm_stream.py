@@ -26,7 +26,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma_wait
 
 from . import workspace
-from .gemm import GemmProblem, k_per_split, lookup, reference, tma_obstacle, type_name
+from .gemm import GemmProblem, joined, k_per_split, reference, tma_obstacle, type_name
 from .gemm_boxes import describe_w, describe_x, layout, w_box, x_box
 from .gemm_jobs import job_configs, label, sample
 from .gemm_persistent import MEASURED_SM_COUNT
@@ -43,14 +43,14 @@ from .gemm_steps import (
     sum_of_splits,
     wait_for_predecessor,
 )
-from .gemm_stream_table import BUCKETS, CONFIGS, EVIDENCE, MOST_TOKENS, Config, alike, smem_bytes
+from .gemm_stream_table import BUCKETS, CONFIGS, MOST_TOKENS, Config, alike, measurement, smem_bytes
 from .jobs import CompileJob
 from .launch import Kernel
 from .target import Target
 from .tma import Descriptors
 
 __all__ = [
-    "CONFIGS", "EVIDENCE", "Config", "choose", "compile_jobs", "estimate_us", "prepare", "reference", "smem_bytes",
+    "CONFIGS", "Config", "choose", "compile_jobs", "estimate_us", "measurement", "prepare", "reference", "smem_bytes",
     "supports",
 ]  # fmt: skip
 
@@ -70,7 +70,7 @@ def supports(problem: GemmProblem) -> str | None:
 
 def choose(problem: GemmProblem, target: Target) -> tuple[Config, str]:
     """Return the config for the problem and why: the measured one, else what the measured ones have in common."""
-    if (hit := lookup(CONFIGS, BUCKETS, problem)) is not None:
+    if (hit := measurement(problem, target)) is not None:
         return hit.config, hit.why
     config = alike(problem, target)
     us = estimate_us(problem, config, target)
@@ -95,7 +95,7 @@ FLOPS = 500e12
 
 def estimate_us(problem: GemmProblem, config: Config, target: Target) -> float:
     """Estimate the time of a config: its own measurement, else W's bytes, and those that come again from L2."""
-    hit = lookup(CONFIGS, BUCKETS, problem)
+    hit = measurement(problem, target)
     if hit is not None and hit.config == config:
         return hit.us
     tiles_m, tiles_n = ceil(max(problem.m, 1) / config.block_m), ceil(problem.n / config.block_n)
@@ -324,7 +324,7 @@ def compile_jobs(arch: int) -> Iterable[CompileJob]:
     """Yield one job for every config that `choose` gives for a measured or a sample problem, with sample epilogues."""
     if arch != 90:
         return
-    for problem, config in job_configs(CONFIGS, BUCKETS, supports, choose, arch):
+    for problem, config in job_configs(joined(*CONFIGS.values()), BUCKETS, supports, choose, arch):
         yield _job(problem, config)
 
 

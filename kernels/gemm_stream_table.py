@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import ceil
+from functools import cache
+from math import ceil, log
 
 import triton
 
-from .gemm import GemmProblem, measured
+from .gemm import GemmProblem, Measured, Table, lookup, measured
 from .target import Target
 
 # Beyond, reading W is no longer the cost.
@@ -44,15 +45,117 @@ class Config:
         return f"{tile}x{self.block_k} stages {self.stages} warps {self.warps} split {self.split_k}"
 
 
-EVIDENCE = "added to a piece, NVIDIA H100 80GB, torch 2.11, triton 3.6, bf16, 2026-11-25 and 26"
-
 # What `tools/tune_piece.py` found best where the GEMM runs: in the model's middle piece, its neighbours' kernels around
 # it. A row serves the m below it too; `us` is what the launch adds to the piece, counted from the end of the kernel
-# before: less than W's bytes take, where they were on their way by then. In most rows of
+# before: less than W's bytes take, where they were on their way by then. In most of the H100's rows of
 # 4096x4096 and 2048x2048 the piece's first product asked early as well, which it does no more.
-CONFIGS = measured(
-    Config,
-    """
+CONFIGS: dict[str, Table] = {
+    "h200": measured(
+        Config,
+        """
+    N     K kind    m   bm  bn  bk  st  wp  sk  tf      us
+ 2048  2048  sum    8   8  64 128   8   4   2   0     8.8
+ 2048  2048  sum   16  16  64 128   8   4   2   0     9.2
+ 2048  2048  sum   32  32  64 128   8   4   2   0     9.7
+ 2048  2048  sum   64  64  32 128   8   4   1   1     9.0
+ 2048  2048  sum  128  64  32 128   8   4   1   1     7.7
+ 2048  6144  sum   64  64  32 128   8   4   2   1    10.8
+ 2048  8192  sum    8   8  64 128   8   4   4   0    10.3
+ 2048  8192  sum   16  16  64 128   8   4   4   0    10.8
+ 2048  8192  sum   32  32  64 128   8   4   4   0    11.0
+ 2048  8192  sum   64  64  32 128   8   4   2   1    12.9
+ 2048  8192  sum  128  64  32 128   8   4   1   1    15.8
+ 2560  4096  sum   64  64  32 128   8   4   1   1    12.0
+ 2560  4096  sum  128  64  64 128   7   4   1   0    14.2
+ 2560  9728  sum   64  64  32 128   8   4   1   1    19.0
+ 2560  9728  sum  128  64  64 128   7   4   1   1    22.0
+ 3072  2048 head    8   8  64 128   6   4   4   0     3.8
+ 3072  2048 head   16  16  64 128   5   4   4   0     4.1
+ 3072  2048 head   32  32  64 128   4   4   2   0     6.3
+ 3072  2048 head   64  64  32 128   8   4   1   1     5.6
+ 3072  2048 head  128  64  64 128   7   4   1   1     6.4
+ 3072  3072  sum   64  64  32 128   8   4   1   1    10.6
+ 3072  3072  sum  128  64  64 128   7   4   1   0    12.6
+ 3072  8192  sum   64  64  32 128   8   4   1   1    18.2
+ 3072  8192  sum  128  64  64 128   7   4   1   0    21.8
+ 3584  4096  one   64  64  32 128   8   4   1   1    12.0
+ 3584  4096  one  128  64  64 128   7   4   1   1    14.6
+ 3584 14336  one   64  64  32 128   8   4   1   1    29.4
+ 3584 14336  one  128 128  64  64   8   8   2   1    33.9
+ 4096  2048  one   64  64  32 128   8   4   1   1     5.3
+ 4096  4096  sum    8   8  64 128   6   4   4   0    15.9
+ 4096  4096  sum   16  16  64 128   8   4   2   0    15.4
+ 4096  4096  sum   32  32  64 128   8   4   2   0    15.3
+ 4096  4096  sum   64  64  32 128   8   4   1   1    14.3
+ 4096  4096  sum  128  64  64 128   7   4   1   0    16.8
+ 4096 11008  sum   64  64  32 128   8   4   1   1    26.8
+ 4096 12288  sum    8   8  64 128   6   4   4   0    24.5
+ 4096 12288  sum   16  16  64 128   8   4   2   0    25.4
+ 4096 12288  sum   32  32  64 128   8   4   2   0    26.3
+ 4096 12288  sum   64  64  32 128   8   4   1   1    28.3
+ 4096 12288  sum  128 128  64  64   8   4   2   1    35.0
+ 4096 14336  sum    8   8  64 128   6   4   4   0    28.0
+ 4096 14336  sum   16  16  64 128   8   4   2   0    28.9
+ 4096 14336  sum   32  32  64 128   8   4   2   0    29.9
+ 4096 14336  sum   64  64  32 128   8   4   1   1    33.0
+ 4096 14336  sum  128 128  64  64   8   4   2   1    39.1
+ 5120  3072 head   64  64  64 128   7   4   1   1    10.5
+ 5120  3072 head  128 128  64 128   4   8   1   1    14.0
+ 5120  4096  sum   16  16  64 128   5   4   1   0    18.6
+ 5120  4096  sum   64  64  64 128   7   4   1   1    18.2
+ 5120  5120  sum   16  16  64 128   8   4   1   0    21.0
+ 5120  5120  sum   64  64  64 128   7   4   1   1    20.1
+ 5120 14336  sum   16  16  64 128   5   4   4   0    38.9
+ 5120 14336  sum   64  64  64 128   7   4   2   1    47.9
+ 5120 17408  sum   16  16  64 128   8   4   1   0    47.7
+ 5120 17408  sum   64  64  64 128   7   4   1   1    48.4
+ 6144  2048 pair   64  64  64  64   8   4   1   1    14.6
+ 6144  2560  one   64  64  64 128   7   4   1   0     8.8
+ 6144  2560  one  128 128  64  64   8   4   1   1    11.9
+ 6144  4096 head    8   8  64  64   8   4   4   0    10.1
+ 6144  4096 head   16  16  64 128   8   4   1   0    12.7
+ 6144  4096 head   32  32  64 128   8   4   1   0    13.0
+ 6144  4096 head   64  64  64 128   7   4   1   1    14.4
+ 6144  4096 head  128 128  64 128   4   4   1   0    19.5
+ 6144  5120 head   16  16  64 128   8   4   1   0    15.2
+ 6144  5120 head   64  64  64 128   7   4   1   1    17.0
+ 7168  5120  one   16  16  64 128   8   4   1   0    17.1
+ 7168  5120  one   64  64  64  64   8   4   1   0    21.0
+ 8192  2048 pair    8   8  64 128   6   4   1   0    14.6
+ 8192  2048 pair   16  16  64 128   6   4   1   0    14.9
+ 8192  2048 pair   32  32  64 128   5   4   1   0    16.3
+ 8192  2048 pair   64  64  64 128   4   4   1   1    17.4
+ 8192  2048 pair  128 128  64  64   7   4   1   0    21.6
+ 8192  3072 pair   64  64  32  64   6   4   1   1    26.3
+ 8192  3072 pair  128 128  64  64   7   4   1   0    28.2
+ 8192  3584 head   64  64  64 128   7   4   1   0    14.8
+ 8192  3584 head  128 128  64 128   4   8   1   1    19.4
+ 9728  2560 pair   64  64  64  64   4   4   1   1    28.1
+ 9728  2560 pair  128 128 128  64   4   8   1   0    33.2
+11008  4096 pair   64  64  64  64   4   4   1   0    46.9
+12288  4096 head   64  64  64 128   7   4   1   1    28.0
+12288  4096 pair    8   8  64 128   3   4   1   0    50.5
+12288  4096 pair   16  16  64 128   3   4   1   0    48.6
+12288  4096 pair   32  32  64  64   5   4   1   0    50.4
+12288  4096 pair   64  64  64  64   4   4   1   1    52.6
+12288  4096 pair  128 128 128  64   4   8   1   1    58.2
+14336  3584 pair   64  64  64  64   4   4   1   1    52.6
+14336  3584 pair  128 128 128  64   4   8   1   1    59.5
+14336  4096 pair    8   8  64 128   3   4   1   0    54.4
+14336  4096 pair   16  16  64 128   3   4   1   0    54.1
+14336  4096 pair   32  32  64 128   2   4   1   0    58.2
+14336  4096 pair   64  64  64 128   2   4   1   1    60.1
+14336  4096 pair  128 128 128  64   4   8   1   1    65.2
+14336  5120 pair   16  16  64 128   3   4   1   0    68.8
+14336  5120 pair   64  64  64 128   4   4   1   0    75.0
+17408  5120 pair   16  16  64 128   6   4   1   0    83.6
+17408  5120 pair   64  64  32 128   7   4   1   1    95.1
+""",
+        "added to a piece, NVIDIA H200, torch 2.11, triton 3.6, bf16, 2026-11-26",
+    ),
+    "h100": measured(
+        Config,
+        """
     N     K kind    m   bm  bn  bk  st  wp  sk  tf      us
  2048  2048  one    8    8  64 128   8   4   2   0     6.0
  2048  2048  one   16   16  64 128   8   4   2   0     7.2
@@ -108,8 +211,29 @@ CONFIGS = measured(
 14336  4096 pair   64   64  32 128   3   4   1   1    80.6
 14336  4096 pair  128  128  64 128   3   4   1   0    85.0
 """,
-    EVIDENCE,
-)
+        "added to a piece, NVIDIA H100 80GB, torch 2.11, triton 3.6, bf16, 2026-11-25 and 26",
+    ),
+}
+
+
+def measurement(problem: GemmProblem, target: Target) -> Measured | None:
+    """Return what was measured for the problem's N and K in the bucket that holds its m: on this device, or else on the
+    one with the nearest bandwidth, the time by the ratio of the two."""
+    return next((hit for table in _tables(target) if (hit := lookup(table, BUCKETS, problem)) is not None), None)
+
+
+@cache
+def _tables(target: Target) -> tuple[Table, ...]:
+    """The tables of all devices, the nearest first."""
+    ratios = {name: Target.named(name).bandwidth_bytes_s / target.bandwidth_bytes_s for name in CONFIGS}
+
+    def here(hit: Measured, ratio: float) -> Measured:
+        return hit if ratio == 1 else replace(hit, us=hit.us * ratio, source=f"{hit.source}; by bandwidth")
+
+    return tuple(
+        {key: {m: here(hit, ratios[name]) for m, hit in row.items()} for key, row in CONFIGS[name].items()}
+        for name in sorted(CONFIGS, key=lambda name: abs(log(ratios[name])))
+    )
 
 
 def alike(problem: GemmProblem, target: Target) -> Config:
@@ -117,24 +241,19 @@ def alike(problem: GemmProblem, target: Target) -> Config:
 
     All programs should be there at once, and most multiprocessors have one: what memory gives then flows to the end,
     and one ring may take all shared memory. Tiles are as narrow, and K is split in as many parts, as that allows. Where
-    tiles are more than that however wide they are, two programs share a multiprocessor, if the last wave would
-    otherwise be a small one.
+    tiles are more than that however wide they are, but no more than twice that, two programs share a multiprocessor.
     """
-    sms, n, m = target.sm_count, problem.n, max(problem.m, 1)
+    sms, itemsize = target.sm_count, problem.dtype.itemsize
     block_m, block_n, tokens_first = _tile(problem, sms)
-    tiles = ceil(n / block_n) * ceil(m / block_m)
-    block_k, warps = 256 // problem.dtype.itemsize, 8 if block_m > 64 and tokens_first else 4
-    # The fewest tokens may have two programs a multiprocessor, as their tiles of x are small.
-    most = 2 * sms if m <= 8 and tiles < 0.7 * sms else sms
-    steps = ceil(problem.k / block_k)
-    split_k = max(1, min(4, most // tiles, steps // (4 if m <= 8 else 8 if m <= 32 else 16)))
-    # No split without a step of its own.
-    split_k = ceil(steps / ceil(steps / split_k))
-    waves = tiles * split_k / sms
-    shared = waves > 1 and (m <= 8 or waves / ceil(waves) < (0.8 if block_m > 64 else 0.9))
+    tiles = ceil(problem.n / block_n) * ceil(max(problem.m, 1) / block_m)
+    # Tiles of 128 tokens are large: deep ones would leave a ring of two or three.
+    shallow = block_m > 64 and (problem.paired or block_n > 64 or problem.k > DEEP_K)
+    block_k, warps = (128 if shallow else 256) // itemsize, 8 if block_m > 64 and block_n > 64 else 4
+    split_k = _splits(problem, block_m, tiles, ceil(problem.k / block_k), sms)
+    shared = sms < tiles * split_k <= 2 * sms
+    if shared and problem.m > 32:
+        block_k = 128 // itemsize
     one = Config(block_m, block_n, block_k, 1, warps, split_k, tokens_first)
-    if shared and block_m > 64:
-        one = replace(one, block_k=block_k // 2)
     room = target.smem_bytes // 2 - 1024 if shared else target.smem_bytes
     stages = min(8, (room - 1024) // (smem_bytes(problem, one) - 1024))
     return replace(one, stages=max(2, stages))
@@ -142,19 +261,42 @@ def alike(problem: GemmProblem, target: Target) -> Config:
 
 # Programs for such a share of the multiprocessors are enough: 80 of 132 ask for nearly all that memory gives.
 ENOUGH = 0.6
+# Beyond, x's rows from L2 cost two tiles of 64 tokens more than parts cost two halves of K.
+DEEP_K = 10000
 
 
 def _tile(problem: GemmProblem, sms: int) -> tuple[int, int, bool]:
     """Tokens and columns of a tile, and whether tokens are its rows."""
-    n, m = problem.n, problem.m
+    m = problem.m
+
+    def programs(block_n: int) -> int:
+        return ceil(problem.n / block_n)
+
     if m <= 32:
         return max(8, triton.next_power_of_2(m)), 64, False
     if m <= 64:
-        # Narrow tiles, unless only wide ones are there at once.
-        return 64, 64 if ceil(n / 64) <= sms < ceil(n / 32) else 32, True
-    if ceil(n / 64) >= ENOUGH * sms:
-        return 128, 64, not problem.paired
-    return 64, 32 if problem.part <= 32 and 2 * ceil(n / 32) <= sms else 64, True
+        return 64, 32 if programs(32) <= sms else 64, True
+    if programs(128) <= sms < programs(64):
+        return 128, 128, True
+    if problem.paired:
+        return 128, 64, False
+    if programs(64) >= ENOUGH * sms or problem.k > DEEP_K:
+        return 128, 64, True
+    return 64, 32 if problem.part <= 32 and 2 * programs(32) <= sms else 64, True
+
+
+def _splits(problem: GemmProblem, block_m: int, tiles: int, steps: int, sms: int) -> int:
+    """Parts of K: as many as leave all programs there at once, and each enough to do."""
+    few = problem.m <= 8
+    if block_m > 64:
+        most, enough = 2 if problem.k > DEEP_K else 1, steps
+    else:
+        most, enough = 4, steps // (4 if few else 8 if problem.m <= 32 else 16)
+    # The fewest tokens may have two programs a multiprocessor, as their tiles of x are small.
+    at_once = 2 * sms if few and tiles < 0.7 * sms else sms
+    split_k = max(1, min(most, at_once // tiles, enough))
+    # No part without a step of its own.
+    return ceil(steps / ceil(steps / split_k))
 
 
 def smem_bytes(problem: GemmProblem, config: Config) -> int:

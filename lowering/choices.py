@@ -21,7 +21,7 @@ from math import inf
 from typing import Any
 
 from ..kernels import rows
-from ..kernels.gemm import GemmProblem, lookup, pick
+from ..kernels.gemm import GemmProblem, pick
 from ..kernels.segments import pdl_pays
 from .options import Options
 from .size import Size, Span, typical
@@ -145,7 +145,7 @@ def _us(choice: Choice, problem: GemmProblem, options: Options) -> float:
 def _measured(choice: Choice, problem: GemmProblem, options: Options) -> bool:
     """Whether the choice's time is one that its family has measured."""
     module = _module(choice.family)
-    hit = lookup(module.CONFIGS, module.BUCKETS, problem) if hasattr(module, "BUCKETS") else None
+    hit = module.measurement(problem, options.target) if hasattr(module, "measurement") else None
     return hit is not None and hit.us == _us(choice, problem, options)
 
 

@@ -127,7 +127,7 @@ class _Check:
         args = self.piece.make_inputs(self.size, self.device)
         kept = [_bits(a) if isinstance(a, torch.Tensor) and not v else None for a, v in self._pairs(args)]
         eager, oracle = self._references(args)
-        with _poisoned():
+        with poisoned():
             run = self.compiled.at(args)
             first = self._run(run, args)
         self._count()
@@ -264,7 +264,7 @@ def sharing(outcome: wide.Outcome) -> list[str]:
 
 
 @contextmanager
-def _poisoned() -> Iterator[None]:
+def poisoned() -> Iterator[None]:
     """Inside, memory fresh from the allocator holds NaN (integers: their largest value)."""
     before = torch.get_deterministic_debug_mode()
     with warnings.catch_warnings():

@@ -39,6 +39,7 @@ from terrazzo.tools.bench import middle
 from terrazzo.tools.command import exit_status, sizes
 from terrazzo.tools.measure import chain, floor_us, interleaved_us, kernel_times, layers_of
 from terrazzo.tools.models import Piece
+from terrazzo.tools.piece_check import poisoned
 from terrazzo.tools.tune_gemm import persistent_space
 
 # Rounds over all launches, and how many of a launch's candidates each takes: all, then the best so far.
@@ -119,7 +120,8 @@ class Tuning:
         (self.loaded,) = [made for (sizes, _), made in compiled.plans.items() if sizes == (size,)]
         self.module = self.loaded.call.__globals__
         self.launches = self._found()
-        self.expected = [_copied(value) for value in self.run(*self.layers[0])]
+        with poisoned():
+            self.expected = [_copied(value) for value in self.run(*self.layers[0])]
         # What another run leaves different is memory that the piece does not fill.
         self.filled = [_same(a, b) for a, b in zip(self.run(*self.layers[0]), self.expected, strict=True)]
         self.planned = chain(self.run, self.layers)

@@ -80,7 +80,8 @@ def test_no_tma_before_hopper() -> None:
 
 @pytest.mark.parametrize("family", [STREAM, PERSISTENT])
 def test_a_measured_size_gets_its_row(family) -> None:
-    (n, k, kind), row = next(iter(family.CONFIGS.items()))
+    table = family.CONFIGS["h200"] if family is gemm_stream else family.CONFIGS
+    (n, k, kind), row = next(iter(table.items()))
     for m, entry in row.items():
         problem = GemmProblem(m, n, k, torch.bfloat16, paired=kind == "pair", pair_offset=n)
         config, why = family.choose(problem, H200)
@@ -103,6 +104,27 @@ def test_other_sizes_get_a_config_that_fits(family, paired: bool, dtype: torch.d
     assert family.estimate_us(problem, config, H200) >= problem.weight_bytes / H200.bandwidth_bytes_s * 1e6 * 0.9
 
 
+def test_a_device_gets_its_own_rows_before_those_of_another() -> None:
+    problem = GemmProblem(64, 14336, 4096, torch.bfloat16, paired=True, pair_offset=14336)
+    for name, table in gemm_stream.CONFIGS.items():
+        assert gemm_stream.measurement(problem, Target.named(name)) == table[14336, 4096, "pair"][64]
+    # Measured on one only: the other takes the config, and its time by the ratio of their bandwidths.
+    h100, only = Target.named("h100"), GemmProblem(64, 3584, 4096, torch.bfloat16)
+    ours, theirs = (gemm_stream.measurement(only, target) for target in (H200, h100))
+    assert ours is not None and theirs is not None and theirs.config == ours.config
+    assert theirs.us == pytest.approx(ours.us * H200.bandwidth_bytes_s / h100.bandwidth_bytes_s)
+    assert "by bandwidth" in theirs.source and "by bandwidth" not in ours.source
+
+
+def test_another_kind_serves_where_its_own_was_not_measured() -> None:
+    # A tile narrower than what its sums are over cannot.
+    row = gemm_stream.CONFIGS["h200"][2048, 8192, "sum"]
+    for m, part, expected in ((64, 32, row[64]), (64, 0, row[64]), (64, 64, None)):
+        problem = GemmProblem(m, 2048, 8192, torch.bfloat16, part=part)
+        hit = gemm_stream.measurement(problem, H200)
+        assert hit == expected
+
+
 def test_most_rows_are_level_with_the_vendor() -> None:
     # Half of the rows at least are level with cuBLAS: a table that is not was measured wrongly, or chosen wrongly.
     # Between the powers of two, where cuBLAS has finer tiles, the vendor's own kernel is the one that is level.
@@ -114,7 +136,8 @@ def test_most_rows_are_level_with_the_vendor() -> None:
 
 def test_the_rule_is_near_the_table() -> None:
     # What other shapes get is what most of the measured ones have: the same tile, and nearly the same programs.
-    rows = [(key, m, entry) for key, row in gemm_stream.CONFIGS.items() for m, entry in row.items()]
+    table = gemm_stream.CONFIGS["h200"]
+    rows = [(key, m, entry) for key, row in table.items() for m, entry in row.items()]
     tiles = 0
     for (n, k, kind), m, entry in rows:
         config = gemm_stream.alike(GemmProblem(m, n, k, torch.bfloat16, paired=kind == "pair", pair_offset=n), H200)

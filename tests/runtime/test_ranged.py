@@ -29,9 +29,9 @@ def _fresh(monkeypatch):
 
 
 @pytest.fixture
-def middle():
+def middle(device):
     """A piece with a symbolic number of tokens."""
-    return pieces("gpt2", tiny=True, dtype=torch.float32)[1]
+    return pieces("gpt2", tiny=True, dtype=torch.float32, device=device)[1]
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def test_a_size_that_has_a_plan_keeps_it(middle, device, planning):
 
 
 def test_equal_pieces_share_a_range(device, planning):
-    first, second = (pieces("gpt2", tiny=True, dtype=torch.float32, layers=3)[i] for i in (1, 2))
+    first, second = (pieces("gpt2", tiny=True, dtype=torch.float32, layers=3, device=device)[i] for i in (1, 2))
     CompiledPiece(first.graph).ranged(2, 40)
     planning.clear()
     twin = CompiledPiece(second.graph)

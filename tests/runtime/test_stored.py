@@ -35,8 +35,8 @@ def new_process(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def model():
-    return pieces("llama-3.2-1b", tiny=True)
+def model(device):
+    return pieces("llama-3.2-1b", tiny=True, device=device)
 
 
 @pytest.fixture
@@ -136,13 +136,13 @@ def test_an_entry_that_others_may_write_to_is_not_run(model, shelf, new_process,
 
 
 @pytest.mark.parametrize("change", ["range", "options", "dtype"])
-def test_another_range_target_or_dtype_is_another_entry(model, shelf, change):
+def test_another_range_target_or_dtype_is_another_entry(model, shelf, device, change):
     ranged(model[1], shelf)
     (first,) = shelf.folder.iterdir()
     options = Options(Target.interpreter(), pdl=False) if change == "options" else None
     graph = model[1].graph
     if change == "dtype":
-        graph = pieces("llama-3.2-1b", tiny=True, dtype=torch.float32)[1].graph
+        graph = pieces("llama-3.2-1b", tiny=True, dtype=torch.float32, device=device)[1].graph
     CompiledPiece(graph, shelf=shelf, options=options).ranged(LO, HI + (change == "range"))
     assert len(list(shelf.folder.iterdir())) == 2 and first.exists()
 

@@ -55,9 +55,9 @@ def capturing(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def model():
+def model(device):
     """The pieces of a model; two are equal but for their weights."""
-    return pieces("llama-3.2-1b", tiny=True)
+    return pieces("llama-3.2-1b", tiny=True, device=device)
 
 
 def compiler(compile_sizes=(), capture_sizes=(), folder=None):
