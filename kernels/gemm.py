@@ -12,9 +12,9 @@ The tokens `m` are a run-time argument of every kernel: `GemmProblem.m` only cho
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
-from math import ceil, isnan, nan
+from math import ceil, isnan, log, nan
 from typing import Any
 
 import torch
@@ -181,6 +181,15 @@ def joined(*tables: Table) -> Table:
         for key, row in table.items():
             whole[key] = dict(sorted({**whole.get(key, {}), **row}.items()))
     return whole
+
+
+def nearest(devices: Iterable[str], target: Target) -> list[str]:
+    """Names of devices, that with the target's bandwidth first."""
+
+    def apart(name: str) -> float:
+        return abs(log(Target.named(name).bandwidth_bytes_s / target.bandwidth_bytes_s))
+
+    return sorted(devices, key=apart)
 
 
 def row_of(table: Table, problem: GemmProblem) -> Mapping[int, Measured]:

@@ -21,9 +21,20 @@ import torch
 import triton
 import triton.language as tl
 
-from .gemm import GemmProblem, Measured, first_row, lookup, reference, row_of, tma_obstacle, type_name, whole_heads
+from .gemm import (
+    GemmProblem,
+    Measured,
+    first_row,
+    joined,
+    lookup,
+    reference,
+    row_of,
+    tma_obstacle,
+    type_name,
+    whole_heads,
+)
 from .gemm_jobs import job_configs, label, sample
-from .gemm_persistent_table import BUCKETS, CONFIGS, EVIDENCE, Config, as_many_tiles
+from .gemm_persistent_table import BUCKETS, CONFIGS, EVIDENCE, Config, as_many_tiles, table_for
 from .gemm_tiles import accumulate, run_epilogue, tile_origin, w_descriptor, w_descriptor_type
 from .jobs import CompileJob
 from .launch import Kernel
@@ -78,12 +89,12 @@ def _holds_heads(problem: GemmProblem, config: Config) -> bool:
 
 def _row(problem: GemmProblem, target: Target) -> Mapping[int, Measured]:
     """What was measured for this N and K on this architecture."""
-    return row_of(CONFIGS, problem) if target.arch == 90 and not target.interpreted else {}
+    return row_of(table_for(target), problem) if target.arch == 90 and not target.interpreted else {}
 
 
 def measurement(problem: GemmProblem, target: Target) -> Measured | None:
     """Return what was measured for the problem's N and K in the bucket that holds its m."""
-    return lookup(CONFIGS, BUCKETS, problem) if _row(problem, target) else None
+    return lookup(table_for(target), BUCKETS, problem) if _row(problem, target) else None
 
 
 def _measured_at(problem: GemmProblem, target: Target) -> Mapping[Config, Sequence[int]]:
@@ -333,7 +344,7 @@ def prepare(epilogue: Any, config: Config, problem: GemmProblem, *, pdl: bool = 
 
 def compile_jobs(arch: int) -> Iterable[CompileJob]:
     """Yield one job for every config that `choose` gives for a measured or a sample problem, with sample epilogues."""
-    for problem, config in job_configs(CONFIGS, BUCKETS, supports, choose, arch):
+    for problem, config in job_configs(joined(*CONFIGS.values()), BUCKETS, supports, choose, arch):
         yield _job(problem, config)
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from math import ceil
 
-from .gemm import GemmProblem, Measured, joined, measured, row_of
+from .gemm import GemmProblem, Measured, Table, joined, measured, nearest, row_of
+from .target import Target
 
 # The m of CONFIGS' rows.
 BUCKETS = (128, 136, 160, 192, 256, 320, 384, 448, 512, 640, 768, 1024, 2048, 8192)
@@ -191,7 +193,16 @@ BETWEEN = """
 14336  4096 pair  640  128 128  64   3   8   8   1   1   1   0   227.7   211.9
 14336  4096 pair  768  128 128  64   3   8   8   1   1   1   0   266.4   249.3
 """
-CONFIGS = joined(measured(Config, POWERS, EVIDENCE), measured(Config, BETWEEN, BETWEEN_EVIDENCE))
+CONFIGS: dict[str, Table] = {
+    "h200": joined(measured(Config, POWERS, EVIDENCE), measured(Config, BETWEEN, BETWEEN_EVIDENCE)),
+    "h100": joined(measured(Config, POWERS, EVIDENCE), measured(Config, BETWEEN, BETWEEN_EVIDENCE)),
+}
+
+
+@cache
+def table_for(target: Target) -> Table:
+    """The table of the device that is nearest."""
+    return CONFIGS[nearest(CONFIGS, target)[0]]
 
 
 def as_many_tiles(row: Mapping[int, Measured], m: int, rows: int) -> int | None:
@@ -199,12 +210,12 @@ def as_many_tiles(row: Mapping[int, Measured], m: int, rows: int) -> int | None:
     return min((known for known in row if known >= m and ceil(known / rows) == ceil(m / rows)), default=None)
 
 
-def vendor_us(problem: GemmProblem) -> float | None:
+def vendor_us(problem: GemmProblem, target: Target) -> float | None:
     """Return cuBLAS's time beside the measurements: between their m linear in m, beyond them in proportion.
 
     Not linear across the end of a tile: at 257 tokens 4096x14336 took it 66 us, at 256 48 and at 320 60.
     """
-    row = row_of(CONFIGS, problem)
+    row = row_of(table_for(target), problem)
     if not row:
         return None
     below = max((m for m in row if m <= problem.m), default=None)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache
-from math import ceil, log
+from math import ceil
 
 import triton
 
-from .gemm import GemmProblem, Measured, Table, lookup, measured
+from .gemm import GemmProblem, Measured, Table, lookup, measured, nearest
 from .target import Target
 
 # Beyond, reading W is no longer the cost.
@@ -232,7 +232,7 @@ def _tables(target: Target) -> tuple[Table, ...]:
 
     return tuple(
         {key: {m: here(hit, ratios[name]) for m, hit in row.items()} for key, row in CONFIGS[name].items()}
-        for name in sorted(CONFIGS, key=lambda name: abs(log(ratios[name])))
+        for name in nearest(CONFIGS, target)
     )
 
 

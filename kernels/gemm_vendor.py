@@ -69,7 +69,7 @@ def supports(problem: GemmProblem) -> str | None:
 
 def choose(problem: GemmProblem, target: Target) -> tuple[Config, str]:
     """Return the config and why."""
-    measured = target.arch == 90 and vendor_us(problem) is not None
+    measured = target.arch == 90 and vendor_us(problem, target) is not None
     how = "between the times measured beside gemm_persistent's," if measured else "estimated"
     more = "" if problem.plain else " and the kernel of the epilogue after it"
     return Config(), f"{how} {estimate_us(problem, Config(), target):.1f} us with the gap before it{more}"
@@ -79,7 +79,7 @@ def estimate_us(problem: GemmProblem, config: Config, target: Target) -> float:
     """Return what was measured, in between linear in m; else the model; and what the epilogue's kernel adds."""
     if target.interpreted:
         return float("inf")
-    us = vendor_us(problem) if target.arch == 90 else None
+    us = vendor_us(problem, target) if target.arch == 90 else None
     if us is None:
         share = target.sm_count / gemm_persistent.MEASURED_SM_COUNT
         sustained = problem.flops / (gemm_persistent.SUSTAINED_FLOPS * share)

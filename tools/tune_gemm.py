@@ -4,6 +4,7 @@
     python -m terrazzo.tools.tune_gemm --shapes 4096x4096,14336x4096p     some shapes (N x K, p: paired)
     python -m terrazzo.tools.tune_gemm --families gemm_persistent --m 256,512 --json out.jsonl
     … --families gemm_persistent,gemm_vendor --m 333                      beside cuBLAS with the epilogue after it
+    … --known --m 136,160,192,320                                         only what the table holds for N and K
 
 A time is that of one GEMM within a CUDA graph of many, each on its own copy of W, so that L2 holds no W it reads;
 kernels wait for one another with programmatic dependent launch, as in a plan. cuBLAS (`F.linear`) runs in the same
@@ -24,7 +25,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -35,10 +36,12 @@ import triton
 import triton.language as tl
 
 from terrazzo.kernels import gemm_persistent, gemm_vendor
-from terrazzo.kernels.gemm import GemmProblem, reference
+from terrazzo.kernels.gemm import GemmProblem, reference, row_of
 from terrazzo.tools.command import exit_status, sizes
 
 FAMILIES = ("gemm_persistent", "gemm_vendor")
+# The configs to try for a problem.
+Space = Callable[[GemmProblem], Iterable[gemm_persistent.Config]]
 # Projections of Llama-3.1-8B, Llama-3.2-1B and Qwen3-8B, as (N, K, paired).
 SHAPES = (
     (4096, 4096, False),
@@ -119,7 +122,15 @@ def persistent_space(problem: GemmProblem) -> Iterable[gemm_persistent.Config]:
         yield config(64, 128, 64, 4, 4, extra_n=64, programs_per_sm=2)
 
 
-def candidates(families: Sequence[str], shapes: Sequence[tuple], sizes: Sequence[int]) -> list[Candidate]:
+def known_space(problem: GemmProblem) -> Iterable[gemm_persistent.Config]:
+    """What was best for the problem's N and K at some m, on some device."""
+    rows = (row_of(table, problem) for table in gemm_persistent.CONFIGS.values())
+    yield from dict.fromkeys(hit.config for row in rows for hit in row.values())
+
+
+def candidates(
+    families: Sequence[str], shapes: Sequence[tuple], sizes: Sequence[int], space: Space = persistent_space
+) -> list[Candidate]:
     """Every candidate of every problem, by problem."""
     found = []
     for n, k, paired in shapes:
@@ -127,7 +138,7 @@ def candidates(families: Sequence[str], shapes: Sequence[tuple], sizes: Sequence
             offset = n if paired else 0
             problem = GemmProblem(m, n, k, torch.bfloat16, paired=paired, pair_offset=offset, rounds=True)
             if "gemm_persistent" in families and gemm_persistent.supports(problem) is None:
-                found += [Candidate("gemm_persistent", problem, config) for config in persistent_space(problem)]
+                found += [Candidate("gemm_persistent", problem, config) for config in space(problem)]
             if "gemm_vendor" in families and gemm_vendor.supports(problem) is None:
                 found.append(Candidate("gemm_vendor", problem, gemm_vendor.Config()))
     return found
@@ -274,6 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--families", default=",".join(FAMILIES))
     parser.add_argument("--shapes", default=SHAPES, type=shapes, help="NxK, with p for paired; default: SHAPES")
     parser.add_argument("--m", default="192,256,512,1024,2048,8192", type=sizes)
+    parser.add_argument("--known", action="store_true", help="only configs that the table holds for N and K")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
     parser.add_argument("--budget-s", type=float, default=3600, help="start no further problem after so many seconds")
     parser.add_argument("--json", default="", help="write every measurement there, one JSON object a line")
@@ -282,7 +294,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"no configs of {', '.join(sorted(unknown))} are tried here; there are {', '.join(FAMILIES)}")
     place.timing()
     deadline = time.monotonic() + options.budget_s
-    found = candidates(options.families.split(","), options.shapes, options.m)
+    space = known_space if options.known else persistent_space
+    found = candidates(options.families.split(","), options.shapes, options.m, space)
     with open(options.json or os.devnull, "w") as journal:
 
         def write(line: dict[str, Any]) -> None:

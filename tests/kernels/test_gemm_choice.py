@@ -80,8 +80,7 @@ def test_no_tma_before_hopper() -> None:
 
 @pytest.mark.parametrize("family", [STREAM, PERSISTENT])
 def test_a_measured_size_gets_its_row(family) -> None:
-    table = family.CONFIGS["h200"] if family is gemm_stream else family.CONFIGS
-    (n, k, kind), row = next(iter(table.items()))
+    (n, k, kind), row = next(iter(family.CONFIGS["h200"].items()))
     for m, entry in row.items():
         problem = GemmProblem(m, n, k, torch.bfloat16, paired=kind == "pair", pair_offset=n)
         config, why = family.choose(problem, H200)
@@ -128,7 +127,7 @@ def test_another_kind_serves_where_its_own_was_not_measured() -> None:
 def test_most_rows_are_level_with_the_vendor() -> None:
     # Half of the rows at least are level with cuBLAS: a table that is not was measured wrongly, or chosen wrongly.
     # Between the powers of two, where cuBLAS has finer tiles, the vendor's own kernel is the one that is level.
-    found = [entry for row in gemm_persistent.CONFIGS.values() for m, entry in row.items() if m <= 2048]
+    found = [entry for row in gemm_persistent.CONFIGS["h200"].values() for m, entry in row.items() if m <= 2048]
     rows = [entry for entry in found if entry.source == gemm_persistent.EVIDENCE]
     ratios = sorted(entry.us / entry.vendor_us for entry in rows)
     assert ratios[len(ratios) // 2] <= 1.01
@@ -240,18 +239,18 @@ def test_what_was_not_taken_is_named_with_its_time() -> None:
 
 
 def test_the_vendors_time_lies_between_its_measurements() -> None:
-    row = gemm_persistent.CONFIGS[4096, 14336, "one"]
-    assert vendor_us(plain(512, 4096, 14336)) == row[512].vendor_us
-    between = vendor_us(plain(1536, 4096, 14336))
+    row = gemm_persistent.CONFIGS["h200"][4096, 14336, "one"]
+    assert vendor_us(plain(512, 4096, 14336), H200) == row[512].vendor_us
+    between = vendor_us(plain(1536, 4096, 14336), H200)
     assert between == pytest.approx((row[1024].vendor_us + row[2048].vendor_us) / 2)
     # A tile of 128 rows more than 512 tokens fill, and as many as 640 do.
-    assert vendor_us(plain(520, 4096, 14336)) == row[640].vendor_us
-    assert vendor_us(plain(16384, 4096, 14336)) == pytest.approx(2 * row[8192].vendor_us)
-    assert vendor_us(plain(512, 4097, 14336)) is None
+    assert vendor_us(plain(520, 4096, 14336), H200) == row[640].vendor_us
+    assert vendor_us(plain(16384, 4096, 14336), H200) == pytest.approx(2 * row[8192].vendor_us)
+    assert vendor_us(plain(512, 4097, 14336), H200) is None
 
 
 def test_a_size_that_fills_as_many_tiles_as_a_measured_one_is_that_size() -> None:
-    row = gemm_persistent.CONFIGS[4096, 14336, "one"]
+    row = gemm_persistent.CONFIGS["h200"][4096, 14336, "one"]
     for m, same in ((130, 136), (300, 320), (333, 384), (1000, 1024)):
         problem = replace(plain(m, 4096, 14336), plain=False)
         config, why = gemm_persistent.choose(problem, H200)
@@ -262,7 +261,7 @@ def test_a_size_that_fills_as_many_tiles_as_a_measured_one_is_that_size() -> Non
 def test_a_size_between_two_measured_ones_is_weighed_by_its_waves() -> None:
     problem = replace(plain(1500, 4096, 14336), plain=False)
     config, why = gemm_persistent.choose(problem, H200)
-    row = gemm_persistent.CONFIGS[4096, 14336, "one"]
+    row = gemm_persistent.CONFIGS["h200"][4096, 14336, "one"]
     assert config in [hit.config for hit in row.values()] and "by the waves" in why
     assert row[1024].us <= gemm_persistent.estimate_us(problem, config, H200) <= row[2048].us
 
