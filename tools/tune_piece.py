@@ -268,7 +268,9 @@ def main() -> int:
             tuning = tune_size(piece, size, time.monotonic() + share, write)
             wrong += tuning.wrong
             floor, ratio = floor_us(piece, size, Target.current()), tuning.ratio(REPLAYS[-1])
-            print(f"{model} at {size}: {ratio:.4f} of the time as planned; floor {floor:.1f} us", flush=True)
+            timed = sum(len(launch.ratios) for launch in tuning.launches)
+            tried = f"{timed} of {sum(len(launch.candidates) for launch in tuning.launches)} candidates timed"
+            print(f"{model} at {size}: {ratio:.4f} of the time as planned; floor {floor:.1f} us; {tried}", flush=True)
             print("\n".join(tuning.rows()), flush=True)
     for line in wrong[:20]:
         print(f"wrong: {line}", file=sys.stderr)
