@@ -1,12 +1,13 @@
 """A piece's plan as data for the dump: stages, kernels with what they hold and cost, what was not fused and why.
 
 Enters: a piece, a size, a target (no device needed). Leaves: `Dump`. Bytes and FLOPs are the fusion's own
-(`group.traffic`, `group.flops`); a kernel's floor is the larger of bytes over the target's bandwidth and FLOPs over its
-peak.
+(`cost.traffic`, `cost.flops`); a kernel's floor is the larger of bytes over the target's bandwidth and FLOPs over its
+peak, what is predicted for it what it was chosen by.
 """
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from terrazzo.kernels.target import Target
 from terrazzo.lowering.cost import flops, traffic
 from terrazzo.lowering.depend import direct_reads
 from terrazzo.lowering.emit import Plan
-from terrazzo.lowering.fuse import Fused, Refusal
+from terrazzo.lowering.fuse import LAUNCH_US, Fused, Refusal
 from terrazzo.lowering.group import Group
 from terrazzo.lowering.intake import Examples
 from terrazzo.lowering.ir import Trace
@@ -58,6 +59,8 @@ class KernelInfo:
         domain: rows and columns of each segment.
         holds: the values computed here. inlined: values computed here that every reader computes for itself.
         bytes, flops: of all segments. floor_us: least time on the target. bound: 'memory' or 'compute'.
+        predicted_us: what it was chosen by, None for an op that runs as itself: a product's time as measured in a piece
+            or as its family estimates it, another kernel's bytes and what one more launch costs.
         pdl: launched with programmatic dependent launch. early: it asks for its weights before it waits.
     """
 
@@ -72,6 +75,7 @@ class KernelInfo:
     flops: int
     floor_us: float
     bound: str
+    predicted_us: float | None
     pdl: bool
     early: bool
 
@@ -121,6 +125,7 @@ class Dump:
             "bytes": sum(k.bytes for k in self.kernels),
             "flops": sum(k.flops for k in self.kernels),
             "floor_us": sum(k.floor_us for k in self.kernels),
+            "predicted_us": sum(k.predicted_us or 0.0 for k in self.ours),
             "weight_bytes": self.weight_bytes,
         }
 
@@ -211,9 +216,20 @@ def _kernel(kernel: Kernel, leads: bool, fused: Fused, options: Options) -> Kern
         flops=work,
         floor_us=max(memory_us, compute_us),
         bound="compute" if compute_us > memory_us else "memory",
+        predicted_us=_predicted_us(kernel, memory_us, options.target),
         pdl=kernel.pdl,
         early=early,
     )
+
+
+def _predicted_us(kernel: Kernel, memory_us: float, target: Target) -> float | None:
+    """What a launch was expected to take when it was chosen."""
+    if not kernel.family:
+        return None
+    if kernel.group.contract is None:
+        return memory_us + LAUNCH_US
+    family = importlib.import_module(f"terrazzo.kernels.{kernel.family}")
+    return float(family.estimate_us(kernel.problem, kernel.config, target))
 
 
 def _peak(group: Group, options: Options) -> float:

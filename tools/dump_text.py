@@ -15,7 +15,7 @@ from terrazzo.tools.dump_compile import Stats
 from terrazzo.tools.dump_plan import Dump, KernelInfo
 
 # A log or a file has no width of its own; 80 columns break every line.
-LOG_COLUMNS = 160
+LOG_COLUMNS = 168
 
 
 def console() -> Console:
@@ -61,25 +61,29 @@ def _head(dump: Dump) -> list[str]:
     if total["weight_bytes"]:
         weights_us = total["weight_bytes"] / dump.target.bandwidth_bytes_s * 1e6
         weights = f"; weight matrices alone {_amount(total['weight_bytes'])}B, {weights_us:.1f} us"
+    us = f"{total['predicted_us']:.1f} us predicted{' without those ops' if dump.foreign else ''}"
     lines.append(
-        f"{_amount(total['bytes'])}B, {_amount(total['flops'])}FLOP, floor {total['floor_us']:.1f} us{weights}"
+        f"{us}; floor {total['floor_us']:.1f} us: {_amount(total['bytes'])}B, {_amount(total['flops'])}FLOP{weights}"
     )
     return lines
 
 
 def _table(dump: Dump, stats: Sequence[Stats]) -> Table:
     table = Table("kernel", "family, config, domain", "holds (source line)")
-    for name in ("bytes", "FLOP", "floor us", *(("regs", "local B", "smem B", "s") if stats else ())):
+    for name in ("bytes", "FLOP", "floor us", "us", *(("regs", "local B", "smem B", "s") if stats else ())):
         table.add_column(name, justify="right", no_wrap=True)
     for kernel in dump.kernels:
         mine = [s for s in stats if s.kernel == kernel.name]
         numbers = [f"{_amount(kernel.bytes)}B", _amount(kernel.flops), f"{kernel.floor_us:.2f} {kernel.bound[0]}"]
+        numbers.append("" if kernel.predicted_us is None else f"{kernel.predicted_us:.1f}")
         if stats:
             columns = ("registers", "spills_bytes", "shared_bytes", "seconds")
             numbers += ["\n".join(_number(getattr(s, c)) for s in mine) for c in columns]
         style = "red" if any(s.wrong for s in mine) else "yellow" if not kernel.family else None
         table.add_row(kernel.name, _schedule(kernel), "\n".join(_holds(kernel)), *numbers, style=style)
-    table.caption = "floor: m bound by memory, c bound by compute; '+' computed on the spot by every reader"
+    table.caption = (
+        "floor: m bound by memory, c bound by compute; us: predicted; '+' computed on the spot by every reader"
+    )
     table.caption_justify = "left"
     return table
 

@@ -67,6 +67,13 @@ def test_a_floor_is_the_larger_of_bytes_and_flops(published):
         assert kernel["bound"] == ("compute" if compute_us > memory_us else "memory")
 
 
+def test_what_is_predicted_is_near_the_floor_for_few_tokens(published):
+    total = published["totals"]
+    assert total["predicted_us"] == pytest.approx(sum(k["predicted_us"] for k in published["kernels"]))
+    # Measured 109.8 us (H200); its weights alone take 101.4.
+    assert total["floor_us"] < total["predicted_us"] < 1.2 * total["floor_us"]
+
+
 def test_stages_and_kernels_are_those_of_the_plan(published):
     assert tuple(s["name"] for s in published["stages"]) == STAGES
     assert all(s["ms"] > 0 and s["text"] for s in published["stages"])
