@@ -132,16 +132,20 @@ class Measured:
         us: its time.
         vendor_us: cuBLAS (`F.linear`, without the epilogue) in the same run; NaN where it did not run beside.
         source: on what, and when.
+        elsewhere: on another device; `us` is by the ratio of the two bandwidths.
     """
 
     config: Any
     us: float
     vendor_us: float
     source: str = ""
+    elsewhere: bool = False
 
     @property
     def why(self) -> str:
         beside = "" if isnan(self.vendor_us) else f", cuBLAS {self.vendor_us:.1f} us"
+        if self.elsewhere:
+            return f"{self.us:.1f} us by bandwidth, as measured on another device ({self.source})"
         return f"measured {self.us:.1f} us{beside} ({self.source})"
 
 
@@ -205,7 +209,7 @@ def row_of(table: Table, problem: GemmProblem) -> Mapping[int, Measured]:
 
 
 def lookup(table: Table, buckets: tuple[int, ...], problem: GemmProblem) -> Measured | None:
-    """Return the entry measured for exactly this N, K and kind in the bucket that holds m, if there is one."""
+    """Return the entry measured for exactly this N and K in the bucket that holds m, if there is one (see `row_of`)."""
     bucket = next((bound for bound in buckets if problem.m <= bound), None)
     return None if bucket is None else row_of(table, problem).get(bucket)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -15,33 +16,45 @@ from .target import Target
 
 
 def job_configs(
-    table: Table, buckets: tuple[int, ...], supports: Callable[..., Any], choose: Callable[..., Any], arch: int
+    tables: Mapping[str, Table],
+    buckets: tuple[int, ...],
+    supports: Callable[..., Any],
+    choose: Callable[..., Any],
+    arch: int,
 ) -> Iterable[tuple[GemmProblem, Any]]:
-    """Yield a TMA family's problems and configs to compile: all measured, and one per layout, dtype and kind."""
+    """Yield a TMA family's problems and configs to compile: all that any device's table gives, and one per layout,
+    dtype and kind."""
     if arch < 90:
         return
-    problems = [
-        GemmProblem(m, n, k, torch.bfloat16, paired=kind == "pair", pair_offset=n if kind == "pair" else 0)
-        for (n, k, kind), row in table.items()
-        for m in row
-        if kind in ("one", "pair")
-    ]
+    measured = {name: [_measured(m, *key) for key, row in table.items() for m in row] for name, table in tables.items()}
+    problems = [problem for found in measured.values() for problem in found] if arch >= 100 else []
     kinds = ((torch.bfloat16, False), (torch.float32, True), (torch.float32, False))
     for m, layout, paired, (dtype, allow_tf32) in product(buckets, ("nk", "kn"), (False, True), kinds):
         offset = 5120 if paired else 0
         problems.append(GemmProblem(m, 5120, 3584, dtype, layout, paired, offset, allow_tf32=allow_tf32))
     for m, (n, k, halves) in product(buckets, ((6144, 4096, 64), (3072, 2048, 32))):
         problems.append(GemmProblem(m, n, k, torch.bfloat16, halves=halves))
-    target = Target.named("b200" if arch >= 100 else "h200")
-    for problem in problems:
-        if supports(problem) is None:
-            yield problem, choose(problem, target)[0]
+    asked = [(problem, Target.named("b200" if arch >= 100 else "h200")) for problem in problems]
+    if arch < 100:
+        asked += [(problem, Target.named(name)) for name, found in measured.items() for problem in found]
+    yield from dict.fromkeys((p, choose(p, target)[0]) for p, target in asked if supports(p) is None)
+
+
+def _measured(m: int, n: int, k: int, kind: str) -> GemmProblem:
+    """A problem that takes a row of a table."""
+    one = GemmProblem(m, n, k, torch.bfloat16)
+    if kind == "pair":
+        return replace(one, paired=True, pair_offset=n)
+    if kind == "head":
+        return replace(one, halves=64 if n % 128 == 0 else 32)
+    return replace(one, part=32 if kind == "sum" else 0)
 
 
 def label(problem: GemmProblem) -> str:
-    """Name a problem in a few characters, unique among `job_configs`."""
+    """Name a problem in a few characters; with its config unique among `job_configs`."""
     dtype = "tf32" if problem.allow_tf32 else type_name(problem.dtype)
     kind = " paired" if problem.paired else f" halves {problem.halves}" if problem.halves else ""
+    kind += f" parts of {problem.part}" if problem.part else ""
     return f"{problem.n}x{problem.k} {problem.layout}{kind} {dtype} m<={problem.m}"
 
 

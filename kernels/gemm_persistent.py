@@ -25,7 +25,6 @@ from .gemm import (
     GemmProblem,
     Measured,
     first_row,
-    joined,
     lookup,
     reference,
     row_of,
@@ -344,7 +343,7 @@ def prepare(epilogue: Any, config: Config, problem: GemmProblem, *, pdl: bool = 
 
 def compile_jobs(arch: int) -> Iterable[CompileJob]:
     """Yield one job for every config that `choose` gives for a measured or a sample problem, with sample epilogues."""
-    for problem, config in job_configs(joined(*CONFIGS.values()), BUCKETS, supports, choose, arch):
+    for problem, config in job_configs(CONFIGS, BUCKETS, supports, choose, arch):
         yield _job(problem, config)
 
 
@@ -352,7 +351,7 @@ def _job(problem: GemmProblem, config: Config) -> CompileJob:
     dtype = type_name(problem.dtype)
     return CompileJob(
         family="gemm_persistent",
-        label=label(problem),
+        label=f"{label(problem)}: {config}",
         fn=gemm_persistent_kernel,
         signature={
             "x_desc": f"tensordesc<{dtype}[{config.block_m},{config.block_k}]>",

@@ -26,7 +26,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma_wait
 
 from . import workspace
-from .gemm import GemmProblem, joined, k_per_split, reference, tma_obstacle, type_name
+from .gemm import GemmProblem, k_per_split, reference, tma_obstacle, type_name
 from .gemm_boxes import describe_w, describe_x, layout, w_box, x_box
 from .gemm_jobs import job_configs, label, sample
 from .gemm_persistent import MEASURED_SM_COUNT
@@ -324,7 +324,7 @@ def compile_jobs(arch: int) -> Iterable[CompileJob]:
     """Yield one job for every config that `choose` gives for a measured or a sample problem, with sample epilogues."""
     if arch != 90:
         return
-    for problem, config in job_configs(joined(*CONFIGS.values()), BUCKETS, supports, choose, arch):
+    for problem, config in job_configs(CONFIGS, BUCKETS, supports, choose, arch):
         yield _job(problem, config)
 
 
@@ -336,7 +336,7 @@ def _job(problem: GemmProblem, config: Config) -> CompileJob:
 
     return CompileJob(
         family="gemm_stream",
-        label=label(problem),
+        label=f"{label(problem)}: {config}",
         fn=gemm_stream_kernel,
         signature={
             "x_desc": described(x_box(config)),

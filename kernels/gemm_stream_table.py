@@ -228,7 +228,7 @@ def _tables(target: Target) -> tuple[Table, ...]:
     ratios = {name: Target.named(name).bandwidth_bytes_s / target.bandwidth_bytes_s for name in CONFIGS}
 
     def here(hit: Measured, ratio: float) -> Measured:
-        return hit if ratio == 1 else replace(hit, us=hit.us * ratio, source=f"{hit.source}; by bandwidth")
+        return hit if ratio == 1 else replace(hit, us=hit.us * ratio, elsewhere=True)
 
     return tuple(
         {key: {m: here(hit, ratios[name]) for m, hit in row.items()} for key, row in CONFIGS[name].items()}
@@ -237,7 +237,7 @@ def _tables(target: Target) -> tuple[Table, ...]:
 
 
 def alike(problem: GemmProblem, target: Target) -> Config:
-    """What the rows of CONFIGS, and what came close to them, have in common, for shapes without a row.
+    """What the H200's rows, and what came close to them, have in common, for shapes without a row.
 
     All programs should be there at once, and most multiprocessors have one: what memory gives then flows to the end,
     and one ring may take all shared memory. Tiles are as narrow, and K is split in as many parts, as that allows. Where
@@ -261,7 +261,8 @@ def alike(problem: GemmProblem, target: Target) -> Config:
 
 # Programs for such a share of the multiprocessors are enough: 80 of 132 ask for nearly all that memory gives.
 ENOUGH = 0.6
-# Beyond, x's rows from L2 cost two tiles of 64 tokens more than parts cost two halves of K.
+# Beyond, x's rows from L2 cost two tiles of 64 tokens more than parts cost two halves of K: so it was for 12288 and
+# 14336 with 3584 and 4096 columns at 128 tokens, and not for 8192 and 9728 with 2048 to 3072.
 DEEP_K = 10000
 
 
@@ -278,18 +279,21 @@ def _tile(problem: GemmProblem, sms: int) -> tuple[int, int, bool]:
         return 64, 32 if programs(32) <= sms else 64, True
     if programs(128) <= sms < programs(64):
         return 128, 128, True
-    if problem.paired:
-        return 128, 64, False
-    if programs(64) >= ENOUGH * sms or problem.k > DEEP_K:
-        return 128, 64, True
+    if programs(64) * _parts(problem) >= ENOUGH * sms:
+        return 128, 64, not problem.paired
     return 64, 32 if problem.part <= 32 and 2 * programs(32) <= sms else 64, True
+
+
+def _parts(problem: GemmProblem) -> int:
+    """Parts that K of a tile of 128 tokens is worth."""
+    return 2 if problem.k > DEEP_K else 1
 
 
 def _splits(problem: GemmProblem, block_m: int, tiles: int, steps: int, sms: int) -> int:
     """Parts of K: as many as leave all programs there at once, and each enough to do."""
     few = problem.m <= 8
     if block_m > 64:
-        most, enough = 2 if problem.k > DEEP_K else 1, steps
+        most, enough = _parts(problem), steps
     else:
         most, enough = 4, steps // (4 if few else 8 if problem.m <= 32 else 16)
     # The fewest tokens may have two programs a multiprocessor, as their tiles of x are small.

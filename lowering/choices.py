@@ -143,7 +143,7 @@ def _us(choice: Choice, problem: GemmProblem, options: Options) -> float:
 
 
 def _measured(choice: Choice, problem: GemmProblem, options: Options) -> bool:
-    """Whether the choice's time is one that its family has measured."""
+    """Whether the choice's time is one that its family has measured, on this device or another."""
     module = _module(choice.family)
     hit = module.measurement(problem, options.target) if hasattr(module, "measurement") else None
     return hit is not None and hit.us == _us(choice, problem, options)

@@ -123,8 +123,6 @@ class Tuning:
         self.launches = self._found()
         with poisoned():
             self.expected = [_copied(value) for value in self.run(*self.layers[0])]
-        # What another run leaves different is memory that the piece does not fill.
-        self.filled = [_same(a, b) for a, b in zip(self.run(*self.layers[0]), self.expected, strict=True)]
         self.planned = chain(self.run, self.layers)
         self.wrong: list[str] = []
 
@@ -174,11 +172,13 @@ class Tuning:
 
     def _change(self) -> float | None:
         """By how much the piece's result differs from the planned one's; None where rounding explains it."""
-        for ours, theirs, filled in zip(self.run(*self.layers[0]), self.expected, self.filled, strict=True):
-            if filled and isinstance(ours, torch.Tensor) and ours.is_floating_point():
-                change = (ours.double() - theirs.double()).square().mean().sqrt()
-                relative = (change / theirs.double().square().mean().sqrt()).item()
-                if not relative < CHANGE:
+        for ours, theirs in zip(self.run(*self.layers[0]), self.expected, strict=True):
+            if isinstance(ours, torch.Tensor) and ours.is_floating_point():
+                # NaN is left where the piece fills nothing.
+                filled = ~theirs.isnan()
+                ours, theirs = ours[filled].double(), theirs[filled].double()
+                relative = ((ours - theirs).square().mean() / theirs.square().mean()).sqrt().item()
+                if ours.numel() and not relative < CHANGE:
                     return relative
         return None
 
@@ -219,10 +219,6 @@ def _noting(module: dict[str, Any], names: Sequence[str]) -> Iterator[dict[str, 
 
 def _copied(value: Any) -> Any:
     return value.clone() if isinstance(value, torch.Tensor) else value
-
-
-def _same(a: Any, b: Any) -> bool:
-    return not isinstance(a, torch.Tensor) or torch.equal(a, b)
 
 
 def tune_size(piece: Piece, size: int, deadline: float, write: Callable[[dict[str, Any]], None]) -> Tuning:
