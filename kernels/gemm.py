@@ -52,6 +52,7 @@ class GemmProblem:
         rounds: the sums may be rounded to the operands' dtype before the epilogue, as eager rounds them there.
         w_given: W is an argument of the piece, so there before its first kernel; no kernel of the piece writes it.
         part: columns whose sums the epilogue leaves (`functions.store_sums`), which every tile has to hold; 0: none.
+        bare: cuBLAS was chosen for it together with what follows, which is a kernel of its own.
     """
 
     m: int
@@ -72,6 +73,7 @@ class GemmProblem:
     rounds: bool = False
     w_given: bool = False
     part: int = 0
+    bare: bool = False
 
     @property
     def w_columns(self) -> int:
@@ -268,11 +270,14 @@ def pick(problem: GemmProblem, target: Target) -> tuple[str, Any, str]:
     """
     timed: list[tuple[float, str, Any, str]] = []
     refused = []
-    for name in FAMILIES:
-        family = importlib.import_module(f".{name}", __package__)
-        reason = _lack(name, target) or family.supports(problem)
+    families = {name: importlib.import_module(f".{name}", __package__) for name in FAMILIES}
+    lacks = {name: _lack(name, target) or family.supports(problem) for name, family in families.items()}
+    for name, family in families.items():
+        reason = lacks[name]
         if name in ("gemm_skinny", "gemm_simple") and any(other == "gemm_stream" for _, other, _, _ in timed):
             reason = "gemm_stream reads W as fast, and asks for it earlier"
+        if problem.bare and name != "gemm_vendor" and lacks["gemm_vendor"] is None:
+            reason = "cuBLAS was chosen for it together with what follows, which is a kernel of its own"
         if reason is not None:
             refused.append(f"not {name}: {reason}")
             continue

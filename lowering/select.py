@@ -217,7 +217,8 @@ def _kernel(segments: tuple[Group, ...], fused: Fused, options: Options, misalig
     if group.contract is not None:
         given = fused.values.base(group.contract.b.base) in fused.values.given
         itemsize = _widest_tile(group, fused.values)
-        problem: Any = gemm_problem(group, group.contract, options, misaligned, itemsize, given)
+        bare = group.contract.name in fused.dependencies.bare
+        problem: Any = gemm_problem(group, group.contract, options, misaligned, itemsize, given, bare)
         return _chosen(segments, "", problem, options)
     if group.kind == "row" and isinstance(group.cols, Size):
         raise Undecided(f"%{group.name} reduces rows of {group.cols} columns, and its tile has to hold one")
@@ -279,12 +280,14 @@ def gemm_problem(
     misaligned: Collection[str] = (),
     widest: int = 0,
     given: bool = False,
+    bare: bool = False,
 ) -> GemmProblem:
     """A GEMM group as its families see it.
 
     Args:
         widest: bytes per element of what its epilogue moves.
         given: the second operand is an argument of the piece that the piece leaves as it is.
+        bare: cuBLAS computes it and leaves what follows to another kernel.
     """
     x, w = product.a, product.b
     (sk, sn), (sm, sx) = w.layout.stride, x.layout.stride
@@ -311,6 +314,7 @@ def gemm_problem(
         rounds=product.rounded,
         w_given=given,
         part=max((s.summed for s in group.stores), default=0),
+        bare=bare,
     )
 
 

@@ -262,6 +262,17 @@ def test_the_vendor_is_taken_where_it_is_faster_with_the_epilogue_after_it() -> 
     assert pick(replace(glu, m=2048), H200)[0] == "gemm_persistent"
 
 
+def test_a_pair_that_cublas_computes_stays_its_own() -> None:
+    whole = replace(plain(576, 28672, 4096), bare=True)
+    name, _, why = pick(whole, H200)
+    assert name == "gemm_vendor" and "together with what follows" in why
+    # Its time is the one beside the pair's, which is the same product for it.
+    pair = GemmProblem(640, 14336, 4096, torch.bfloat16, paired=True, pair_offset=14336)
+    assert vendor_us(plain(640, 28672, 4096), H200) == vendor_us(pair, H200) == 202.6
+    # What cuBLAS refuses, ours take.
+    assert pick(replace(whole, dtype=torch.float32), H200)[0] == "gemm_persistent"
+
+
 def test_what_was_not_taken_is_named_with_its_time() -> None:
     why = pick(plain(333, 4096, 14336), H200)[2]
     assert "gemm_persistent would take" in why and "not gemm_stream: 333 tokens" in why
