@@ -255,13 +255,21 @@ def row_argmin(x):
 
 @triton.jit
 def row_running_sum(x):
-    """Sum of every column and those before it, [R, C]."""
+    """Sum of every column and those before it, [R, C]; of fp32 in fp64.
+
+    A scan adds in another order for each column. What models subtract from one another again (decays in log space) has
+    to be equal where only zeros lie between, as it is where a CPU adds one after the other.
+    """
+    if x.dtype == tl.float32:
+        return tl.cumsum(x.to(tl.float64), axis=1).to(tl.float32)
     return tl.cumsum(x, axis=1)
 
 
 @triton.jit
 def row_running_prod(x):
-    """Product of every column and those before it, [R, C]."""
+    """Product of every column and those before it, [R, C]; of fp32 in fp64, as sums are."""
+    if x.dtype == tl.float32:
+        return tl.cumprod(x.to(tl.float64), axis=1).to(tl.float32)
     return tl.cumprod(x, axis=1)
 
 

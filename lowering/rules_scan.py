@@ -33,9 +33,10 @@ def running(d: Definer, node: Node) -> None:
 
 
 def _scan(d: Definer, node: Node, kind: str, value: Expr, shape: tuple[int, ...], axis: int) -> Ref:
-    """A running reduction; a row is scanned whole, in registers."""
-    if shape[axis] > LOOP_FROM:
-        raise Unsupported(node.name, f"a scan of more than {LOOP_FROM} elements fits no registers", stage="define")
+    """A running reduction; a row is scanned whole, in registers, fp32 in as many as fp64."""
+    most = LOOP_FROM // 2 if value.dtype == torch.float32 else LOOP_FROM
+    if shape[axis] > most:
+        raise Unsupported(node.name, f"a scan of more than {most} elements fits no registers", stage="define")
     made = Layout.contiguous(shape, value.dtype, Layout.of(node.spec).device)  # type: ignore[arg-type]
     d.reduce(f"{node.name}_running", node, kind, value, shape, (axis,), made)
     return Ref(f"{node.name}_running")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from .equal import odd, same
+from .equal import DEVICE, odd, same
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.bool])
@@ -34,6 +34,18 @@ def test_running_sums_among_others() -> None:
     same(lambda x: x.cumsum(1)[:, 3:] + x.cumsum(1)[:, -1:], odd(5, 9))
     same(lambda x: x.cumsum(-1).flip(0).t() * 2, odd(5, 9))
     same(lambda x, y: (x @ y).cumsum(0), odd(5, 9), odd(9, 6))
+
+
+def test_what_lies_between_zeros_is_equal_and_cancels() -> None:
+    # Decays in log space, padded with zeros: what a model subtracts from one another again.
+    x = torch.nn.functional.pad(-torch.rand(5, 7) * 2, (0, 57))
+
+    def decays(x: torch.Tensor) -> torch.Tensor:
+        total = x.cumsum(1)
+        return (total[:, -1:] - total).exp()
+
+    piece = same(decays, x)
+    assert bool((piece(x.to(DEVICE))[:, 6:] == 1).all())
 
 
 def test_a_row_too_long_for_registers_is_left_to_the_op() -> None:
