@@ -20,7 +20,7 @@ TYPES = {
 # Float functions; {0}, {1}, … are the operands. Those without `tl.` or `libdevice.` are from kernels/functions.py.
 FUNCTIONS = {
     "add": "{0} + {1}", "sub": "{0} - {1}", "mul": "{0} * {1}", "div": "tl.div_rn({0}, {1})", "neg": "-{0}",
-    "exp": "tl.exp({0})", "exp2": "tl.exp2({0})", "log": "tl.log({0})", "log2": "tl.log2({0})",
+    "exp": "libdevice.exp({0})", "exp2": "tl.exp2({0})", "log": "tl.log({0})", "log2": "tl.log2({0})",
     "sqrt": "tl.sqrt_rn({0})", "rsqrt": "tl.rsqrt({0})", "sin": "libdevice.sin({0})", "cos": "libdevice.cos({0})",
     "abs": "tl.abs({0})", "floor": "tl.floor({0})", "ceil": "tl.ceil({0})", "erf": "tl.erf({0})",
     "reciprocal": "tl.div_rn(1.0, {0})", "sigmoid": "sigmoid({0})", "silu": "silu({0})", "tanh": "tanh({0})",

@@ -151,6 +151,7 @@ def _vision(head: str, config: Mapping[str, Any], inputs: Any, **more: Any) -> A
 
 
 CLASSES = "AutoModelForImageClassification"
+SLIDING = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
 TEXT_PART = {**PLAIN, "projection_dim": 16}
 IMAGE_PART = {**PATCHES, "projection_dim": 16}
 LATENT = {
@@ -165,7 +166,7 @@ TABLE: dict[str, Architecture] = {
     "qwen3": _decoder(GROUPED, led),
     "gemma": _decoder(GROUPED),
     "gemma2": _decoder(GROUPED, sliding_window=4, query_pre_attn_scalar=8),
-    "gemma3_text": _decoder(GROUPED, sliding_window=4, layer_types=["sliding_attention", "full_attention"]),
+    "gemma3_text": _decoder(GROUPED, **SLIDING),
     "mistral": _decoder(GROUPED, led, sliding_window=4),
     "phi": _decoder(PLAIN),
     "phi3": _decoder(PLAIN),
@@ -185,6 +186,12 @@ TABLE: dict[str, Architecture] = {
     "mpt": _decoder(PLAIN, max_seq_len=64),
     "nemotron": _decoder(GROUPED),
     "glm4": _decoder(GROUPED),
+    "cohere2": _decoder(GROUPED, **SLIDING),
+    "exaone4": _decoder(GROUPED, **SLIDING),
+    "olmo3": _decoder(GROUPED, **SLIDING),
+    "apertus": _decoder(GROUPED),
+    "diffllama": _decoder(GROUPED),
+    "doge": _decoder(GROUPED),
     "bert": _encoder(),
     "roberta": _encoder(),
     "electra": _encoder(embedding_size=16),
@@ -194,10 +201,16 @@ TABLE: dict[str, Architecture] = {
     "deberta-v2": _encoder(relative_attention=True, pos_att_type=["c2p", "p2c"], position_buckets=8),
     "albert": _encoder(embedding_size=16),
     "mpnet": _encoder(),
+    "convbert": _encoder(embedding_size=16),
+    "roformer": _encoder(embedding_size=16),
+    "fnet": _encoder(),
+    "nystromformer": _encoder(),
     "t5": _pair({**PLAIN, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 2}),
     "bart": _pair(BOTH),
     "marian": _pair(BOTH),
     "pegasus": _pair(BOTH),
+    "mbart": _pair(BOTH),
+    "m2m_100": _pair(BOTH),
     "whisper": Architecture(
         "encoder-decoder",
         "AutoModelForSpeechSeq2Seq",
@@ -209,15 +222,32 @@ TABLE: dict[str, Architecture] = {
     "qwen3_moe": _experts(),
     "olmoe": _experts(),
     "deepseek_v3": _experts({**EXPERTS, **LATENT}),
+    "gpt_oss": _experts(**SLIDING),
+    "glm4_moe": _experts({**EXPERTS, **LATENT}),
+    "granitemoe": _experts(),
+    "minimax": _experts(),
+    "qwen3_next": _experts(
+        layer_types=["linear_attention", "full_attention"], shared_expert_intermediate_size=24, linear_num_key_heads=2,
+        linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8,
+    ),
     "mamba": _state(),
     "mamba2": _state(num_heads=8, head_dim=8, n_groups=2, state_size=8, chunk_size=4),
     "falcon_mamba": _state(),
     "rwkv": _state(),
     "recurrent_gemma": _state(GROUPED, attention_window_size=4, num_hidden_layers=3, num_key_value_heads=1),
+    "bamba": _state(
+        GROUPED, mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=4, attn_layer_indices=[1]
+    ),
+    "falcon_h1": _state(
+        GROUPED, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=4
+    ),
+    "lfm2": _state(GROUPED, layer_types=["conv", "full_attention"]),
     "vit": _vision(CLASSES, PATCHES, interpolated),
     "deit": _vision("DeiTForImageClassification", PATCHES, fixed_pixels),
     "dinov2": _vision(CLASSES, PATCHES, pixels),
     "swin": _vision(CLASSES, WINDOWS, pixels),
+    "beit": _vision(CLASSES, PATCHES, fixed_pixels),
+    "regnet": _vision(CLASSES, STAGES, pixels, embedding_size=8, groups_width=4),
     "convnext": _vision(CLASSES, STAGES, pixels),
     "resnet": _vision(CLASSES, STAGES, pixels, embedding_size=8, layer_type="basic"),
     "segformer": _vision(
