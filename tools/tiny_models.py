@@ -151,7 +151,7 @@ def _vision(head: str, config: Mapping[str, Any], inputs: Any, **more: Any) -> A
 
 
 CLASSES = "AutoModelForImageClassification"
-SLIDING = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+SLIDING: dict[str, Any] = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
 TEXT_PART = {**PLAIN, "projection_dim": 16}
 IMAGE_PART = {**PATCHES, "projection_dim": 16}
 LATENT = {
@@ -222,7 +222,7 @@ TABLE: dict[str, Architecture] = {
     "qwen3_moe": _experts(),
     "olmoe": _experts(),
     "deepseek_v3": _experts({**EXPERTS, **LATENT}),
-    "gpt_oss": _experts(**SLIDING),
+    "gpt_oss": _experts({**EXPERTS, **SLIDING}),
     "glm4_moe": _experts({**EXPERTS, **LATENT}),
     "granitemoe": _experts(),
     "minimax": _experts(),
