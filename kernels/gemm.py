@@ -212,8 +212,13 @@ def row_of(table: Table, problem: GemmProblem) -> Mapping[int, Measured]:
 
 def lookup(table: Table, buckets: tuple[int, ...], problem: GemmProblem) -> Measured | None:
     """Return the entry measured for exactly this N and K in the bucket that holds m, if there is one (see `row_of`)."""
-    bucket = next((bound for bound in buckets if problem.m <= bound), None)
-    return None if bucket is None else row_of(table, problem).get(bucket)
+    return in_bucket(row_of(table, problem), buckets, problem.m)
+
+
+def in_bucket(row: Mapping[int, Measured], buckets: tuple[int, ...], m: int) -> Measured | None:
+    """Return a row's entry in the bucket that holds m, if there is one."""
+    bucket = next((bound for bound in buckets if m <= bound), None)
+    return None if bucket is None else row.get(bucket)
 
 
 def tma_obstacle(problem: GemmProblem) -> str | None:

@@ -26,21 +26,25 @@ def job_configs(
     dtype and kind."""
     if arch < 90:
         return
-    measured = {name: [_measured(m, *key) for key, row in table.items() for m in row] for name, table in tables.items()}
-    problems = [problem for found in measured.values() for problem in found] if arch >= 100 else []
+    # Each device takes its own rows.
+    asked = [
+        (measured_problem(m, *key), Target.named("b200" if arch >= 100 else name))
+        for name, table in tables.items()
+        for key, row in table.items()
+        for m in row
+    ]
+    problems = []
     kinds = ((torch.bfloat16, False), (torch.float32, True), (torch.float32, False))
     for m, layout, paired, (dtype, allow_tf32) in product(buckets, ("nk", "kn"), (False, True), kinds):
         offset = 5120 if paired else 0
         problems.append(GemmProblem(m, 5120, 3584, dtype, layout, paired, offset, allow_tf32=allow_tf32))
     for m, (n, k, halves) in product(buckets, ((6144, 4096, 64), (3072, 2048, 32))):
         problems.append(GemmProblem(m, n, k, torch.bfloat16, halves=halves))
-    asked = [(problem, Target.named("b200" if arch >= 100 else "h200")) for problem in problems]
-    if arch < 100:
-        asked += [(problem, Target.named(name)) for name, found in measured.items() for problem in found]
+    asked += [(problem, Target.named("b200" if arch >= 100 else "h200")) for problem in problems]
     yield from dict.fromkeys((p, choose(p, target)[0]) for p, target in asked if supports(p) is None)
 
 
-def _measured(m: int, n: int, k: int, kind: str) -> GemmProblem:
+def measured_problem(m: int, n: int, k: int, kind: str) -> GemmProblem:
     """A problem that takes a row of a table."""
     one = GemmProblem(m, n, k, torch.bfloat16)
     if kind == "pair":

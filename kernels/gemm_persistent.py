@@ -21,17 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .gemm import (
-    GemmProblem,
-    Measured,
-    first_row,
-    lookup,
-    reference,
-    row_of,
-    tma_obstacle,
-    type_name,
-    whole_heads,
-)
+from .gemm import GemmProblem, Measured, first_row, in_bucket, reference, row_of, tma_obstacle, type_name, whole_heads
 from .gemm_jobs import job_configs, label, sample
 from .gemm_persistent_table import BUCKETS, CONFIGS, EVIDENCE, Config, as_many_tiles, table_for
 from .gemm_tiles import accumulate, run_epilogue, tile_origin, w_descriptor, w_descriptor_type
@@ -93,7 +83,7 @@ def _row(problem: GemmProblem, target: Target) -> Mapping[int, Measured]:
 
 def measurement(problem: GemmProblem, target: Target) -> Measured | None:
     """Return what was measured for the problem's N and K in the bucket that holds its m."""
-    return lookup(table_for(target), BUCKETS, problem) if _row(problem, target) else None
+    return in_bucket(_row(problem, target), BUCKETS, problem.m)
 
 
 def _measured_at(problem: GemmProblem, target: Target) -> Mapping[Config, Sequence[int]]:

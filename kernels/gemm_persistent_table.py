@@ -302,14 +302,6 @@ def table_for(target: Target) -> Table:
     return CONFIGS[nearest(CONFIGS, target)[0]]
 
 
-def row_or_pairs(problem: GemmProblem, target: Target) -> Mapping[int, Measured]:
-    """Return what was measured for this N and K, or for the pair that is the same product: cuBLAS computed the whole
-    beside it, and a pair's epilogue adds little to ours."""
-    table, half = table_for(target), problem.n // 2
-    pairs = replace(problem, n=half, paired=True, pair_offset=half, halves=0, part=0)
-    return row_of(table, problem) or ({} if problem.paired or problem.n % 2 else row_of(table, pairs))
-
-
 def as_many_tiles(row: Mapping[int, Measured], m: int, rows: int) -> int | None:
     """Return the smallest measured m, not below, that fills as many tiles of so many rows; None without one."""
     return min((known for known in row if known >= m and ceil(known / rows) == ceil(m / rows)), default=None)
@@ -320,7 +312,11 @@ def vendor_us(problem: GemmProblem, target: Target) -> float | None:
 
     Not linear across the end of a tile: at 257 tokens 4096x14336 took it 66 us, at 256 48 and at 320 60.
     """
-    row = row_or_pairs(problem, target)
+    table = table_for(target)
+    row = row_of(table, problem)
+    if not row and not problem.paired and problem.n % 2 == 0:
+        # Beside a pair, cuBLAS computed the whole product.
+        row = row_of(table, replace(problem, n=problem.n // 2, paired=True, part=0))
     if not row:
         return None
     below = max((m for m in row if m <= problem.m), default=None)

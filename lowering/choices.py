@@ -23,6 +23,7 @@ from typing import Any
 from ..kernels import rows
 from ..kernels.gemm import GemmProblem, pick
 from ..kernels.segments import pdl_pays
+from ..kernels.target import Target
 from .options import Options
 from .size import Size, Span, typical
 
@@ -138,8 +139,13 @@ def _fewer(best: Mapping[int, Choice], problem: GemmProblem, options: Options) -
     return {bound: given(bound) for bound in best}
 
 
+def expected_us(family: str, config: Any, problem: GemmProblem, target: Target) -> float:
+    """What a family expects of a config: its measurement, or an estimate."""
+    return float(_module(family).estimate_us(problem, config, target))
+
+
 def _us(choice: Choice, problem: GemmProblem, options: Options) -> float:
-    return float(_module(choice.family).estimate_us(problem, choice.config, options.target))
+    return expected_us(choice.family, choice.config, problem, options.target)
 
 
 def _measured(choice: Choice, problem: GemmProblem, options: Options) -> bool:

@@ -7,7 +7,6 @@ peak, what is predicted for it what it was chosen by.
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 
 from terrazzo.kernels.gemm_stream import asks_early
 from terrazzo.kernels.target import Target
+from terrazzo.lowering.choices import expected_us
 from terrazzo.lowering.cost import flops, traffic
 from terrazzo.lowering.depend import direct_reads
 from terrazzo.lowering.emit import Plan
@@ -228,8 +228,7 @@ def _predicted_us(kernel: Kernel, memory_us: float, target: Target) -> float | N
         return None
     if kernel.group.contract is None:
         return memory_us + LAUNCH_US
-    family = importlib.import_module(f"terrazzo.kernels.{kernel.family}")
-    return float(family.estimate_us(kernel.problem, kernel.config, target))
+    return expected_us(kernel.family, kernel.config, kernel.problem, target)
 
 
 def _peak(group: Group, options: Options) -> float:

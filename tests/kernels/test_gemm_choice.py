@@ -10,7 +10,7 @@ import torch
 
 from terrazzo.kernels import gemm_persistent, gemm_simple, gemm_skinny, gemm_stream, gemm_vendor, workspace
 from terrazzo.kernels.gemm import GemmProblem, lookup, measured, pick, reference, tma_obstacle
-from terrazzo.kernels.gemm_jobs import silu_mul_sample, store_sample
+from terrazzo.kernels.gemm_jobs import measured_problem, silu_mul_sample, store_sample
 from terrazzo.kernels.gemm_persistent_table import vendor_us
 from terrazzo.kernels.target import Target
 from terrazzo.lowering.errors import Unsupported
@@ -136,11 +136,7 @@ def test_most_rows_are_level_with_the_vendor() -> None:
 def _rows(name: str) -> list[tuple[GemmProblem, gemm_stream.Config]]:
     """A device's rows: the problem, and what was best."""
     found = gemm_stream.CONFIGS[name].items()
-    return [
-        (GemmProblem(m, n, k, torch.bfloat16, paired=kind == "pair", pair_offset=n), entry.config)
-        for (n, k, kind), row in found
-        for m, entry in row.items()
-    ]
+    return [(measured_problem(m, *key), entry.config) for key, row in found for m, entry in row.items()]
 
 
 def _same_tile(problem: GemmProblem, best: gemm_stream.Config) -> bool:
