@@ -180,8 +180,9 @@ def _fitted(problem: GemmProblem, config: Config, target: Target) -> Config:
     """
     if (problem.epilogue_itemsize or problem.dtype.itemsize) > 2 and config.block_m * config.block_n >= 128 * 256:
         config = replace(config, parts=4)
-    if problem.halves:
-        config = replace(config, parts=max(1, min(config.parts, config.block_n // (2 * problem.halves))))
+    elif problem.halves and config.block_m * config.block_n >= 128 * 256:
+        # A rotation in one part keeps 56 bytes a thread in local memory.
+        config = replace(config, parts=max(config.parts, 2))
     while smem_bytes(problem, config) > target.smem_bytes and config.stages > 2:
         config = replace(config, stages=config.stages - 1)
     return config
@@ -244,7 +245,7 @@ def gemm_persistent_kernel(
         first = first_row(m0, m_size, BLOCK_M)
         acc, acc2 = accumulate(
             x_desc, w_desc, beside_desc, first, n0, K,
-            PAIR_OFFSET, BLOCK_M, BLOCK_N, EXTRA_N, BLOCK_K, STAGES, PAIRED, KN, PRECISION,
+            PAIR_OFFSET, BLOCK_M, BLOCK_N, EXTRA_N, BLOCK_K, STAGES, HALVES, PAIRED, KN, PRECISION,
         )  # fmt: skip
         if PDL:
             tl.extra.cuda.gdc_launch_dependents()
@@ -253,9 +254,11 @@ def gemm_persistent_kernel(
         # The tile before has the others.
         own = (m >= m0) & (m < m_size)
         m = tl.minimum(m, m_size - 1)
-        run_epilogue(acc, acc2, m, own, n0, N, t, PARTS, HALVES, EPILOGUE)
+        # Columns of heads are counted in their first halves.
+        ACROSS: tl.constexpr = 2 if HALVES > 0 else 1
+        run_epilogue(acc, acc2, m, own, n0 // ACROSS, N // ACROSS, t, PARTS, EPILOGUE)
         if EXTRA_N > 0:
-            run_epilogue(acc2, acc2, m, own, n0 + BLOCK_N, N, t, PARTS, 0, EPILOGUE)
+            run_epilogue(acc2, acc2, m, own, n0 + BLOCK_N, N, t, PARTS, EPILOGUE)
 
 
 def _constexprs(problem: GemmProblem, config: Config, epilogue: Any, pdl: bool) -> dict[str, Any]:

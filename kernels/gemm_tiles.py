@@ -36,17 +36,27 @@ def accumulate(
     EXTRA_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
+    HALVES: tl.constexpr,
     PAIRED: tl.constexpr,
     KN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Sum x[m0:, k] * W[k, n0:] over all k; returns both accumulators: a pair's, or the one with the one beside it
-    (columns n0 + BLOCK_N …, EXTRA_N of them), or the same one twice.
+    """Sum x[m0:, k] * W[k, n0:] over all k; returns both accumulators: a pair's, or the first and second halves of
+    heads, or the one with the one beside it (columns n0 + BLOCK_N …, EXTRA_N of them), or the same one twice.
 
     A pair from an [N, K] matrix comes as one tile [2, BLOCK_N, BLOCK_K] of a three-dimensional view, so that one
     instruction of twice the width multiplies both halves and x's tile is read from shared memory once, not twice.
+    Halves of heads likewise, as [2, heads, HALVES, BLOCK_K] of a four-dimensional one: the columns of the product lie in
+    the order in which the epilogue wants them.
     """
-    if PAIRED and not KN:
+    if HALVES > 0 and not KN:
+        both = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+            x = x_desc.load([m0, k])  # [BLOCK_M, BLOCK_K]
+            w = w_desc.load([0, n0 // (2 * HALVES), 0, k]).reshape(BLOCK_N, BLOCK_K)
+            both = tl.dot(x, w.T, both, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+        return both.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
+    elif PAIRED and not KN:
         both = tl.zeros([BLOCK_M, 2 * BLOCK_N], tl.float32)
         for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
             x = x_desc.load([m0, k])  # [BLOCK_M, BLOCK_K]
@@ -64,48 +74,53 @@ def accumulate(
             if EXTRA_N > 0:
                 beside = load_tile(beside_desc, n0 + BLOCK_N, k, KN)
                 acc2 = tl.dot(x, beside.T, acc2, input_precision=PRECISION)  # [BLOCK_M, EXTRA_N]
-        if not PAIRED and EXTRA_N == 0:
+        if HALVES > 0:
+            acc, acc2 = halves_apart(acc, HALVES, 1)
+        elif not PAIRED and EXTRA_N == 0:
             acc2 = acc
         return acc, acc2
 
 
 @triton.jit
-def run_epilogue(
-    acc, acc2, m, own, n0, N: tl.constexpr, t, PARTS: tl.constexpr, HALVES: tl.constexpr, EPILOGUE: tl.constexpr
-):
+def run_epilogue(acc, acc2, m, own, n0, N: tl.constexpr, t, PARTS: tl.constexpr, EPILOGUE: tl.constexpr):
     """The epilogue over rows m, of which `own` are this tile's, and columns n0 … of both accumulators, in `PARTS` runs
-    of columns: each needs registers and shared memory only for itself. With HALVES the two are the halves of the first
-    one's heads."""
-    HALF: tl.constexpr = acc.shape[1] // 2
-    if PARTS == 1 and HALVES > 0:
-        first, second = halves_apart(acc, HALVES, 1)
-        n = n0 // 2 + tl.arange(0, HALF)[None, :]
-        EPILOGUE(first, second, m, n, own & (n < N // 2), t)
-    elif PARTS == 1:
+    of columns: each needs registers and shared memory only for itself."""
+    if PARTS == 1:
         n = n0 + tl.arange(0, acc.shape[1])[None, :]
         EPILOGUE(acc, acc2, m, n, own & (n < N), t)
     else:
+        HALF: tl.constexpr = acc.shape[1] // 2
         left, right = acc.reshape(acc.shape[0], 2, HALF).permute(0, 2, 1).split()
         left2, right2 = acc2.reshape(acc.shape[0], 2, HALF).permute(0, 2, 1).split()
-        run_epilogue(left, left2, m, own, n0, N, t, PARTS // 2, HALVES, EPILOGUE)
-        run_epilogue(right, right2, m, own, n0 + HALF, N, t, PARTS // 2, HALVES, EPILOGUE)
+        run_epilogue(left, left2, m, own, n0, N, t, PARTS // 2, EPILOGUE)
+        run_epilogue(right, right2, m, own, n0 + HALF, N, t, PARTS // 2, EPILOGUE)
 
 
 def w_descriptor(w: torch.Tensor, problem: GemmProblem, block_n: int, block_k: int) -> TensorDescriptor:
-    """Describe W for `accumulate`: as it is, or a pair's halves as the outermost of three axes.
+    """Describe W for `accumulate`: as it is, or halves, a pair's or those of heads, as the outermost axis of more.
 
     Raises:
         Unsupported: W's base or row stride is not a multiple of 16 bytes.
     """
-    if not problem.paired or problem.layout == "kn":
-        return descriptor(w, w_block(problem, block_n, block_k), "W")
-    row = descriptor(w, [block_n, block_k], "W").strides[0]
-    return TensorDescriptor(w, [2, problem.n, problem.k], [problem.pair_offset * row, row, 1], [2, block_n, block_k])
+    block = tile_of_w(problem, block_n, block_k)
+    if len(block) == 2:
+        return descriptor(w, block, "W")
+    row = descriptor(w, block[-2:], "W").strides[0]
+    if problem.paired:
+        return TensorDescriptor(w, [2, problem.n, problem.k], [problem.pair_offset * row, row, 1], block)
+    half, depth = problem.halves, problem.k
+    return TensorDescriptor(w, [2, problem.n // (2 * half), half, depth], [half * row, 2 * half * row, row, 1], block)
+
+
+def tile_of_w(problem: GemmProblem, block_n: int, block_k: int) -> list[int]:
+    """Shape in which W's tile comes, of its descriptor's axes."""
+    if problem.layout == "nk" and problem.paired:
+        return [2, block_n, block_k]
+    if problem.layout == "nk" and problem.halves:
+        return [2, block_n // (2 * problem.halves), problem.halves, block_k]
+    return w_block(problem, block_n, block_k)
 
 
 def w_descriptor_type(problem: GemmProblem, block_n: int, block_k: int, dtype: str) -> str:
     """Triton's type of that descriptor, for compile jobs."""
-    block = w_block(problem, block_n, block_k)
-    if problem.paired and problem.layout == "nk":
-        block = [2, *block]
-    return f"tensordesc<{dtype}[{','.join(map(str, block))}]>"
+    return f"tensordesc<{dtype}[{','.join(map(str, tile_of_w(problem, block_n, block_k)))}]>"

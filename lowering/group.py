@@ -23,9 +23,10 @@ BODY_LIMIT = 600
 # its own, and values of which each needs two columns of it. Beyond, a wider copy of the result (a sum in fp32) costs
 # more than its readers lose by computing it from the product's own: on an H100 at 8192 x 4096 (bf16, torch 2.11, triton
 # 3.6, 2026-11-25) a residual added and stored in fp32 made o_proj take 516 us and down 1508 us, where cuBLAS and our
-# kernels without it take about 400 and 1340. And halves of heads brought together cost a large tile what a kernel of
-# their own does: 10 of 50 us at 2048 x 3072, where that takes 8 (the same card and day).
+# kernels without it take about 400 and 1340.
 FEW_TOKENS = MOST_TOKENS
+# From so many on our product is as fast as cuBLAS, which knows no halves of heads.
+MANY_TOKENS = 1025
 
 # Functions that cost more than a handful of instructions: not repeated for every element of a larger domain.
 EXPENSIVE = {
