@@ -46,8 +46,8 @@ def accumulate(
 
     A pair from an [N, K] matrix comes as one tile [2, BLOCK_N, BLOCK_K] of a three-dimensional view, so that one
     instruction of twice the width multiplies both halves and x's tile is read from shared memory once, not twice.
-    Halves of heads likewise, as [2, heads, HALVES, BLOCK_K] of a four-dimensional one: the columns of the product lie in
-    the order in which the epilogue wants them.
+    Halves of heads likewise, as [2, heads, HALVES, BLOCK_K] of a four-dimensional one: the columns of the product lie
+    in the order in which the epilogue wants them.
     """
     if HALVES > 0 and not KN:
         both = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)

@@ -92,17 +92,20 @@ def chain(run: Runner, layers: Sequence[Sequence[Any]]) -> torch.cuda.CUDAGraph:
 
 
 def interleaved_us(graphs: Mapping[str, torch.cuda.CUDAGraph], layers: int, replays: int = REPLAYS) -> dict[str, float]:
-    """Median time per layer of each graph, over `replays` rounds in which every graph is replayed once."""
+    """Median time per layer of each graph, over `replays` rounds in which every graph is replayed once, each time with
+    another of them first: at the power limit a replay is slower for what ran before it."""
     times: dict[str, list[float]] = {name: [] for name in graphs}
     for graph in graphs.values():
         graph.replay()
     torch.cuda.synchronize()
-    for _ in range(replays):
-        for name, graph in graphs.items():
+    names = list(graphs)
+    for turn in range(replays):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda._sleep(HEAD_START)
             start.record()
-            graph.replay()
+            graphs[name].replay()
             end.record()
             end.synchronize()
             times[name].append(start.elapsed_time(end) * 1e3 / layers)
