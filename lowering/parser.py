@@ -13,10 +13,15 @@ ATTEMPTS = 4
 
 def retried(parses: Callable[[], Result]) -> Result:
     """What it returns. CPython 3.11 counts how deep `ast.parse` is for all threads together, and raises SystemError
-    where that comes out wrong because two were at it (python/cpython#106905)."""
+    where that comes out wrong because two were at it (python/cpython#106905). Triton parses the functions that a kernel
+    calls one by one, and says what went wrong in an error of its own, caused by that."""
     for _ in range(ATTEMPTS - 1):
         try:
             return parses()
-        except SystemError:
-            continue
+        except Exception as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, SystemError):
+                cause = cause.__cause__
+            if cause is None:
+                raise
     return parses()
