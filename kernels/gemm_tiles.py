@@ -49,20 +49,17 @@ def accumulate(
     Halves of heads likewise, as [2, heads, HALVES, BLOCK_K] of a four-dimensional one: the columns of the product lie
     in the order in which the epilogue wants them.
     """
-    if HALVES > 0 and not KN:
-        both = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if (PAIRED or HALVES > 0) and not KN:
+        COLUMNS: tl.constexpr = 2 * BLOCK_N if PAIRED else BLOCK_N
+        both = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
         for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
             x = x_desc.load([m0, k])  # [BLOCK_M, BLOCK_K]
-            w = w_desc.load([0, n0 // (2 * HALVES), 0, k]).reshape(BLOCK_N, BLOCK_K)
-            both = tl.dot(x, w.T, both, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-        return both.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
-    elif PAIRED and not KN:
-        both = tl.zeros([BLOCK_M, 2 * BLOCK_N], tl.float32)
-        for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
-            x = x_desc.load([m0, k])  # [BLOCK_M, BLOCK_K]
-            w = w_desc.load([0, n0, k]).reshape(2 * BLOCK_N, BLOCK_K)
-            both = tl.dot(x, w.T, both, input_precision=PRECISION)  # [BLOCK_M, 2 * BLOCK_N]
-        return both.reshape(BLOCK_M, 2, BLOCK_N).permute(0, 2, 1).split()
+            if PAIRED:
+                w = w_desc.load([0, n0, k])
+            else:
+                w = w_desc.load([0, n0 // (2 * HALVES), 0, k])
+            both = tl.dot(x, w.reshape(COLUMNS, BLOCK_K).T, both, input_precision=PRECISION)  # [BLOCK_M, COLUMNS]
+        return both.reshape(BLOCK_M, 2, COLUMNS // 2).permute(0, 2, 1).split()
     else:
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         acc2 = tl.zeros([BLOCK_M, EXTRA_N], tl.float32) if EXTRA_N > 0 else acc
