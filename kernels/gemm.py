@@ -51,6 +51,7 @@ class GemmProblem:
         plain: the epilogue stores the product as it is, dense and in the operands' dtype.
         rounds: the sums may be rounded to the operands' dtype before the epilogue, as eager rounds them there.
         w_given: W is an argument of the piece, so there before its first kernel; no kernel of the piece writes it.
+        w_steady: and a parameter of which the caller promises that it is there before any plan runs (`Options.steady`).
         part: columns whose sums the epilogue leaves (`functions.store_sums`), which every tile has to hold; 0: none.
         bare: cuBLAS was chosen for it together with what follows, which is a kernel of its own.
     """
@@ -72,6 +73,7 @@ class GemmProblem:
     plain: bool = False
     rounds: bool = False
     w_given: bool = False
+    w_steady: bool = False
     part: int = 0
     bare: bool = False
 

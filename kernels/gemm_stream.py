@@ -78,8 +78,9 @@ def choose(problem: GemmProblem, target: Target) -> tuple[Config, str]:
 
 
 def asks_early(problem: GemmProblem, leads: bool) -> bool:
-    """Whether W may be asked for before the wait: it is given, and another kernel of the plan has waited."""
-    return problem.w_given and not leads
+    """Whether W may be asked for before the wait: another kernel of the plan has waited since it was given, or it was
+    there before any plan ran."""
+    return problem.w_given and (problem.w_steady or not leads)
 
 
 # Launch, first tiles and epilogue that the predecessor's end does not hide.

@@ -215,10 +215,12 @@ def _kernel(segments: tuple[Group, ...], fused: Fused, options: Options, misalig
         why = group.foreign.why if group.foreign is not None else ""
         return Kernel(group.name, "", None, why, segments)
     if group.contract is not None:
-        given = fused.values.base(group.contract.b.base) in fused.values.given
+        operand = fused.values.base(group.contract.b.base)
+        given = operand in fused.values.given
+        steady = given and options.steady and operand in fused.values.parameters
         itemsize = _widest_tile(group, fused.values)
         bare = group.contract.name in fused.dependencies.bare
-        problem: Any = gemm_problem(group, group.contract, options, misaligned, itemsize, given, bare)
+        problem: Any = gemm_problem(group, group.contract, options, misaligned, itemsize, given, steady, bare)
         return _chosen(segments, "", problem, options)
     if group.kind == "row" and isinstance(group.cols, Size):
         raise Undecided(f"%{group.name} reduces rows of {group.cols} columns, and its tile has to hold one")
@@ -280,6 +282,7 @@ def gemm_problem(
     misaligned: Collection[str] = (),
     widest: int = 0,
     given: bool = False,
+    steady: bool = False,
     bare: bool = False,
 ) -> GemmProblem:
     """A GEMM group as its families see it.
@@ -287,6 +290,7 @@ def gemm_problem(
     Args:
         widest: bytes per element of what its epilogue moves.
         given: the second operand is an argument of the piece that the piece leaves as it is.
+        steady: and a parameter that was there before.
         bare: cuBLAS computes it and leaves what follows to another kernel.
     """
     x, w = product.a, product.b
@@ -313,6 +317,7 @@ def gemm_problem(
         plain=_plain(group, product),
         rounds=product.rounded,
         w_given=given,
+        w_steady=steady,
         part=max((s.summed for s in group.stores), default=0),
         bare=bare,
     )

@@ -210,6 +210,11 @@ class Values:
         return frozenset(i.name for i in self.inputs) - {target for target, _ in self.mutations}
 
     @cached_property
+    def parameters(self) -> frozenset[str]:
+        """The inputs that are weights and buffers."""
+        return frozenset(i.name for i in self.inputs if i.parameter)
+
+    @cached_property
     def kept(self) -> frozenset[str]:
         """Values whose memory the caller sees: returned ones, and those that arguments are overwritten with."""
         returned = (o.ref for o in self.outputs if o.kind == "value")

@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -66,6 +66,7 @@ class CompiledPiece:
         options: what to compile for; by default the device of the arguments.
         shelf: where plans for ranges are kept from one process to the next; by default nowhere.
         guarded: whoever calls has checked the arguments, as Dynamo does; they are not checked again.
+        steady: parameters keep their values while pieces run (`Options.steady`); options say it themselves.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class CompiledPiece:
         options: Options | None = None,
         shelf: Shelf | None = None,
         guarded: bool = False,
+        steady: bool = False,
     ) -> None:
         if not isinstance(graph, fx.GraphModule):
             raise UserError("CompiledPiece", f"it was given {type(graph).__name__}, not a torch.fx.GraphModule",
@@ -83,7 +85,7 @@ class CompiledPiece:
         self.graph, self.shelf = graph, shelf
         self.examples = Examples.of(graph, example_inputs)
         self._arguments = None if guarded else Arguments(self.examples, list(held(graph).values()))
-        self._options = options
+        self._options, self._steady = options, steady
         self._places = list(self.examples.symbols().values())
         self._tensors = [i for i, v in enumerate(self.examples.values) if isinstance(v, torch.Tensor)]
         self._names: list[str] = []
@@ -311,7 +313,7 @@ class CompiledPiece:
 
     def _shared(self, args: Sequence[Any]) -> Lowered:
         if self._lowered is None:
-            options = self._options or options_for(args)
+            options = self._options or replace(options_for(args), steady=self._steady)
             digest = fingerprint(self.graph, self.examples)
             lowered = Lowered(self.graph, self.examples, options, digest, self.shelf)
             self._lowered = lowered if digest is None else _SHARED.setdefault((digest, options), lowered)

@@ -71,7 +71,7 @@ def _compile_with_terrazzo(graph: fx.GraphModule) -> Any:
     # Imported when a piece is first compiled: vLLM loads this module in processes that never compile anything.
     from .compiled import CompiledPiece
 
-    return CompiledPiece(graph, guarded=True)
+    return CompiledPiece(graph, guarded=True, steady=True)
 
 
 class PiecewiseBackend:

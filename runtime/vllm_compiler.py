@@ -140,7 +140,7 @@ class SizedPiece:
 
     def __init__(self, graph: fx.GraphModule, example_inputs: Sequence[Any], compiler: Compiler) -> None:
         self.graph, self.compiler = graph, compiler
-        self.piece = CompiledPiece(graph, example_inputs, shelf=compiler.shelf, guarded=True)
+        self.piece = CompiledPiece(graph, example_inputs, shelf=compiler.shelf, guarded=True, steady=True)
         values = self.piece.examples.values
         self._size = next((i for i, v in enumerate(values) if isinstance(v, torch.SymInt)), None)
         self._tried: set[int | None] = set()

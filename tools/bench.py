@@ -52,7 +52,7 @@ def bench_piece(
     """
     results = []
     for size in sizes:
-        made = _bench_size(piece, CompiledPiece(piece.graph), size, contenders, kernels)
+        made = _bench_size(piece, CompiledPiece(piece.graph, steady=True), size, contenders, kernels)
         times = ", ".join(f"{name} {us:.1f}" for name, us in made["us"].items())
         print(f"{piece.model} at {size}: floor {made['floor_us']:.1f}, {times} µs", file=sys.stderr, flush=True)
         results.append(made)

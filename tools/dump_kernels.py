@@ -137,7 +137,7 @@ def _options(args: argparse.Namespace) -> Options:
             stage="tools.dump_kernels",
             remedy="Give one of the two.",
         )
-    return Options(target, fuse=not args.no_fuse)
+    return Options(target, fuse=not args.no_fuse, steady=True)
 
 
 def _piece(args: argparse.Namespace) -> tuple[Piece, str]:

@@ -115,7 +115,7 @@ class Tuning:
 
     def __init__(self, piece: Piece, size: int) -> None:
         self.piece, self.size = piece, size
-        compiled = CompiledPiece(piece.graph)
+        compiled = CompiledPiece(piece.graph, steady=True)
         self.layers = layers_of(piece, size, place.HERE)
         self.run = compiled.at(self.layers[0])
         (self.loaded,) = [made for (sizes, _), made in compiled.plans.items() if sizes == (size,)]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from terrazzo.kernels import gemm_stream
 from terrazzo.kernels.gemm import GemmProblem
 from terrazzo.kernels.target import Target
 from terrazzo.lowering.emit import Plan
@@ -19,11 +20,12 @@ from terrazzo.runtime.compiled import CompiledPiece
 from .equal import copied, traced
 
 H200 = Options(Target.named("h200"))
+STEADY = Options(Target.named("h200"), steady=True)
 
 
-def planned(fn: Any, *args: torch.Tensor) -> Plan:
+def planned(fn: Any, *args: torch.Tensor, options: Options = H200) -> Plan:
     made = trace(traced(fn, len(args)), Examples.of(traced(fn, len(args)), args))
-    return plan(made, {}, H200)
+    return plan(made, {}, options)
 
 
 def half(*shape: int) -> torch.Tensor:
@@ -34,6 +36,13 @@ def given(made: Plan) -> list[bool]:
     """Of each product, in order: whether its W is given."""
     problems = [k.problem for k in made.schedule.launches() if isinstance(k.problem, GemmProblem)]
     return [p.w_given for p in problems]
+
+
+def early(made: Plan) -> list[bool]:
+    """Of each product that streams W, in order: whether it asks for W before it waits."""
+    leading = made.schedule.leading
+    products = [k for k in made.schedule.launches() if k.family == "gemm_stream"]
+    return [gemm_stream.asks_early(k.problem, k.name in leading) for k in products]
 
 
 def held_back(made: Plan) -> list[bool]:
@@ -59,6 +68,28 @@ def test_a_weight_that_the_piece_writes_is_not_given() -> None:
         return y
 
     assert given(planned(fn, half(4, 256), half(256, 512))) == [False]
+
+
+def test_only_a_parameter_that_is_steady_is_asked_for_by_the_first_kernel() -> None:
+    def fn(x: Any, w: Any, v: Any) -> Any:
+        return (x @ w) @ v
+
+    weights = half(4096, 4096), half(4096, 4096)
+    parameters = [torch.nn.Parameter(w, requires_grad=False) for w in weights]
+    assert early(planned(fn, half(4, 4096), *weights)) == [False, True]
+    assert early(planned(fn, half(4, 4096), *parameters)) == [False, True]
+    assert early(planned(fn, half(4, 4096), *weights, options=STEADY)) == [False, True]
+    assert early(planned(fn, half(4, 4096), *parameters, options=STEADY)) == [True, True]
+
+
+def test_a_parameter_that_the_piece_writes_is_not_steady() -> None:
+    def fn(x: Any, w: Any) -> Any:
+        y = x @ w
+        w.mul_(2)
+        return y
+
+    w = torch.nn.Parameter(half(4096, 4096), requires_grad=False)
+    assert early(planned(fn, half(4, 4096), w, options=STEADY)) == [False]
 
 
 def test_the_first_kernel_holds_its_successor_back() -> None:

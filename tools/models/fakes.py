@@ -32,13 +32,15 @@ HINT = 1031
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor input: shape and stride in dims (elements), dtype, device, and how it is drawn."""
+    """A tensor input: shape and stride in dims (elements), dtype, device, how it is drawn, and whether it is one of the
+    model's parameters."""
 
     shape: tuple[Dim, ...]
     stride: tuple[Dim, ...]
     dtype: torch.dtype
     device: torch.device
     fill: Fill = ACTIVATION
+    parameter: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,8 @@ def spec_of(node: fx.Node) -> Spec:
     if isinstance(value, torch.Tensor):
         shape, stride = (tuple(map(to_dim, sizes)) for sizes in (value.shape, value.stride()))
         usual = ACTIVATION if value.dtype.is_floating_point else INDICES
-        return TensorSpec(shape, stride, value.dtype, value.device, node.meta.get("fill", usual))
+        fill, parameter = node.meta.get("fill", usual), isinstance(value, torch.nn.Parameter)
+        return TensorSpec(shape, stride, value.dtype, value.device, fill, parameter)
     if isinstance(value, int | torch.SymInt):
         return SizeSpec(to_dim(value))
     raise Unsupported(f"input {node.name}", f"{type(value).__name__} is neither a tensor nor a size", stage="models")
@@ -153,7 +156,8 @@ def _fake(spec: Spec, symbols: Mapping[str, int | torch.SymInt]) -> torch.Tensor
     if isinstance(spec, SizeSpec):
         return from_dim(spec.value, symbols)
     shape, stride = ([from_dim(d, symbols) for d in sizes] for sizes in (spec.shape, spec.stride))
-    return torch.empty_strided(shape, stride, dtype=spec.dtype, device=spec.device)
+    fake = torch.empty_strided(shape, stride, dtype=spec.dtype, device=spec.device)
+    return torch.nn.Parameter(fake, requires_grad=False) if spec.parameter else fake
 
 
 class _Recorder(fx.Interpreter):

@@ -111,6 +111,7 @@ def _spec_to_json(spec: Spec, names: dict[str, str]) -> dict[str, Any]:
         "dtype": _short(spec.dtype),
         "device": str(spec.device),
         "fill": [spec.fill.kind, *map(float, spec.fill.values)],
+        **({"parameter": True} if spec.parameter else {}),
     }
 
 
@@ -120,7 +121,8 @@ def _spec_from_json(data: Mapping[str, Any]) -> Spec:
     kind, *values = data["fill"]
     shape, stride = (tuple(map(_dim, data[key])) for key in ("shape", "stride"))
     fill = Fill(str(kind), tuple(map(float, values)))
-    return TensorSpec(shape, stride, _dtype(data["dtype"]), torch.device(data["device"]), fill)
+    return TensorSpec(shape, stride, _dtype(data["dtype"]), torch.device(data["device"]), fill,
+                      data.get("parameter") is True)  # fmt: skip
 
 
 def _renamed(dim: Dim, names: dict[str, str]) -> Dim:
