@@ -1,6 +1,11 @@
-"""One vLLM engine in this process: its log-probabilities of given tokens, as JSON. Run by `vllm_lab.py`.
+"""One vLLM engine in this process: its log-probabilities of given tokens, or how long it keeps the GPU busy, as JSON.
+Run by `vllm_lab.py`.
 
     python tools/vllm_engine.py '{"model": DIR, "contender": "eager", "tokens": FILE, "out": FILE}'
+    python tools/vllm_engine.py '{"model": DIR, "contender": "terrazzo", "busy": [1, 8], "kv_gib": 8, "out": FILE}'
+
+Busy is the GPU while any kernel runs: one that starts before the one before it has ended is not counted twice, as it is
+in a sum of durations.
 
 Weights are drawn here, the same for every engine: vLLM's own dummies are so small that every token is as likely as
 every other. The engine named `eager` decodes greedily and leaves its tokens in the file `tokens`; the others wait for
@@ -16,7 +21,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,12 +36,17 @@ WAIT_S = 300
 
 
 def main(asked: dict[str, Any]) -> dict[str, Any]:
-    """Starts the engine, fills its weights, decodes.
+    """Starts the engine, fills its weights, decodes; or starts it and looks at the GPU.
 
     Returns:
         seconds to start, the log lines of terrazzo, tokens, and per prompt and step: the token's log-probability and
-        the likeliest token.
+        the likeliest token. Or seconds to start and microseconds per decode step and prefill.
     """
+    if "busy" in asked:
+        start = time.perf_counter()
+        engine = _served(asked)
+        seconds = time.perf_counter() - start
+        return {"init_s": seconds, "busy_us": _busy(engine, asked["busy"])}
     said: list[str] = []
     start = time.perf_counter()
     with _listening(said):
@@ -74,6 +84,65 @@ def _engine(asked: dict[str, Any]) -> Any:
         logits_processors=[_forcing()],
         **options,
     )
+
+
+def _served(asked: dict[str, Any]) -> Any:
+    """An engine as the lab's benchmark makes it, so that it finds what that one compiled."""
+    from vllm import LLM
+
+    return LLM(
+        model=asked["model"],
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        dtype="bfloat16",
+        max_model_len=4096,
+        enable_prefix_caching=False,
+        kv_cache_memory_bytes=int(asked["kv_gib"]) << 30,
+        gpu_memory_utilization=0.5,
+        disable_log_stats=True,
+        seed=0,
+    )
+
+
+def _busy(engine: Any, batches: Iterable[int]) -> dict[str, float]:
+    """Microseconds of the GPU per decode step at each batch size (prompts of 32 tokens), and of a prefill of 2048."""
+    # Two lengths: their difference is decode steps alone.
+    short, long = 3, 19
+    found = {}
+    for batch in batches:
+        few, many = (_profiled(engine, batch, 32, new) for new in (short, long))
+        found[str(batch)] = (many - few) / (long - short)
+    found["prefill2048"] = _profiled(engine, 1, 2048, 1)
+    return found
+
+
+def _profiled(engine: Any, batch: int, prompt: int, new: int) -> float:
+    from torch.profiler import ProfilerActivity, profile
+    from vllm import SamplingParams
+
+    vocab = engine.llm_engine.vllm_config.model_config.get_vocab_size()
+    generator = torch.Generator().manual_seed(1)
+    settings = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True, detokenize=False)
+
+    def run() -> None:
+        prompts = [torch.randint(10, vocab - 10, (prompt,), generator=generator).tolist() for _ in range(batch)]
+        engine.generate([{"prompt_token_ids": p} for p in prompts], settings, use_tqdm=False)
+        torch.cuda.synchronize()
+
+    run()
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as made:
+        run()
+    events = [e for e in made.events() or () if e.device_type == torch.autograd.DeviceType.CUDA]
+    return busy_us((e.time_range.start, e.time_range.end) for e in events)
+
+
+def busy_us(spans: Iterable[tuple[float, float]]) -> float:
+    """How long at least one of the spans lasts."""
+    total, until = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return total
 
 
 def _forcing() -> type:

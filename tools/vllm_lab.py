@@ -11,8 +11,8 @@ agree   16 prompts of 5 to 700 tokens, 64 tokens each: vLLM without compilation 
         emit the same tokens. Per contender: how far its log-probabilities of them are from those, how far from those in
         fp32, and how often another token was the likeliest. Fails where terrazzo is further away than vLLM's default by
         more than a tenth, in the mean over all steps.
-time    decode steps at several batch sizes, prefill of 2048 tokens, start. Only after the same model agreed, unless
-        `--time` alone is asked for.
+time    decode steps at several batch sizes, prefill of 2048 tokens, start; how long the GPU is busy, in a second
+        start's engine. Only after the same model agreed, unless `--time` alone is asked for.
 """
 
 from __future__ import annotations
@@ -184,12 +184,13 @@ def times(models: Sequence[str], batches: str, work: Path) -> list[dict[str, Any
 
 
 def _bench(run: Run, batches: str, start: str, work: Path) -> dict[str, Any]:
-    out = work / f"{run.name}-{start}.jsonl"
-    command = [os.environ["LABBENCH"], "--model", str(Path(os.environ["LABMODELS"]) / run.model), "--mode", "default"]
+    out, model = work / f"{run.name}-{start}.jsonl", str(Path(os.environ["LABMODELS"]) / run.model)
+    if start == "warm":
+        order = {"model": model, "contender": run.contender, "busy": [int(b) for b in batches.split(",")]}
+        return _process([str(ENGINE), json.dumps({**order, "kv_gib": KV_GIB, "out": str(out)})], run, work, out)
+    command = [os.environ["LABBENCH"], "--model", model, "--mode", "default", "--no-prof"]
     command += ["--tag", f"{run.name}-{start}", "--batches", batches, "--res", str(out), "--prof-dir", str(work)]
-    command += ["--kv-gib", str(KV_GIB)]
-    # A warm start is looked at for its start alone.
-    return _process(command + ["--no-bench"] * (start == "warm"), run, work, out)
+    return _process([*command, "--kv-gib", str(KV_GIB)], run, work, out)
 
 
 def agreement_table(results: Sequence[dict[str, Any]]) -> Table:
@@ -210,9 +211,9 @@ def agreement_table(results: Sequence[dict[str, Any]]) -> Table:
 
 
 def time_table(results: Sequence[dict[str, Any]]) -> Table:
-    """One row per model and contender: ms of a decode step and its GPU time, of a prefill, and seconds to start."""
+    """One row per model and contender: ms of a decode step and of a prefill, how long the GPU is busy, s to start."""
     batches = list(dict.fromkeys(b for r in results for b in r.get("decode", {})))
-    made = Table(title="ms per step / of it on the GPU; start in s", title_justify="left")
+    made = Table(title="ms per step / of it with the GPU busy; start in s", title_justify="left")
     made.add_column("model", no_wrap=True)
     made.add_column("contender", no_wrap=True)
     for column in (*(f"B={b}" for b in batches), "prefill 2048", "start cold", "warm"):
@@ -224,9 +225,10 @@ def time_table(results: Sequence[dict[str, Any]]) -> Table:
         if "failed" in r:
             made.add_row(model, contender, "[red]failed[/]")
             continue
-        row = [f"{r['decode'][b]['step_ms']:.2f} / {r['gpu'][b]['gpu_us_per_step'] / 1e3:.2f}" for b in batches]
-        row.append(f"{r['prefill2048_ms']['min']:.1f} / {r['gpu']['prefill2048']['gpu_us'] / 1e3:.1f}")
         warm = by.get((model, contender, "warm"), {})
+        busy = {b: us / 1e3 for b, us in warm.get("busy_us", {}).items()}
+        row = [f"{r['decode'][b]['step_ms']:.2f} / {busy.get(b, float('nan')):.2f}" for b in batches]
+        row.append(f"{r['prefill2048_ms']['min']:.1f} / {busy.get('prefill2048', float('nan')):.1f}")
         made.add_row(model, contender, *row, f"{r['init_s']:.0f}", f"{warm['init_s']:.0f}" if "init_s" in warm else "-")
     return made
 

@@ -10,12 +10,17 @@ import pytest
 from rich.console import Console
 
 from terrazzo.tools import vllm_lab
+from terrazzo.tools.vllm_engine import busy_us
 from terrazzo.tools.vllm_lab import Run, agree, agreement_table, environment, failures, further, time_table, times
 
 # Stands for an engine: what it is asked for, turned into results `gap` away from eager's.
 STAND_IN = """
 import json, os, sys, time
 asked = json.loads(sys.argv[1])
+if "busy" in asked:
+    busy = {{str(b): 4500.0 for b in asked["busy"]}}
+    json.dump({{"init_s": 20.0, "busy_us": {{**busy, "prefill2048": 43000.0}}}}, open(asked["out"], "w"))
+    sys.exit()
 name = asked["contender"]
 gap = {gaps}[name]
 if gap is None:
@@ -31,13 +36,9 @@ json.dump({{"start_s": 3.0, "said": [f"{{name}} compiled"], "results": [result]}
 
 BENCH = """
 import json, sys
-options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
-found = {"init_s": 20.0}
-if "--no-bench" not in sys.argv:
-    found["decode"] = {b: {"step_ms": 5.0} for b in options["--batches"].split(",")}
-    found["gpu"] = {b: {"gpu_us_per_step": 4500.0} for b in options["--batches"].split(",")}
-    found["gpu"]["prefill2048"] = {"gpu_us": 43000.0}
-    found["prefill2048_ms"] = {"min": 45.0}
+options = dict(zip(sys.argv[1:], sys.argv[2:]))
+found = {"init_s": 20.0, "prefill2048_ms": {"min": 45.0}}
+found["decode"] = {b: {"step_ms": 5.0} for b in options["--batches"].split(",")}
 json.dump(found, open(options["--res"], "w"))
 """
 
@@ -121,6 +122,11 @@ def test_times_are_shown_side_by_side(lab):
     ]  # fmt: skip
     shown = screen(time_table(results))
     assert shown.count("5.00 / 4.50") == 4 and "45.0 / 43.0" in shown and shown.count("20") >= 4
+
+
+def test_kernels_that_overlap_keep_the_gpu_busy_once():
+    assert busy_us([]) == 0
+    assert busy_us([(10, 14), (0, 3), (2, 5), (2, 4), (14, 15)]) == 5 + 5
 
 
 def test_without_a_lab_it_says_what_is_missing(monkeypatch):
