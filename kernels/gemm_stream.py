@@ -137,6 +137,7 @@ def gemm_stream_kernel(
     ASKS_EARLY: gl.constexpr,
     WARPS: gl.constexpr,
     LOAD_PARTS: gl.constexpr,
+    LOADS: gl.constexpr,
     EPILOGUE: gl.constexpr,
 ):
     ACCS: gl.constexpr = 2 if PAIRED else 1
@@ -171,10 +172,15 @@ def gemm_stream_kernel(
     for s in gl.static_range(STAGES):
         k = k0 + s * BLOCK_K
         ask_x(x_desc, first, k, ready.index(s), x_ring.index(s), BLOCK_M, k < k_end)
+    # What the epilogue reads: nothing waits for it before the product is done.
+    EARLY: gl.constexpr = ACCS * BLOCK_M * BLOCK_N <= 64 * 32 * WARPS
+    if LOAD_PARTS is not None or LOADS is not None:
+        m, n, own = rows_and_columns(m0, n0, m_size, BLOCK_M, BLOCK_N, HALVES, TOKENS_FIRST, WARPS)
+        mask = (n < (N // 2 if HALVES > 0 else N)) & own
     if LOAD_PARTS is not None:
-        # Nothing waits for them before the product is done.
-        m, n, _own = rows_and_columns(m0, n0, m_size, BLOCK_M, BLOCK_N, HALVES, TOKENS_FIRST, WARPS)
         parts = LOAD_PARTS(m, n, t)
+    if LOADS is not None and EARLY:
+        read = LOADS(m, n, mask, t)
 
     ROWS: gl.constexpr = BLOCK_M if TOKENS_FIRST else BLOCK_N
     COLS: gl.constexpr = BLOCK_N if TOKENS_FIRST else BLOCK_M
@@ -214,6 +220,10 @@ def gemm_stream_kernel(
         acc = warpgroup_mma_wait(0, deps=(acc,))
     if LOAD_PARTS is not None:
         t = t + (sum_of_parts(parts, n),)
+    if LOADS is not None:
+        if not EARLY:
+            read = LOADS(m, n, mask, t)
+        t = t + read
 
     if SPLIT_K > 1:
         TILE: gl.constexpr = ROWS * COLS
@@ -240,7 +250,13 @@ def gemm_stream_kernel(
 
 
 def _constexprs(
-    problem: GemmProblem, config: Config, epilogue: Any, pdl: bool, leads: bool = False, parts: Any = None
+    problem: GemmProblem,
+    config: Config,
+    epilogue: Any,
+    pdl: bool,
+    leads: bool = False,
+    parts: Any = None,
+    loads: Any = None,
 ) -> dict[str, Any]:
     return {
         "N": problem.n,
@@ -261,6 +277,7 @@ def _constexprs(
         "ASKS_EARLY": asks_early(problem, leads),
         "WARPS": config.warps,
         "LOAD_PARTS": parts,
+        "LOADS": loads,
         "EPILOGUE": epilogue,
     }
 
@@ -269,12 +286,21 @@ class StreamGemm:
     """A prepared launch; call it with x [M, K], W in the problem's layout and the epilogue's tensors."""
 
     def __init__(
-        self, epilogue: Any, config: Config, problem: GemmProblem, parts: Any, pdl: bool, leads: bool, slot: int
+        self,
+        epilogue: Any,
+        config: Config,
+        problem: GemmProblem,
+        *,
+        parts: Any,
+        loads: Any,
+        pdl: bool,
+        leads: bool,
+        slot: int,
     ) -> None:
         assert config.stages > 1, "a ring of one slot is never refilled"
-        self.config, self.problem, self.epilogue, self.parts = config, problem, epilogue, parts
-        self.leads, self.slot = leads, slot
-        constexprs = _constexprs(problem, config, epilogue, pdl, leads, parts)
+        self.config, self.problem, self.epilogue = config, problem, epilogue
+        self.parts, self.loads, self.leads, self.slot = parts, loads, leads, slot
+        constexprs = _constexprs(problem, config, epilogue, pdl, leads, parts, loads)
         self.kernel = Kernel(gemm_stream_kernel, constexprs, num_warps=config.warps, pdl=pdl)
         self._describe_x = Descriptors(partial(describe_x, box=x_box(config)))
         self._describe_w = Descriptors(partial(describe_w, box=w_box(problem, config), halves=problem.halves))
@@ -301,6 +327,7 @@ def prepare(
     problem: GemmProblem,
     *,
     parts: Any = None,
+    loads: Any = None,
     pdl: bool = False,
     leads: bool = False,
     slot: int = 0,
@@ -314,11 +341,12 @@ def prepare(
         problem: sizes and strides; `m` is only a hint.
         parts: `@triton.jit` function `(m, n, t)`: what an earlier kernel left of its rows' sums (`load_parts`);
             the epilogue finds the sums, in the shape of `m`, behind the tensors of `t`.
+        loads: `@triton.jit` function `(m, n, mask, t)`: what the epilogue reads, a tuple that it finds behind those.
         pdl, leads: programmatic dependent launch (see launch.py); W is asked for before the wait where the problem says
             that it is given, and another kernel of the plan has waited.
         slot: workspace slot; differs between kernels that may run at the same time.
     """
-    return StreamGemm(epilogue, config, problem, parts, pdl, leads, slot)
+    return StreamGemm(epilogue, config, problem, parts=parts, loads=loads, pdl=pdl, leads=leads, slot=slot)
 
 
 def compile_jobs(arch: int) -> Iterable[CompileJob]:

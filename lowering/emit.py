@@ -21,6 +21,7 @@ from .affine import Bounded, Div, Mod
 from .choices import EARLY, Choice, at_size
 from .emit_call import Calls, tensors
 from .emit_expr import Body, short_names
+from .emit_loads import apart
 from .emit_loop import looped_body
 from .errors import UserError
 from .facts import Facts
@@ -31,6 +32,9 @@ from .schedule import Schedule
 from .select import Kernel, is_looped
 from .size import NAME, Undecided
 from .values import Values
+
+# Families that ask for what their epilogue reads before the product.
+PREFETCHING = frozenset({"gemm_stream"})
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,7 @@ class _Writer:
         self.calls = Calls(schedule, self.names)
         self.bodies: dict[str, str] = {}  # function by what it does
         self.body_of: dict[str, str] = {}  # function by the kernel's name
+        self.reading: set[str] = set()  # functions whose reads stand in one of their own
         self.launches: dict[str, str] = {}  # variable by how it is prepared
 
     # Module level.
@@ -115,7 +120,7 @@ class _Writer:
         if "libdevice." in rest:
             lines.append("from triton.language.extra import libdevice")
         lines.append("")
-        families = sorted({f for k in ours for f in (k.family, *(choice.family for _, choice in k.by_size))})
+        families = sorted(set().union(*map(_families, ours)))
         if families:
             lines.append(f"from terrazzo.kernels import {', '.join(families)}")
         if any(k.by_size for k in ours):
@@ -131,11 +136,16 @@ class _Writer:
         """The body function of a launch; empty where an earlier launch has the same but for the names in it, as the
         layers of a model do: then both share it, and what it compiles to."""
         name = f"{self.names[kernel.name]}_body"
-        text, parts = self.function(kernel, name), self.parts(kernel, name)
+        text, parts, reads = self.function(kernel, name), self.parts(kernel, name), ""
+        if _families(kernel) <= PREFETCHING:
+            reads, text = apart(text, len(tensors(kernel)) + bool(parts), _loads(name))
+        functions = [one for one in (parts, reads, text) if one]
         # Of a loop there are four functions.
-        what = text if is_looped(kernel) else "".join(map(nameless, filter(None, (parts, text))))
-        self.body_of[kernel.name] = self.bodies.setdefault(what, name)
-        return "\n\n\n".join(filter(None, (parts, text))) if self.body_of[kernel.name] == name else ""
+        what = text if is_looped(kernel) else "".join(map(nameless, functions))
+        if self.bodies.setdefault(what, name) == name and reads:
+            self.reading.add(name)
+        self.body_of[kernel.name] = self.bodies[what]
+        return "\n\n\n".join(functions) if self.body_of[kernel.name] == name else ""
 
     def parts(self, kernel: Kernel, body: str) -> str:
         """The function that reads the parts of an epilogue's rows; empty where it needs no sums of rows."""
@@ -223,6 +233,8 @@ class _Writer:
             parts.append(f"GemmProblem({', '.join(f'{k}={v!r}' for k, v in vars(problem).items())})")
             if kernel.group.parts_read:
                 parts.append(f"parts={_parts(self.body_of[kernel.name])}")
+            if self.body_of[kernel.name] in self.reading:
+                parts.append(f"loads={_loads(self.body_of[kernel.name])}")
         elif any(map(self.wide, kernel.segments)):
             parts.append("wide=True")
         if choice.pdl:
@@ -251,5 +263,15 @@ def nameless(function: str) -> str:
 
 
 def _parts(body: str) -> str:
-    """Name of the function that goes with a body."""
+    """Name of the function that reads the parts of a body's rows."""
     return body.removesuffix("_body") + "_parts"
+
+
+def _loads(body: str) -> str:
+    """Name of the function that reads what a body needs beside the product."""
+    return body.removesuffix("_body") + "_loads"
+
+
+def _families(kernel: Kernel) -> set[str]:
+    """Families that run a launch at one size or another."""
+    return {kernel.family, *(choice.family for _, choice in kernel.by_size)}

@@ -203,6 +203,10 @@ class Body:
         if isinstance(expr, Load):
             return self.load(expr, cond)
         assert isinstance(expr, Apply)
+        first = expr.args[0] if expr.fn == "cast" else None
+        if isinstance(first, Load) and self.dtypes[first.value] == expr.dtype:
+            # It is stored rounded already.
+            return self.value(first, cond)
         if expr.fn in COMPARISONS and all(map(_short, expr.args)):
             parts = [self.place(a, cond) if isinstance(a, Index) else self.value(a, cond) for a in expr.args]
         else:

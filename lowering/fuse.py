@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import networkx as nx
+import torch
 
 from .compose import compose
 from .composer import Refused
@@ -26,7 +27,7 @@ from .errors import InternalError
 from .group import Group
 from .options import Options
 from .size import typical
-from .values import Contract, Empty, Extern, Item, Parts, Values
+from .values import Contract, Empty, Extern, Item, Map, Parts, Values
 
 # What one more kernel costs inside a CUDA graph beyond its bytes, in µs: the tail of one and the ramp of the next.
 LAUNCH_US = 2.0
@@ -56,6 +57,13 @@ class Fused:
     def values(self) -> Values:
         return self.dependencies.values
 
+    @property
+    def narrowed(self) -> dict[str, torch.dtype]:
+        """Values that lie in memory in another dtype than they are computed in (narrow.py)."""
+        made, layouts = self.values.definitions, self.values.layouts
+        maps = (n for n, d in made.items() if isinstance(d, Map))
+        return {n: layouts[n].dtype for n in maps if n in layouts and layouts[n].dtype != made[n].layout.dtype}
+
     @cached_property
     def stranded(self) -> frozenset[str]:
         """Products past which a scale was hoisted in vain: what they take or what scales them became another kernel."""
@@ -73,6 +81,7 @@ class Fused:
 
     def __str__(self) -> str:
         lines = [f"{g.kind} {g.name}: {', '.join(g.members)}" for g in self.groups]
+        lines += [f"%{name} lies in memory as {dtype}" for name, dtype in self.narrowed.items()]
         return "\n".join(lines + [f"not fused: {r.producer} + {r.consumer}: {r.reason}" for r in self.refusals])
 
 

@@ -8,6 +8,7 @@
     hoist         norms before products scale what comes out of them               hoist.py
     depend        who needs whom, bytes on the edges                               depend.py
     fuse          values become kernels by what it saves, refusals with reasons    fuse.py, group.py
+    narrow        what others only read rounded is stored rounded                  narrow.py
     select        family and config for these sizes                                select.py
     schedule      order and the life of buffers                                    schedule.py
     emit          one readable Python module                                       emit*.py, functions.py
@@ -35,6 +36,7 @@ from .fuse import fuse
 from .hoist import hoist
 from .intake import Examples, intake
 from .ir import Trace
+from .narrow import narrow
 from .options import Options
 from .schedule import schedule
 from .select import select
@@ -102,9 +104,9 @@ def plan(
         if fused.stranded <= vain:
             break
         vain |= fused.stranded
-    selected = journal.run(select, fused, options, misaligned)
+    selected = journal.run(select, journal.run(narrow, fused), options, misaligned)
     if selected.vendors:
         # What cuBLAS leaves to a kernel of its own may join another one instead.
-        deps = barring(fused.dependencies, selected.vendors)
-        selected = journal.run(select, journal.run(fuse, deps, options), options, misaligned)
+        fused = journal.run(fuse, barring(fused.dependencies, selected.vendors), options)
+        selected = journal.run(select, journal.run(narrow, fused), options, misaligned)
     return journal.run(emit, journal.run(schedule, selected), title)

@@ -92,6 +92,13 @@ def _fused(fused: Fused) -> None:
             _fail("fuse", name, "it must be in memory, but nothing stores it")
 
 
+def _narrowed(fused: Fused) -> None:
+    _fused(fused)
+    for name in fused.narrowed:
+        if name in fused.values.kept | fused.dependencies.pinned:
+            _fail("narrow", name, "others see its memory, and it is in another dtype than they expect")
+
+
 def _leaves(group: Any) -> None:
     reductions: set[str] = set()
     for reduction in group.reductions:
@@ -137,6 +144,7 @@ CHECKS: dict[str, Callable[[Any], None]] = {
     "hoist": _hoisted,
     "depend": _dependencies,
     "fuse": _fused,
+    "narrow": _narrowed,
     "select": _selected,
     "schedule": _schedule,
 }

@@ -143,7 +143,7 @@ class Tuning:
                 for family, config in space(launch.problem, target):
                     how = {"pdl": True}
                     if family is gemm_stream:
-                        how |= {"leads": launch.planned.leads, "parts": launch.planned.parts}
+                        how |= {name: getattr(launch.planned, name) for name in ("leads", "parts", "loads")}
                     made = launch.candidates[config] = family.prepare(
                         launch.planned.epilogue, config, launch.problem, **how
                     )

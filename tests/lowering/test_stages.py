@@ -27,7 +27,7 @@ from terrazzo.lowering.options import Options
 from terrazzo.lowering.pipeline import Journal, plan, trace
 from terrazzo.lowering.schedule import Schedule
 from terrazzo.lowering.select import Selected
-from terrazzo.lowering.values import Values
+from terrazzo.lowering.values import Map, Values
 from terrazzo.tools.dump_plan import STAGES
 
 from .equal import odd, traced
@@ -55,6 +55,7 @@ MENTIONED = {
     "hoist": ["contract %mm", "map %relu", "extern %sort", "view"],
     "depend": ["x0 -> mm", "bytes", "in memory", "inlined"],
     "fuse": ["gemm relu", "row div", "extern sort", "not fused: relu + div"],
+    "narrow": ["gemm relu", "row div", "extern sort"],
     "select": ["gemm_", "relu", "rows div", "extern sort"],
     "schedule": ["makes relu", "drops"],
     "emit": ["div_body", "def call(x0, x1)"],
@@ -179,6 +180,13 @@ def drops_what_is_returned(s: Schedule) -> Schedule:
     return replace(s, steps=(*s.steps[:-1], replace(s.steps[-1], drops=(returned,))))
 
 
+def returns_another_dtype(fused: Fused) -> Fused:
+    values = fused.values
+    name = next(n for n in values.kept if isinstance(values.definitions.get(n), Map))
+    layouts = {**values.layouts, name: replace(values.layouts[name], dtype=torch.float16)}
+    return replace(fused, dependencies=replace(fused.dependencies, values=replace(values, layouts=layouts)))
+
+
 BROKEN: list[tuple[str, Callable[[Any], Any], str]] = [
     ("intake", reads_what_nobody_defines, "%nobody, which nothing before it defines"),
     ("intake", reads_what_comes_later, "which nothing before it defines"),
@@ -194,6 +202,7 @@ BROKEN: list[tuple[str, Callable[[Any], Any], str]] = [
     ("fuse", stores_less_than_is_needed, "nothing stores it"),
     ("fuse", uses_a_sum_before_it_is_complete, "used before it is computed"),
     ("fuse", reads_an_accumulator_without_a_product, "an accumulator without a GEMM"),
+    ("narrow", returns_another_dtype, "others see its memory"),
     ("select", kernels_in_the_wrong_order, "before they are stored"),
     ("select", segments_that_need_each_other, "before they are stored"),
     ("schedule", drops_what_is_read_later, "dropped earlier"),

@@ -1,0 +1,83 @@
+"""What lies in memory in a narrower dtype than it is computed in, and that no result changes by it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from terrazzo.kernels.target import Target
+from terrazzo.lowering.emit import Plan
+from terrazzo.lowering.intake import Examples
+from terrazzo.lowering.options import Options
+from terrazzo.lowering.pipeline import plan, trace
+from terrazzo.runtime.compiled import CompiledPiece
+
+from .equal import copied, traced
+
+H200 = Options(Target.named("h200"))
+
+
+def half(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.bfloat16)
+
+
+def residual(x: Any, r: Any, w: Any) -> tuple[Any, ...]:
+    """A sum that its own kernel goes on with in fp32, and that the kernel after a product reads rounded."""
+    total = (x @ w).float() + r.float()
+    normed = (total * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + 1e-5)).to(x.dtype)
+    return total, normed, torch.tanh(normed @ w)
+
+
+def rounded(x: Any, r: Any, w: Any) -> Any:
+    total, _, y = residual(x, r, w)
+    return torch.softmax(y.float() + total.to(x.dtype).float(), -1)
+
+
+def both(x: Any, r: Any, w: Any) -> Any:
+    total, _, y = residual(x, r, w)
+    return torch.softmax(y.float() + total.to(x.dtype).float() + total, -1)
+
+
+def returned(x: Any, r: Any, w: Any) -> Any:
+    total, _, y = residual(x, r, w)
+    return torch.softmax(y.float() + total.to(x.dtype).float(), -1), total
+
+
+def sixteen(x: Any, r: Any, w: Any) -> Any:
+    total, _, y = residual(x, r, w)
+    return torch.softmax(y.float() + total.to(torch.bfloat16).float(), -1) + total.to(torch.float16).float()
+
+
+def planned(fn: Any, *args: torch.Tensor) -> Plan:
+    graph = traced(fn, len(args))
+    return plan(trace(graph, Examples.of(graph, args)), {}, H200)
+
+
+def sums(made: Plan) -> set[torch.dtype]:
+    """Dtypes in which sums of the stream lie in memory: values that are as large as x and no product's operand."""
+    values = made.schedule.values
+    stored = {s.value for k in made.schedule.launches() for g in k.segments for s in g.stores}
+    return {values.layouts[name].dtype for name in stored if name.startswith("add")}
+
+
+ARGUMENTS = half(64, 512), half(64, 512), half(512, 512)
+
+
+def test_a_sum_that_others_read_rounded_is_stored_rounded() -> None:
+    assert sums(planned(rounded, *ARGUMENTS)) == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("fn", [both, returned, sixteen])
+def test_a_sum_that_somebody_reads_as_it_is_is_not(fn: Any) -> None:
+    assert sums(planned(fn, *ARGUMENTS)) == {torch.float32}
+
+
+@pytest.mark.parametrize("fn", [rounded, both, returned, sixteen])
+def test_results_are_those_of_a_kernel_for_each_op(fn: Any, device: torch.device) -> None:
+    args = copied([half(8, 64), half(8, 64), half(64, 64)])
+    options = [Options(Target.current(), fuse=fuse) for fuse in (True, False)]
+    ours, theirs = (CompiledPiece(traced(fn, 3), args, options=o)(*args) for o in options)
+    for a, b in zip(*(v if isinstance(v, tuple) else (v,) for v in (ours, theirs)), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
