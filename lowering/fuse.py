@@ -60,9 +60,9 @@ class Fused:
     @property
     def narrowed(self) -> dict[str, torch.dtype]:
         """Values that lie in memory in another dtype than they are computed in (narrow.py)."""
-        made, layouts = self.values.definitions, self.values.layouts
-        maps = (n for n, d in made.items() if isinstance(d, Map))
-        return {n: layouts[n].dtype for n in maps if n in layouts and layouts[n].dtype != made[n].layout.dtype}
+        layouts = self.values.layouts
+        maps = (d for d in self.values.definitions.values() if isinstance(d, Map) and d.name in layouts)
+        return {d.name: layouts[d.name].dtype for d in maps if layouts[d.name].dtype != d.layout.dtype}
 
     @cached_property
     def stranded(self) -> frozenset[str]:
