@@ -153,8 +153,8 @@ def gemm_stream_kernel(
         let_successor_start()
     if PDL and not ASKS_EARLY:
         wait_for_predecessor()
-    if PDL and LEADS:
-        let_successor_start()
+        if LEADS:
+            let_successor_start()
     w_ring = gl.allocate_shared_memory(w_desc.dtype, [STAGES * ACCS] + w_desc.block_shape, w_desc.layout)
     x_ring = gl.allocate_shared_memory(x_desc.dtype, [STAGES] + x_desc.block_shape, x_desc.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -168,6 +168,8 @@ def gemm_stream_kernel(
             ask_w(w_desc, n0 + a * PAIR_OFFSET, k, ready.index(s), w_ring.index(s * ACCS + a), APART, KN, k < k_end)
     if PDL and ASKS_EARLY:
         wait_for_predecessor()
+        if LEADS:
+            let_successor_start()
     first = first_row(m0, m_size, BLOCK_M)
     for s in gl.static_range(STAGES):
         k = k0 + s * BLOCK_K

@@ -14,7 +14,8 @@ said so. A kernel waits for the end of the one before it (`gdc_wait`) before it 
 written or may still read, on every path; so ends are transitive along the stream. It may let its successor start before
 it waits itself, and what a plan was given is then read across several kernels that all wait. The first kernel of a plan
 (`leads`) is not like that: it waits, and only then lets the next one start, so that whatever ran before the plan has
-ended before any other of its kernels begins.
+ended before any other of its kernels begins. Where all that the plan was given to multiply by was there before any plan
+ran (`Options.steady`), no kernel leads.
 
 Under TRITON_INTERPRET=1 the call goes to the interpreter, whose small floats are repaired first.
 """

@@ -43,7 +43,11 @@ class Schedule:
     @cached_property
     def leading(self) -> frozenset[str]:
         """Kernels before which nothing of this plan runs, or an op that runs as itself: these wait for whatever did
-        before they let another start (kernels/launch.py)."""
+        before they let another start (kernels/launch.py). None where all that kernels of the plan ask for before they
+        wait was there before any plan ran."""
+        products = [k.problem for k in self.launches() if k.family and k.group.contract is not None]
+        if products and all(p.w_steady or not p.w_given for p in products):
+            return frozenset()
         found, fresh = set(), True
         for kernel in self.launches():
             if kernel.family and fresh:

@@ -82,6 +82,18 @@ def test_only_a_parameter_that_is_steady_is_asked_for_by_the_first_kernel() -> N
     assert early(planned(fn, half(4, 4096), *parameters, options=STEADY)) == [True, True]
 
 
+def test_the_first_kernel_holds_nothing_back_where_all_weights_are_steady() -> None:
+    def fn(x: Any, w: Any, v: Any) -> Any:
+        return (torch.softmax(x, -1) @ w) @ v
+
+    weights = half(4096, 4096), half(4096, 2048)
+    w, v = (torch.nn.Parameter(one, requires_grad=False) for one in weights)
+    assert held_back(planned(fn, half(4, 4096), w, v)) == [True, False, False]
+    assert held_back(planned(fn, half(4, 4096), w, v, options=STEADY)) == [False, False, False]
+    # The second may be what a plan before this one computes.
+    assert held_back(planned(fn, half(4, 4096), w, weights[1], options=STEADY)) == [True, False, False]
+
+
 def test_a_parameter_that_the_piece_writes_is_not_steady() -> None:
     def fn(x: Any, w: Any) -> Any:
         y = x @ w
