@@ -102,6 +102,10 @@ class Body:
     # Expressions whose text depends on the condition they stand under.
     reading: set[Expr] = field(default_factory=set)
 
+    def __post_init__(self) -> None:
+        # A value may be called what another one's pointer is.
+        self.taken.update(map(self.pointer, self.dtypes))
+
     def write(self) -> list[str]:
         """The statements, without indentation."""
         roots = [r.expr for r in self.group.reductions] + [s.expr for s in self.group.stores]

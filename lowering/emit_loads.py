@@ -71,6 +71,8 @@ def apart(body: str, tensors: int, name: str) -> tuple[str, str]:
             given += [target] * (target in used)
         if not used & {*line.makes}:
             lines[number] = None
+    if not given:
+        return "", body
     head = ["@triton.jit", f"def {name}(m, n, mask, t):"]
     reads = [*head, *(f"    {text}" for text in inner), f"    return ({', '.join(given)},)"]
     return "\n".join(reads), "\n".join(line for line in lines if line is not None)

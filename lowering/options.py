@@ -16,8 +16,9 @@ class Options:
         fuse: contract the graph into groups; off, every op is its own kernel (for finding a wrong fusion).
         pdl: launch kernels with programmatic dependent launch where the target has it.
         allow_tf32: fp32 matrix products may use tf32 (torch's own switch, read by the caller).
-        steady: the caller's promise that no plan's result becomes a parameter of the piece while kernels run, so that
-            parameters may be read before the plans that ran earlier have ended. A server's weights are so.
+        steady: the caller's promise that no plan's result becomes a parameter of the piece, or a tensor that its module
+            holds, while kernels run: those may be read before plans that ran earlier have ended. A server's weights are
+            so.
     """
 
     target: Target

@@ -181,7 +181,7 @@ def make(piece: Piece, size: int, options: Options, title: str, journal: Journal
 
 def describe(piece: Piece, size: int, options: Options, plan: Plan, retraced: str, journal: Journal) -> Dump:
     """What `make` made, as data."""
-    fused: Fused = journal.result("fuse")
+    fused: Fused = journal.result("narrow")
     computed = [d for d in fused.values.definitions.values() if isinstance(d, (Map, Reduce, Contract, Extern))]
     return Dump(
         label=label(piece),

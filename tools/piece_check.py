@@ -66,13 +66,13 @@ def check_sizes(
         span: plans for this range of sizes serve those in it, and planning at a call is a failure.
     """
     results = []
-    ranged = CompiledPiece(piece.graph)
+    ranged = CompiledPiece(piece.graph, steady=True)
     regimes = ranged.ranged(*span) if span is not None else ()
     for size in sizes:
         inside = any(r.lo <= size <= r.hi for r in regimes)
         planned = len(ranged.plans)
         # Equal pieces share trace and plans; that one size cannot be compiled must not colour the next.
-        compiled = ranged if inside else CompiledPiece(piece.graph)
+        compiled = ranged if inside else CompiledPiece(piece.graph, steady=True)
         results.append(check_piece(piece, compiled, size, device))
         if inside and len(ranged.plans) > planned:
             why = "; ".join(r.why for r in regimes if r.why)
@@ -86,7 +86,7 @@ def check_sizes(
 def bounds(piece: Piece, span: tuple[int, int] | None) -> list[int]:
     """The smallest, second and largest size of every regime of a range, and one inside."""
     found: set[int] = set()
-    for regime in CompiledPiece(piece.graph).ranged(*span) if span is not None else ():
+    for regime in CompiledPiece(piece.graph, steady=True).ranged(*span) if span is not None else ():
         found |= {regime.lo, min(regime.lo + 1, regime.hi), (regime.lo + regime.hi) // 2, regime.hi}
     return sorted(found)
 

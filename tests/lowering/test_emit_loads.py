@@ -99,6 +99,11 @@ def test_what_hangs_on_the_product_or_on_sums_of_rows_stays() -> None:
         assert apart(made, 2, "f_loads") == ("", made)
 
 
+def test_a_read_that_nothing_needs_stays() -> None:
+    made = body("y_ptr = t[0]", "dead = tl.load(y_ptr + n, mask=mask)", "tl.store(y_ptr + m * 64 + n, acc, mask=mask)")
+    assert apart(made, 1, "f_loads") == ("", made)
+
+
 def test_nothing_to_read_and_too_much_to_hold() -> None:
     made = body("y_ptr = t[0]", "tl.store(y_ptr + m * 64 + n, acc, mask=mask)")
     assert apart(made, 1, "f_loads") == ("", made)

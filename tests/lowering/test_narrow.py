@@ -9,6 +9,7 @@ import torch
 
 from terrazzo.kernels.target import Target
 from terrazzo.lowering import pipeline
+from terrazzo.lowering.cost import traffic
 from terrazzo.lowering.emit import Plan
 from terrazzo.lowering.fuse import Fused
 from terrazzo.lowering.intake import Examples
@@ -75,6 +76,16 @@ def test_a_sum_that_others_read_rounded_is_stored_rounded() -> None:
 @pytest.mark.parametrize("fn", [both, returned, sixteen])
 def test_a_sum_that_somebody_reads_as_it_is_is_not(fn: Any) -> None:
     assert sums(planned(fn, *ARGUMENTS)) == {torch.float32}
+
+
+def test_bytes_are_those_that_the_kernels_move() -> None:
+    made = planned(rounded, *ARGUMENTS)
+    launches, values = made.schedule.launches(), made.schedule.values
+    first, last = (sum(traffic(g, values) for g in k.segments) for k in (launches[0], launches[-1]))
+    graph, journal = traced(rounded, 3), pipeline.Journal()
+    plan(trace(graph, Examples.of(graph, ARGUMENTS), journal=journal), {}, H200, journal=journal)
+    wide = journal.result("fuse")
+    assert first + last < sum(traffic(g, wide.values) for k in (launches[0], launches[-1]) for g in k.segments)
 
 
 @pytest.mark.parametrize("fn", [rounded, both, returned, sixteen])

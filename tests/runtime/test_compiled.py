@@ -250,3 +250,11 @@ def test_results_keep_their_structure(device, nest):
 def test_options_are_for_the_arguments_device(device):
     target = options_for([3, torch.zeros(2, device=device)]).target
     assert target.interpreted == (device.type == "cpu")
+
+
+def test_an_argument_may_be_called_what_anothers_pointer_is(device):
+    graph = fx.symbolic_trace(lambda r, r_ptr: r_ptr.exp() + r)
+    args = torch.randn(4, 8, device=device), torch.randn(4, 8, device=device)
+    piece = CompiledPiece(graph, args)
+    torch.testing.assert_close(piece(*args), args[1].exp() + args[0])
+    assert not piece.refusal
