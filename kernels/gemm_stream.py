@@ -2,9 +2,9 @@
 
 Schedule: a ring of `stages` tiles in shared memory. Every program asks for its first tiles of W at once, then waits for
 the previous kernel (programmatic dependent launch), then asks for the tiles of x beside them: what memory has to give
-flows across the border between two kernels. Where W is not given beforehand, or nothing of the plan ran before, it
-waits first (see launch.py). Triton's pipeliner issues both loads of a step together, behind the wait, so the ring is
-written out, in Gluon.
+flows across the border between two kernels. Where W may be what another kernel still computes it waits first (see
+launch.py). Triton's pipeliner issues both loads of a step together, behind the wait, so the ring is written out, in
+Gluon. What the epilogue reads is asked for before the loop.
 Either operand may be the one a warpgroup takes 64 rows of: W (accumulators [BLOCK_N, BLOCK_M]), so that few tokens cost
 nothing; or x (accumulators [BLOCK_M, BLOCK_N]), so that a tile may be as narrow as 16 columns of W and few columns
 still occupy every multiprocessor.

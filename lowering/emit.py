@@ -34,7 +34,7 @@ from .size import NAME, Undecided
 from .values import Values
 
 # Families that ask for what their epilogue reads before the product.
-PREFETCHING = frozenset({"gemm_stream"})
+READING_EARLY = frozenset({"gemm_stream"})
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class _Writer:
         layers of a model do: then both share it, and what it compiles to."""
         name = f"{self.names[kernel.name]}_body"
         text, parts, reads = self.function(kernel, name), self.parts(kernel, name), ""
-        if _families(kernel) <= PREFETCHING:
+        if _families(kernel) <= READING_EARLY:
             reads, text = apart(text, len(tensors(kernel)) + bool(parts), _loads(name))
         functions = [one for one in (parts, reads, text) if one]
         # Of a loop there are four functions.

@@ -41,7 +41,7 @@ def apart(body: str, tensors: int, name: str) -> tuple[str, str]:
     found = dict(_lines(body))
     fixed = {"acc", "acc2"}
     for line in found.values():
-        if line.reads & fixed or (line.makes and line.text.startswith(f"{line.makes[0]} = t[") and _sum(line, tensors)):
+        if line.reads & fixed or _sum(line, tensors):
             fixed.update(line.makes)
     moved = [number for number, line in found.items() if line.loads and not fixed & {*line.makes, *line.reads}]
     if not 0 < len(moved) <= MOST:
@@ -80,7 +80,7 @@ def apart(body: str, tensors: int, name: str) -> tuple[str, str]:
 
 def _sum(line: _Line, tensors: int) -> bool:
     """Whether a statement takes the sum of a row's parts, which the schedule puts behind the tensors."""
-    return line.text.endswith(f"= t[{tensors - 1}]") and not line.makes[0].endswith("_ptr")
+    return any(line.text == f"{name} = t[{tensors - 1}]" and not name.endswith("_ptr") for name in line.makes)
 
 
 def _lines(body: str) -> Iterator[tuple[int, _Line]]:
