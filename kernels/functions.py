@@ -199,7 +199,8 @@ def row_max(x):
         lost = tl.max((x != x).to(tl.int32), axis=1, keep_dims=True) != 0
         return tl.where(lost, float("nan"), tl.max(x, axis=1, keep_dims=True))
     elif PLAIN:
-        return tl.max(x, axis=1, keep_dims=True)
+        # `tl.max` widens whole numbers to 32 bits, and what is computed from them would not wrap.
+        return tl.max(x, axis=1, keep_dims=True).to(x.dtype)
     else:
         return tl.reduce(x, axis=1, combine_fn=_larger, keep_dims=True)
 
@@ -211,7 +212,7 @@ def row_min(x):
         lost = tl.max((x != x).to(tl.int32), axis=1, keep_dims=True) != 0
         return tl.where(lost, float("nan"), tl.min(x, axis=1, keep_dims=True))
     elif PLAIN:
-        return tl.min(x, axis=1, keep_dims=True)
+        return tl.min(x, axis=1, keep_dims=True).to(x.dtype)
     else:
         return tl.reduce(x, axis=1, combine_fn=_smaller, keep_dims=True)
 

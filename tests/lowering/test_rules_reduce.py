@@ -168,6 +168,16 @@ def test_what_follows_a_reduction() -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16])
+@pytest.mark.parametrize("shape", [(1,), (3, 5)])
+def test_what_is_computed_from_a_largest_small_number_wraps(dtype, shape):
+    def fn(x):
+        most, least = x.amax(-1), x.amin(-1)
+        return ((most + most) + (most + most)) // 3, (least + least) // 3, (most - least - least) > 0
+
+    same(fn, torch.full(shape, torch.iinfo(dtype).max - 27, dtype=dtype))
+
+
 @pytest.mark.parametrize("name", ["sum", "amax", "argmax", "argmin", "any", "all", "mean", "max"])
 def test_rows_wider_than_a_program_holds(name: str) -> None:
     same(lambda x: KINDS[name](x, 1), 1 + odd(2, 140_000) / 1000)
