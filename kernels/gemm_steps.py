@@ -93,6 +93,7 @@ def rows_and_columns(
     m0,
     n0,
     m_size,
+    N: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     HALVES: gl.constexpr,
@@ -100,7 +101,7 @@ def rows_and_columns(
     WARPS: gl.constexpr,
 ):
     """Where the elements of a tile's epilogue lie: `m` and `n`, each along its own axis; of heads, in first halves. And
-    which rows are the tile's own: as none is read beyond the last, some are there twice, or another tile's."""
+    which are there and the tile's own: as no row is read beyond the last, some are there twice, or another tile's."""
     ACROSS: gl.constexpr = 2 if HALVES > 0 else 1
     WIDE: gl.constexpr = BLOCK_N // ACROSS
     laid: gl.constexpr = lines(WIDE, TOKENS_FIRST, WARPS)
@@ -116,7 +117,7 @@ def rows_and_columns(
     if folds(BLOCK_M):
         own = own & ((row < HALF) | (m >= first + HALF))
     n = n0 // ACROSS + gl.expand_dims(gl.arange(0, WIDE, gl.SliceLayout(M_AXIS, laid)), M_AXIS)
-    return gl.minimum(m, m_size - 1), n, own
+    return gl.minimum(m, m_size - 1), n, (n < N // ACROSS) & own
 
 
 @gluon.jit
@@ -142,10 +143,10 @@ def finish(
     if HALVES > 0:
         # Of a head that is wider than the tile, the tile holds as much of both halves.
         acc, acc2 = halves_apart(acc, min(HALVES, BLOCK_N // 2), TOKENS_FIRST, WARPS)
-    m, n, own = rows_and_columns(m0, n0, m_size, BLOCK_M, BLOCK_N, HALVES, TOKENS_FIRST, WARPS)
+    m, n, mask = rows_and_columns(m0, n0, m_size, N, BLOCK_M, BLOCK_N, HALVES, TOKENS_FIRST, WARPS)
     acc = gl.convert_layout(acc, laid)
     acc2 = gl.convert_layout(acc2, laid) if PAIRED or HALVES > 0 else acc
-    EPILOGUE(acc, acc2, m, n, (n < N // ACROSS) & own, t)
+    EPILOGUE(acc, acc2, m, n, mask, t)
 
 
 @gluon.jit

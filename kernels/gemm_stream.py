@@ -177,8 +177,7 @@ def gemm_stream_kernel(
     # What the epilogue reads: nothing waits for it before the product is done.
     EARLY: gl.constexpr = ACCS * BLOCK_M * BLOCK_N <= 64 * 32 * WARPS
     if LOAD_PARTS is not None or LOADS is not None:
-        m, n, own = rows_and_columns(m0, n0, m_size, BLOCK_M, BLOCK_N, HALVES, TOKENS_FIRST, WARPS)
-        mask = (n < (N // 2 if HALVES > 0 else N)) & own
+        m, n, mask = rows_and_columns(m0, n0, m_size, N, BLOCK_M, BLOCK_N, HALVES, TOKENS_FIRST, WARPS)
     if LOAD_PARTS is not None:
         parts = LOAD_PARTS(m, n, t)
     if LOADS is not None and EARLY:
@@ -344,8 +343,8 @@ def prepare(
         parts: `@triton.jit` function `(m, n, t)`: what an earlier kernel left of its rows' sums (`load_parts`);
             the epilogue finds the sums, in the shape of `m`, behind the tensors of `t`.
         loads: `@triton.jit` function `(m, n, mask, t)`: what the epilogue reads, a tuple that it finds behind those.
-        pdl, leads: programmatic dependent launch (see launch.py); W is asked for before the wait where the problem says
-            that it is given, and another kernel of the plan has waited.
+        pdl, leads: programmatic dependent launch (see launch.py); `asks_early` says whether W is asked for before the
+            wait.
         slot: workspace slot; differs between kernels that may run at the same time.
     """
     return StreamGemm(epilogue, config, problem, parts=parts, loads=loads, pdl=pdl, leads=leads, slot=slot)

@@ -22,14 +22,12 @@ from .values import Map
 def narrow(fused: Fused) -> Fused:
     """The same groups over narrower memory; results are the same bit by bit."""
     values, wanted = fused.values, _wanted(fused.groups)
-    fixed = values.kept | fused.dependencies.pinned
-    stored = {s.value for group in fused.groups for s in group.stores if not s.summed}
-    layouts = dict(values.layouts)
+    fixed, layouts = values.kept | fused.dependencies.pinned, dict(values.layouts)
     for name, dtypes in wanted.items():
-        if name in fixed or name not in stored or not isinstance(values.definitions.get(name), Map):
+        dtype = dtypes.pop() if len(dtypes) == 1 else None
+        if dtype is None or name in fixed or not isinstance(values.definitions.get(name), Map):
             continue
-        if len(dtypes) == 1 and _rounds(layouts[name].dtype, dtype := next(iter(dtypes))):
-            assert dtype is not None
+        if _rounds(layouts[name].dtype, dtype):
             layouts[name] = replace(layouts[name], dtype=dtype)
     return replace(fused, dependencies=replace(fused.dependencies, values=replace(values, layouts=layouts)))
 
@@ -40,8 +38,8 @@ def _wanted(groups: tuple[Group, ...]) -> dict[str, set[torch.dtype | None]]:
     for group in groups:
         roots = [r.expr for r in group.reductions] + [s.expr for s in group.stores]
         for load, reader in _readers(roots):
-            rounds = isinstance(reader, Apply) and reader.fn == "cast"
-            found.setdefault(load.value, set()).add(reader.dtype if rounds and reader is not None else None)
+            to = reader.dtype if isinstance(reader, Apply) and reader.fn == "cast" else None
+            found.setdefault(load.value, set()).add(to)
     return found
 
 
@@ -52,6 +50,6 @@ def _readers(roots: list[Expr]) -> Iterator[tuple[Load, Expr | None]]:
         yield from ((child, node) for child in children(node) if isinstance(child, Load))
 
 
-def _rounds(dtype: torch.dtype, to: torch.dtype | None) -> bool:
+def _rounds(dtype: torch.dtype, to: torch.dtype) -> bool:
     """Whether the second is a narrower floating point dtype."""
-    return to is not None and dtype.is_floating_point and to.is_floating_point and to.itemsize < dtype.itemsize
+    return dtype.is_floating_point and to.is_floating_point and to.itemsize < dtype.itemsize

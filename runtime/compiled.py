@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -313,7 +313,7 @@ class CompiledPiece:
 
     def _shared(self, args: Sequence[Any]) -> Lowered:
         if self._lowered is None:
-            options = self._options or replace(options_for(args), steady=self._steady)
+            options = self._options or options_for(args, self._steady)
             digest = fingerprint(self.graph, self.examples)
             lowered = Lowered(self.graph, self.examples, options, digest, self.shelf)
             self._lowered = lowered if digest is None else _SHARED.setdefault((digest, options), lowered)
@@ -362,8 +362,8 @@ class CompiledPiece:
         return self.graph.forward
 
 
-def options_for(args: Sequence[Any]) -> Options:
-    """Options for the device these arguments live on.
+def options_for(args: Sequence[Any], steady: bool = False) -> Options:
+    """Options for the device these arguments live on, and for parameters that are `steady` or not.
 
     Raises:
         UserError: torch sees no CUDA device, and kernels are not interpreted.
@@ -374,7 +374,7 @@ def options_for(args: Sequence[Any]) -> Options:
     target = Target.current(cuda)
     if devices and cuda is None and not target.interpreted:
         raise Unsupported("the piece", f"its tensors are on {', '.join(map(str, devices))}", stage="runtime")
-    return Options(target, allow_tf32=torch.backends.cuda.matmul.allow_tf32)
+    return Options(target, allow_tf32=torch.backends.cuda.matmul.allow_tf32, steady=steady)
 
 
 def _runner(loaded: Loaded, constants: tuple[torch.Tensor, ...]) -> Runner:

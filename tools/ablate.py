@@ -55,7 +55,7 @@ PRODUCTS = (
 )
 # The accumulators have to be needed for something.
 EPILOGUE = ((f"        {FINISH}\n    # Nothing", f"        if {NEVER}:\n            {FINISH}\n    # Nothing"),)
-MEMORY = (("(n < N // ACROSS) & own, t)", "(n < N // ACROSS) & own & (m_size < 0), t)"),)
+MEMORY = (("(n < N // ACROSS) & own\n", "(n < N // ACROSS) & own & (m_size < 0)\n"),)
 WAITS = (("griddepcontrol.wait; // $0", "mov.u32 $0, 0;"),)
 # Files of `kernels`, and what stands in place of their lines.
 VARIANTS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {

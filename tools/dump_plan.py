@@ -32,19 +32,7 @@ from terrazzo.lowering.values import Contract, Extern, Map, Reduce, Values
 from terrazzo.tools.models import Piece
 
 # Stages in the order in which they run: those of the trace, then those of one size.
-STAGES = (
-    "intake",
-    "canonicalize",
-    "specialize",
-    "define",
-    "hoist",
-    "depend",
-    "fuse",
-    "narrow",
-    "select",
-    "schedule",
-    "emit",
-)
+STAGES = tuple("intake canonicalize specialize define hoist depend fuse narrow select schedule emit".split())
 
 # Dense peaks in FLOP/s by architecture: 16-bit tensor cores, TF32 tensor cores, fp32 units. Source: NVIDIA's datasheets
 # of A100, H200 (SXM) and HGX B200. No kernel may beat a floor, so these are peaks: measured, an H200 reached 0.79e15 in

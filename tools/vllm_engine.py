@@ -42,16 +42,13 @@ def main(asked: dict[str, Any]) -> dict[str, Any]:
         seconds to start, the log lines of terrazzo, tokens, and per prompt and step: the token's log-probability and
         the likeliest token. Or seconds to start and microseconds per decode step and prefill.
     """
-    if "busy" in asked:
-        start = time.perf_counter()
-        engine = _served(asked)
-        seconds = time.perf_counter() - start
-        return {"init_s": seconds, "busy_us": _busy(engine, asked["busy"])}
     said: list[str] = []
     start = time.perf_counter()
     with _listening(said):
-        engine = _engine(asked)
+        engine = _served(asked) if "busy" in asked else _engine(asked)
         seconds = time.perf_counter() - start
+        if "busy" in asked:
+            return {"init_s": seconds, "busy_us": _busy(engine, asked["busy"])}
         engine.apply_model(fill)
         forced = None if asked["contender"] == "eager" else _wait_for(Path(asked["tokens"]))
         results = _decode(engine, forced)

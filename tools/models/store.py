@@ -121,8 +121,8 @@ def _spec_from_json(data: Mapping[str, Any]) -> Spec:
     kind, *values = data["fill"]
     shape, stride = (tuple(map(_dim, data[key])) for key in ("shape", "stride"))
     fill = Fill(str(kind), tuple(map(float, values)))
-    return TensorSpec(shape, stride, _dtype(data["dtype"]), torch.device(data["device"]), fill,
-                      data.get("parameter") is True)  # fmt: skip
+    parameter = data.get("parameter") is True
+    return TensorSpec(shape, stride, _dtype(data["dtype"]), torch.device(data["device"]), fill, parameter)
 
 
 def _renamed(dim: Dim, names: dict[str, str]) -> Dim:
