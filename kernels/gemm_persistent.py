@@ -243,7 +243,7 @@ def gemm_persistent_kernel(
     for tile in tl.range(tl.program_id(0), tiles_m * TILES_N, tl.num_programs(0), flatten=FLATTEN):
         m0, n0 = tile_origin(tile, tiles_m, TILES_N, GROUP_M, BLOCK_M, WIDTH)
         first = first_row(m0, m_size, BLOCK_M)
-        acc, acc2 = accumulate(
+        acc, acc2, beside, beside2 = accumulate(
             x_desc, w_desc, beside_desc, first, n0, K,
             PAIR_OFFSET, BLOCK_M, BLOCK_N, EXTRA_N, BLOCK_K, STAGES, HALVES, PAIRED, KN, PRECISION,
         )  # fmt: skip
@@ -258,7 +258,7 @@ def gemm_persistent_kernel(
         ACROSS: tl.constexpr = 2 if HALVES > 0 else 1
         run_epilogue(acc, acc2, m, own, n0 // ACROSS, N // ACROSS, t, PARTS, EPILOGUE)
         if EXTRA_N > 0:
-            run_epilogue(acc2, acc2, m, own, n0 + BLOCK_N, N, t, PARTS, EPILOGUE)
+            run_epilogue(beside, beside2, m, own, n0 + BLOCK_N, N, t, PARTS, EPILOGUE)
 
 
 def _constexprs(problem: GemmProblem, config: Config, epilogue: Any, pdl: bool) -> dict[str, Any]:

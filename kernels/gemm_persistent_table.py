@@ -26,7 +26,7 @@ class Config:
         programs_per_sm: resident programs per multiprocessor.
         flatten: one pipeline over tiles and depth.
         parts: runs of columns that the epilogue takes one after the other; 1, 2 or 4.
-        extra_n: columns of a second accumulator beside the first, so that a tile may be 128 + 64 wide; unpaired only.
+        extra_n: columns beside those, of accumulators of their own, so that a tile may be 128 + 64 wide.
     """
 
     block_m: int

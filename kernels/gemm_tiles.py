@@ -41,8 +41,8 @@ def accumulate(
     KN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Sum x[m0:, k] * W[k, n0:] over all k; returns both accumulators: a pair's, or the first and second halves of
-    heads, or the one with the one beside it (columns n0 + BLOCK_N …, EXTRA_N of them), or the same one twice.
+    """Sum x[m0:, k] * W[k, n0:] over all k; returns two accumulators: a pair's, or the first and second halves of
+    heads, or the same one twice; then two for the columns beside them (n0 + BLOCK_N …, EXTRA_N of them), if any.
 
     A pair from an [N, K] matrix comes as one tile [2, BLOCK_N, BLOCK_K] of a three-dimensional view, so that one
     instruction of twice the width multiplies both halves and x's tile is read from shared memory once, not twice.
@@ -52,6 +52,7 @@ def accumulate(
     if (PAIRED or HALVES > 0) and not KN:
         COLUMNS: tl.constexpr = 2 * BLOCK_N if PAIRED else BLOCK_N
         both = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
+        beside = tl.zeros([BLOCK_M, 2 * EXTRA_N], tl.float32) if EXTRA_N > 0 else both
         for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
             x = x_desc.load([m0, k])  # [BLOCK_M, BLOCK_K]
             if PAIRED:
@@ -59,23 +60,43 @@ def accumulate(
             else:
                 w = w_desc.load([0, n0 // (2 * HALVES), 0, k])
             both = tl.dot(x, w.reshape(COLUMNS, BLOCK_K).T, both, input_precision=PRECISION)  # [BLOCK_M, COLUMNS]
-        return both.reshape(BLOCK_M, 2, COLUMNS // 2).permute(0, 2, 1).split()
+            if EXTRA_N > 0:
+                w = beside_desc.load([0, n0 + BLOCK_N, k]).reshape(2 * EXTRA_N, BLOCK_K)
+                beside = tl.dot(x, w.T, beside, input_precision=PRECISION)  # [BLOCK_M, 2 * EXTRA_N]
+        acc, acc2 = apart(both)
+        if EXTRA_N > 0:
+            beside, beside2 = apart(beside)
+            return acc, acc2, beside, beside2
+        else:
+            return acc, acc2, acc, acc2
     else:
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        acc2 = tl.zeros([BLOCK_M, EXTRA_N], tl.float32) if EXTRA_N > 0 else acc
+        acc2 = acc
+        beside = tl.zeros([BLOCK_M, EXTRA_N], tl.float32) if EXTRA_N > 0 else acc
+        beside2 = beside
         for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
             x = x_desc.load([m0, k])  # [BLOCK_M, BLOCK_K]
             acc = tl.dot(x, load_tile(w_desc, n0, k, KN).T, acc, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
             if PAIRED:
                 acc2 = tl.dot(x, load_tile(w_desc, n0 + PAIR_OFFSET, k, KN).T, acc2, input_precision=PRECISION)
             if EXTRA_N > 0:
-                beside = load_tile(beside_desc, n0 + BLOCK_N, k, KN)
-                acc2 = tl.dot(x, beside.T, acc2, input_precision=PRECISION)  # [BLOCK_M, EXTRA_N]
+                w = load_tile(beside_desc, n0 + BLOCK_N, k, KN)
+                beside = tl.dot(x, w.T, beside, input_precision=PRECISION)  # [BLOCK_M, EXTRA_N]
+                if PAIRED:
+                    w = load_tile(beside_desc, n0 + BLOCK_N + PAIR_OFFSET, k, KN)
+                    beside2 = tl.dot(x, w.T, beside2, input_precision=PRECISION)
         if HALVES > 0:
             acc, acc2 = halves_apart(acc, HALVES, 1)
-        elif not PAIRED and EXTRA_N == 0:
+        elif not PAIRED:
             acc2 = acc
-        return acc, acc2
+            beside2 = beside
+        return acc, acc2, beside, beside2
+
+
+@triton.jit
+def apart(both):
+    """A tile's first and second half of columns."""
+    return both.reshape(both.shape[0], 2, both.shape[1] // 2).permute(0, 2, 1).split()
 
 
 @triton.jit
@@ -87,8 +108,8 @@ def run_epilogue(acc, acc2, m, own, n0, N: tl.constexpr, t, PARTS: tl.constexpr,
         EPILOGUE(acc, acc2, m, n, own & (n < N), t)
     else:
         HALF: tl.constexpr = acc.shape[1] // 2
-        left, right = acc.reshape(acc.shape[0], 2, HALF).permute(0, 2, 1).split()
-        left2, right2 = acc2.reshape(acc.shape[0], 2, HALF).permute(0, 2, 1).split()
+        left, right = apart(acc)
+        left2, right2 = apart(acc2)
         run_epilogue(left, left2, m, own, n0, N, t, PARTS // 2, EPILOGUE)
         run_epilogue(right, right2, m, own, n0 + HALF, N, t, PARTS // 2, EPILOGUE)
 

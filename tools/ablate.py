@@ -145,6 +145,7 @@ def main() -> int:
     for _ in range(options.turns):
         for name, turns in found.items():
             turns.append(run(name, options))
+            print(f"{name}: {turns[-1]}", file=sys.stderr, flush=True)
     table = Table("left out", *(f"{model}, {size}" for model, size in cells), title="us per piece")
     for name, turns in found.items():
         means = (fmean(turn[f"{model}, {size}"] for turn in turns) for model, size in cells)

@@ -113,13 +113,30 @@ def persistent_space(problem: GemmProblem) -> Iterable[gemm_persistent.Config]:
     yield config(128, 128 // half, 64, 5, 8, flatten=True)
     yield config(128, 128 // half, 64, 3, 8, programs_per_sm=2)
     yield config(64, 256 // half, 64, 5, 4)
-    if not problem.paired:
-        # 192 columns, where tiles of 128 or 256 would leave a last wave mostly empty.
+    # Other widths, where tiles of powers of two would leave a last wave mostly empty.
+    if problem.paired:
+        for warps, rows in ((4, 64), (8, 128)):
+            yield config(rows, 128, 64, 4, warps, extra_n=16)
+            yield config(rows, 64, 64, 5, warps, extra_n=16)
+            yield config(rows, 64, 64, 4, warps, extra_n=32)
+        yield config(64, 128, 64, 4, 4, extra_n=32)
+        yield config(128, 128, 64, 3, 8, extra_n=16, flatten=True, parts=2)
+        yield config(128, 64, 64, 4, 8, extra_n=32, flatten=True)
+    else:
         yield config(128, 128, 64, 4, 8, extra_n=64)
         yield config(128, 128, 64, 5, 8, extra_n=64)
         yield config(128, 128, 64, 4, 8, extra_n=64, flatten=True)
         yield config(64, 128, 64, 6, 4, extra_n=64)
         yield config(64, 128, 64, 4, 4, extra_n=64, programs_per_sm=2)
+        yield config(64, 64, 128, 4, 4, extra_n=32)
+        yield config(64, 64, 64, 8, 4, extra_n=32)
+        yield config(64, 128, 64, 7, 4, extra_n=32)
+        yield config(64, 256, 64, 4, 4, extra_n=32)
+        yield config(64, 256, 64, 4, 4, extra_n=64)
+        yield config(128, 64, 64, 7, 8, extra_n=32)
+        yield config(128, 128, 64, 5, 8, extra_n=32)
+        yield config(128, 128, 64, 5, 8, extra_n=32, flatten=True)
+        yield config(128, 256, 64, 4, 8, extra_n=32)
 
 
 def known_space(problem: GemmProblem) -> Iterable[gemm_persistent.Config]:

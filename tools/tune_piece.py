@@ -221,10 +221,12 @@ def _copied(value: Any) -> Any:
     return value.clone() if isinstance(value, torch.Tensor) else value
 
 
-def tune_size(piece: Piece, size: int, deadline: float, write: Callable[[dict[str, Any]], None]) -> Tuning:
-    """Tunes every GEMM of a piece at a size; a line to `write` per candidate and round."""
+def tune_size(piece: Piece, size: int, seconds: float, write: Callable[[dict[str, Any]], None]) -> Tuning:
+    """Tunes every GEMM of a piece at a size, for so long once all is compiled; a line to `write` per candidate and
+    round."""
     tuning = Tuning(piece, size)
     tuning.prepare()
+    deadline = time.monotonic() + seconds
     for number, (kept, replays) in enumerate(zip(ROUNDS, REPLAYS, strict=True)):
         for launch in tuning.launches:
             known = sorted(launch.ratios, key=lambda config: launch.ratios[config])
@@ -243,7 +245,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m terrazzo.tools.tune_piece", description=__doc__.splitlines()[0])
     parser.add_argument("--models", default="llama-3.1-8b,llama-3.2-1b")
     parser.add_argument("--sizes", default="8,16,32,64,128", type=sizes, help="numbers of tokens, comma-separated")
-    parser.add_argument("--budget-s", type=float, default=600, help="seconds in all, shared evenly")
+    parser.add_argument("--budget-s", type=float, default=600, help="seconds of timing in all, shared evenly")
     parser.add_argument("--json", default="", help="a file that gets every measurement, a JSON object a line")
     options = parser.parse_args()
     place.timing()
@@ -251,17 +253,16 @@ def main() -> int:
     # Until this program ends.
     compilers.open_for(main)
     work = [(model, size) for model in options.models.split(",") for size in options.sizes]
-    end, wrong = time.monotonic() + options.budget_s, []
+    share, wrong = options.budget_s / len(work), []
     with open(options.json or os.devnull, "a") as journal, torch.no_grad():
 
         def write(line: dict[str, Any]) -> None:
             journal.write(json.dumps(line) + "\n")
             journal.flush()
 
-        for done, (model, size) in enumerate(work):
+        for model, size in work:
             piece = middle(model)
-            share = (end - time.monotonic()) / (len(work) - done)
-            tuning = tune_size(piece, size, time.monotonic() + share, write)
+            tuning = tune_size(piece, size, share, write)
             wrong += tuning.wrong
             floor, ratio = floor_us(piece, size, Target.current()), tuning.ratio(REPLAYS[-1])
             timed = sum(len(launch.ratios) for launch in tuning.launches)

@@ -213,6 +213,15 @@ def test_two_accumulators_side_by_side(size: tuple[int, int, int], layout: str, 
     run(gemm_persistent, BESIDE, GemmProblem(*size, torch.float16, layout), device, silu_residual, with_residual)
 
 
+@pytest.mark.parametrize("layout", ["nk", "kn"])
+@pytest.mark.parametrize("config", [BESIDE, replace(BESIDE, extra_n=16, flatten=True, parts=2)])
+def test_pairs_side_by_side(config: Any, layout: str, device: torch.device) -> None:
+    # N ends in the first part of a tile, in the second, or with it, each before the other half of the pair begins.
+    for n in (40, 72, 64 + config.extra_n, 200):
+        problem = GemmProblem(67, n, 136, torch.float16, layout, paired=True, pair_offset=n + 8)
+        run(gemm_persistent, config, problem, device, silu_mul, glu)
+
+
 @pytest.mark.parametrize(
     ("family", "config"),
     [
