@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from math import ceil
 from typing import Any
 
@@ -317,7 +318,9 @@ class PersistentGemm:
         self.kernel(grid, *args)
 
 
+@cache
 def _sm_count(device: torch.device) -> int:
+    """Asked at every launch, where no driver should be."""
     return Target.current(device).sm_count
 
 

@@ -141,14 +141,17 @@ class VendorGemm:
             self.kernel = Kernel(vendor_epilogue_kernel, _constexprs(problem, epilogue, pdl), WARPS, pdl=pdl)
 
     def __call__(self, x: torch.Tensor, w: torch.Tensor, t: tuple) -> None:
+        if torch.is_grad_enabled():
+            # Like the kernels, which autograd never sees; `out=` refuses parameters otherwise.
+            with torch.no_grad():
+                self(x, w, t)
+            return
         problem, m = self.problem, x.shape[0]
         columns = w.t() if problem.layout == "nk" else w
         if columns.shape[1] > problem.w_columns:
             columns = columns[:, : problem.w_columns]
-        # Like the kernels, which autograd never sees; `out=` refuses parameters otherwise.
-        with torch.no_grad():
-            product = t[0] if problem.plain else torch.empty(m, problem.w_columns, dtype=x.dtype, device=x.device)
-            torch.mm(x, columns, out=product)
+        product = t[0] if problem.plain else torch.empty(m, problem.w_columns, dtype=x.dtype, device=x.device)
+        torch.mm(x, columns, out=product)
         if not problem.plain:
             tile = self.kernel.constexprs
             self.kernel((ceil(m / tile["ROWS"]), ceil(problem.n / tile["COLUMNS"]), 1), product, m, t)
