@@ -7,6 +7,7 @@ descriptors, which is done once for each here. Where Triton's launcher is not wh
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import triton
@@ -23,14 +24,17 @@ class Binary:
 
     Args:
         compiled: with its handles initialised.
+
+    Attributes:
+        metas: per descriptor what it is encoded by; None where the C function cannot be called directly.
     """
 
-    __slots__ = ("_head", "_metas", "_raw", "compiled")
+    __slots__ = ("_head", "_raw", "compiled", "metas")
 
     def __init__(self, compiled: Any) -> None:
         self.compiled = compiled
         run = compiled.run
-        self._raw, self._metas = _raw(run)
+        self._raw, self.metas = _raw(run)
         if self._raw is not None:
             # Neither scratch, nor what hooks get, nor hooks.
             fixed = (run.launch_cooperative_grid, run.launch_pdl, None, None)
@@ -45,15 +49,19 @@ class Binary:
             compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, metadata, enter, leave, *bound)
         elif self._raw is None:
             compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *bound)
-        elif self._metas:
-            self._raw(*grid, stream, *self._head, *self._flat(bound))
+        elif self.metas:
+            self.launch(grid, stream, self._flat(bound))
         else:
-            self._raw(*grid, stream, *self._head, *bound)
+            self.launch(grid, stream, bound)
+
+    def launch(self, grid: tuple[int, int, int], stream: int, flat: Sequence[Any]) -> None:
+        """Launch with parameters as the C function takes them; no hook hears of it."""
+        self._raw(*grid, stream, *self._head, *flat)
 
     def _flat(self, bound: tuple) -> list:
         """The parameters with each descriptor as the C function takes it: encoded, and its shape and strides."""
         flat: list = []
-        metas = iter(self._metas)
+        metas = iter(self.metas or ())
         for value in bound:
             if type(value) in DESCRIPTORS:
                 flat += _encoded(value, next(metas))
@@ -62,21 +70,21 @@ class Binary:
         return flat
 
 
-def _raw(run: Any) -> tuple[Any, tuple]:
-    """The C function under a launcher of Triton, None where it cannot be called directly; and per descriptor what it is
-    encoded by."""
+def _raw(run: Any) -> tuple[Any, tuple | None]:
+    """The C function under a launcher of Triton, and per descriptor what it is encoded by; None where it cannot be
+    called directly."""
     launch = getattr(run, "launch", None)
     # What it takes is Triton's own affair, and another in 3.7.
     known = triton.__version__.split(".")[:2] == ["3", "6"]
     if not known or launch is None or run.global_scratch_size or run.profile_scratch_size:
-        return None, ()
+        return None, None
     if not inspect.isfunction(launch):
         return launch, ()
     # Triton wraps it in a closure where there are descriptors.
     held = inspect.getclosurevars(launch).nonlocals
     metas = tuple(held.get("tensordesc_meta") or ())
     if "launcher" not in held or not metas or None in metas:
-        return None, ()
+        return None, None
     return held["launcher"], metas
 
 

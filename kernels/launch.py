@@ -3,7 +3,8 @@
 `JITFunction.run` derives a signature, a specialisation string and an options string on every call. A `Kernel` has its
 constexprs and options fixed when it is made, so all that can still change the binary is what the arguments *are*: the
 dtype and 16-byte alignment of each tensor, the block shape of each descriptor, the width of each int. A call builds
-that key (two attribute reads per tensor), looks it up, and launches on the current stream (`binary.py`).
+that key (two attribute reads per tensor), looks it up, and launches on the current stream (`binary.py`). A call like
+the one before does not: code written for such arguments says that they are, and reads them (`reader.py`).
 
 Rules for the kernels launched this way, from what Triton 3.6's `native_specialize_impl` does:
 - Run-time ints are declared `do_not_specialize`, or 1 and multiples of 16 each compile a binary of their own.
@@ -23,10 +24,10 @@ Under TRITON_INTERPRET=1 the call goes to the interpreter, whose small floats ar
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -35,6 +36,7 @@ from triton.runtime import driver
 from ..lowering.errors import InternalError, UserError
 from ..lowering.parser import retried
 from .binary import DESCRIPTORS, Binary
+from .reader import I32, Argument, Read, reader
 
 _Tensor = torch.Tensor
 _PLAIN = frozenset((int, tuple, bool, float, type(None), *DESCRIPTORS))
@@ -43,15 +45,21 @@ Grid = tuple[int, int, int]
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
-# An int of Python is an i32 to Triton below this; beyond, the parameter's type, and so the binary, is another.
-_I32 = 1 << 31
-
 # Compiled kernels by (fn, constexprs, options), then by the arguments' key: equal Kernels share them.
 _COMPILED: dict[tuple, dict[tuple, Binary]] = {}
 
 
 # Launches noted instead of made; None outside `noting`.
 _noted: list[tuple[Kernel, tuple]] | None = None
+
+
+class _Again(NamedTuple):
+    """What launches for arguments like those of a launch before."""
+
+    read: Read
+    launch: Callable[..., None]
+    device: int
+    stream: Callable[[int], int]
 
 
 class Kernel:
@@ -67,7 +75,9 @@ class Kernel:
     Equal arguments share compiled code within the process.
     """
 
-    __slots__ = ("_compiled", "_names", "_slots", "_tail", "constexprs", "fn", "interpreted", "options")
+    __slots__ = (
+        "_compiled", "_last", "_names", "_readers", "_slots", "_tail", "constexprs", "fn", "interpreted", "options",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -98,6 +108,8 @@ class Kernel:
         # bool and int compare equal, so the values' types are part of the key.
         ordered = tuple((name, type(value), value) for name, value in sorted(self.constexprs.items()))
         self._compiled = _COMPILED.setdefault((fn, ordered, tuple(self.options.values())), {})
+        self._last: _Again | None = None
+        self._readers: dict[tuple, _Again | None] = {}
 
     def __call__(self, grid: Grid, *args: Any) -> None:
         """Launch on the current stream of the current device; a grid with a zero launches nothing.
@@ -110,10 +122,17 @@ class Kernel:
             UserError: a tensor is not on a CUDA device and the interpreter is off.
             InternalError: the kernel specialises on a run-time int.
 
-        Cost: one key (two attribute reads and a call per tensor), one lookup, one launch.
+        Cost: one key (two attribute reads and a call per tensor), one lookup, one launch; of a call like the one before
+        one check and one launch.
         """
         if 0 in grid:
             return
+        last, runtime = self._last, triton.knobs.runtime
+        if last is not None and _noted is None:
+            flat = last.read(args)
+            if flat is not None and not (runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls):
+                last.launch(grid, last.stream(last.device), flat)
+                return
         if self.interpreted:
             self._interpret(grid, args)
             return
@@ -125,7 +144,10 @@ class Kernel:
         if binary is None:
             binary = self._loaded(key, args)
         bound = (*passed, *self._tail) if not self._slots else self._bind(passed)
-        binary(grid, driver.active.get_current_stream(device), bound, triton.knobs.runtime)
+        binary(grid, driver.active.get_current_stream(device), bound, runtime)
+        if key not in self._readers:
+            self._readers[key] = self._again(args, binary, device)
+        self._last = self._readers[key]
 
     def precompile(self, *args: Any) -> Any:
         """Compile and load for arguments like these without launching; returns Triton's `CompiledKernel`.
@@ -168,6 +190,16 @@ class Kernel:
                     stage="kernels.launch",
                     remedy=f"Add {name!r} to the kernel's do_not_specialize.",
                 )
+
+    def _again(self, args: tuple, binary: Binary, device: int) -> _Again | None:
+        """How to launch for arguments like these, which were launched for; None where it is the long way only."""
+        if binary.metas is None:
+            return None
+        number = iter(range(len(args)))
+        parameters = inspect.signature(self.fn.fn).parameters
+        order = [self.constexprs[n] if n in self.constexprs else Argument(next(number)) for n in parameters]
+        read = reader(args, order, binary.metas, device)
+        return read and _Again(read, binary.launch, device, driver.active.get_current_stream)
 
     def _bind(self, passed: list) -> tuple:
         """The arguments with each constexpr at its parameter's place."""
@@ -222,7 +254,7 @@ def _walk(args: tuple, key: list, nested: bool, hollow: bool) -> list:
             passed.append(address)
             continue
         if kind is int:
-            key.append("i32" if -_I32 <= arg < _I32 else "i64")
+            key.append("i32" if -I32 <= arg < I32 else "i64")
             if nested:
                 # Ints inside a tuple are specialised on 1 and on divisibility by 16.
                 key.append((arg == 1, arg & 15 == 0))
