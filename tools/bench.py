@@ -194,7 +194,7 @@ def _report(where: str | None, results: list[dict[str, Any]], host: dict[str, fl
             console.print(kernel_table(f"{r['model']} at {r['size']}, {name}: kernels of one piece", kernels))
     console.print(
         f"{Target.current().name}; host time of a replay: {host['dispatcher']:.2f} µs through the dispatcher, "
-        f"{host['bare']:.2f} bare"
+        f"{host['bare']:.2f} bare; {host['launched']:.1f} launch by launch"
     )
 
 

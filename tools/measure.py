@@ -19,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from terrazzo.kernels.target import Target
 from terrazzo.lowering.cost import flops, traffic
 from terrazzo.lowering.errors import InternalError
+from terrazzo.runtime.compiled import CompiledPiece
 from terrazzo.runtime.lowered import Loaded
 from terrazzo.tools.models.fakes import TensorSpec, symbols_of
 from terrazzo.tools.models.fill import draw
@@ -165,7 +166,7 @@ def _launches(loaded: Loaded) -> list[tuple[str, float | None]]:
 
 
 def host_us(piece: Piece, size: int, device: torch.device) -> dict[str, float]:
-    """Host time of one replay: through the dispatcher, and of the bare graph."""
+    """Host time of one call of a piece: a replay through the dispatcher, of the bare graph, or launch by launch."""
     served = backend(piece, piece.index + 2, capture_sizes=[size], pool=torch.cuda.graph_pool_handle())
     args = piece.make_inputs(size, device)
     with torch.no_grad():
@@ -175,7 +176,12 @@ def host_us(piece: Piece, size: int, device: torch.device) -> dict[str, float]:
     captured = served.entries[size].captured
     if captured is None:
         raise InternalError("host_us", f"three calls captured nothing: {served.summary()}", stage="tools")
-    ways: dict[str, Callable[[], Any]] = {"dispatcher": lambda: served(*args), "bare": lambda: captured.replay()}
+    run = CompiledPiece(piece.graph, steady=True).at(args)
+    ways: dict[str, Callable[[], Any]] = {
+        "dispatcher": lambda: served(*args),
+        "bare": lambda: captured.replay(),
+        "launched": lambda: run(*args),
+    }
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(REPLAYS):
         for name, way in ways.items():
