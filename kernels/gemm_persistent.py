@@ -128,7 +128,7 @@ def estimate_us(problem: GemmProblem, config: Config, target: Target) -> float:
         rate = limit = SM_FLOPS_FP32 * target.sm_count
     else:
         share = target.sm_count / MEASURED_SM_COUNT * (1.0 if problem.dtype.itemsize == 2 else 0.5)
-        rate = next((rate for known, rate in TILE_FLOPS.items() if area <= known), SUSTAINED_FLOPS) * share
+        rate = next((rate for known, rate in TILE_FLOPS.items() if area <= known), max(TILE_FLOPS.values())) * share
         # A tile that feeds the tensor cores worse burns the same power for less.
         limit = SUSTAINED_FLOPS * rate / max(TILE_FLOPS.values())
     wave_us = resident * 2 * area * problem.k / rate * 1e6
@@ -169,7 +169,7 @@ def smem_bytes(problem: GemmProblem, config: Config) -> int:
     if not config.flatten:
         return pipeline
     # As compiled for a 128x256 tile: 32 KB for 2-byte results, of the whole tile or of either half; 4-byte ones whole.
-    area = config.block_m * config.block_n // config.parts
+    area = config.block_m * max(config.block_n, config.extra_n) // config.parts
     return pipeline + (32768 if (problem.epilogue_itemsize or problem.dtype.itemsize) == 2 else area * 4)
 
 
@@ -288,6 +288,7 @@ class PersistentGemm:
     """A prepared launch; call it with x [M, K], W in the problem's layout and the epilogue's tensors."""
 
     def __init__(self, epilogue: Any, config: Config, problem: GemmProblem, pdl: bool) -> None:
+        assert not (problem.halves and config.extra_n), "columns beside a tile are of no whole head"
         self.config, self.problem, self.epilogue = config, problem, epilogue
         self.kernel = Kernel(
             gemm_persistent_kernel,

@@ -47,7 +47,8 @@ class Config:
 
     def __str__(self) -> str:
         how = f"{' flatten' if self.flatten else ''}{f' in {self.parts} parts' if self.parts > 1 else ''}"
-        tile = f"{self.block_m}x{self.width}x{self.block_k}"
+        columns = f"{self.block_n}+{self.extra_n}" if self.extra_n else f"{self.block_n}"
+        tile = f"{self.block_m}x{columns}x{self.block_k}"
         return f"{tile} stages {self.stages} warps {self.warps} group {self.group_m} x{self.programs_per_sm}{how}"
 
 

@@ -36,7 +36,7 @@ from triton.runtime import driver
 from ..lowering.errors import InternalError, UserError
 from ..lowering.parser import retried
 from .binary import DESCRIPTORS, Binary
-from .reader import I32, Argument, Read, reader
+from .reader import I32, Argument, Read, kinds, reader
 
 _Tensor = torch.Tensor
 _PLAIN = frozenset((int, tuple, bool, float, type(None), *DESCRIPTORS))
@@ -145,9 +145,10 @@ class Kernel:
             binary = self._loaded(key, args)
         bound = (*passed, *self._tail) if not self._slots else self._bind(passed)
         binary(grid, driver.active.get_current_stream(device), bound, runtime)
-        if key not in self._readers:
-            self._readers[key] = self._again(args, binary, device)
-        self._last = self._readers[key]
+        known = key, kinds(args)
+        if known not in self._readers:
+            self._readers[known] = self._again(args, binary, device)
+        self._last = self._readers[known]
 
     def precompile(self, *args: Any) -> Any:
         """Compile and load for arguments like these without launching; returns Triton's `CompiledKernel`.

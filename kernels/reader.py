@@ -38,6 +38,8 @@ def reader(args: tuple, order: Sequence[Any], metas: Sequence[Any], device: int)
         device, tensors at multiples of 16 bytes, descriptors already encoded; and None for any others. None where these
         arguments are not like that.
     """
+    if not args:
+        return None
     writer = _Writer(iter(metas), {"here": torch.cuda.current_device, "device": device})
     try:
         names = [writer.argument(f"a{i}", arg) for i, arg in enumerate(args)]
@@ -50,7 +52,13 @@ def reader(args: tuple, order: Sequence[Any], metas: Sequence[Any], device: int)
         lines.append(f"if ({' | '.join(writer.addresses)}) & 15: return None")
     lines.append(f"return ({', '.join(given)},)")
     exec(_code("def read(args):\n" + "".join(f"    {line}\n" for line in lines)), writer.names)
-    return writer.names["read"]
+    # What it looks names up in must not hold it as well.
+    return writer.names.pop("read")
+
+
+def kinds(args: tuple) -> tuple:
+    """What a reader was written for, besides what can change the binary."""
+    return tuple(kinds(arg) if type(arg) is tuple else type(arg) for arg in args)
 
 
 class Argument:
@@ -100,7 +108,7 @@ class _Writer:
             handed = [self.argument(part, value, nested=True) for part, value in zip(parts, arg, strict=True)]
             return f"({''.join(f'{one}, ' for one in handed)})"
         elif type(arg) in DESCRIPTORS and not nested:
-            base, block = self.held("d", arg.base.dtype), self.held("b", arg.block_shape)
+            base, block = self.held("d", arg.base.dtype), self.held("b", arg.block_shape[:])
             self._unless(f"{kind} and {name}.base.dtype is {base} and {name}.block_shape == {block}")
             self.lines.append(f"e{name} = {name}.__dict__.get('encoded')")
             self._unless(f"e{name} is not None and e{name}[0] is {self.held('m', next(self._metas))}")

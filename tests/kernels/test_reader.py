@@ -130,9 +130,9 @@ def test_the_second_launch_gets_what_the_first_would(fn: Any, kind: str, noting:
         kernel((1, 2, 3), *args)
     assert not walked
     long = made(fn)
-    long._readers = dict.fromkeys(kernel._readers)
     for args in (first, second):
         long((1, 2, 3), *args)
+        long._last = None
     assert walked
     again, expected = noting.got[2:4], noting.got[4:]
     # The two kernels' descriptors are encoded apart.
@@ -187,6 +187,27 @@ def test_a_tensor_elsewhere_is_refused_after_one_that_was_there(noting: Noting) 
         kernel((1, 1, 1), x, w, t, *rest)
     with pytest.raises(launch.UserError, match="TRITON_INTERPRET=1"):
         kernel((1, 1, 1), torch.zeros(5), w, t, *rest)
+
+
+def test_classes_that_change_once_are_read_from_then_on(noting: Noting, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel, (x, _, *rest) = made(), like("tensors")
+    for w in (there(7, kind=Weight), there(7), there(7)):
+        kernel((1, 1, 1), x, w, *rest)
+    monkeypatch.setattr(launch, "_walk", None)
+    kernel((1, 1, 1), x, there(7), *rest)
+    assert len({call[4] for call in noting.got}) == 1
+
+
+def test_a_kernel_without_arguments_is_launched(noting: Noting) -> None:
+    @triton.jit
+    def nothing(A: tl.constexpr):
+        pass
+
+    kernel = Kernel(nothing, {"A": 1}, num_warps=4)
+    kernel.interpreted, kernel._compiled = False, {}
+    for _ in range(2):
+        kernel((1, 1, 1))
+    assert len(noting.got) == 2
 
 
 def test_what_no_reader_is_written_for() -> None:
