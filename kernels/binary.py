@@ -47,27 +47,14 @@ class Binary:
         if enter.calls or leave.calls:
             metadata = compiled.launch_metadata(grid, stream, *bound)
             compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, metadata, enter, leave, *bound)
-        elif self._raw is None:
+        elif self.metas is None:
             compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *bound)
-        elif self.metas:
-            self.launch(grid, stream, self._flat(bound))
         else:
-            self.launch(grid, stream, bound)
+            self.launch(grid, stream, _flat(bound, self.metas))
 
     def launch(self, grid: tuple[int, int, int], stream: int, flat: Sequence[Any]) -> None:
         """Launch with parameters as the C function takes them; no hook hears of it."""
         self._raw(*grid, stream, *self._head, *flat)
-
-    def _flat(self, bound: tuple) -> list:
-        """The parameters with each descriptor as the C function takes it: encoded, and its shape and strides."""
-        flat: list = []
-        metas = iter(self.metas or ())
-        for value in bound:
-            if type(value) in DESCRIPTORS:
-                flat += _encoded(value, next(metas))
-            else:
-                flat.append(value)
-        return flat
 
 
 def _raw(run: Any) -> tuple[Any, tuple | None]:
@@ -86,6 +73,18 @@ def _raw(run: Any) -> tuple[Any, tuple | None]:
     if "launcher" not in held or not metas or None in metas:
         return None, None
     return held["launcher"], metas
+
+
+def _flat(bound: tuple, metas: tuple) -> list:
+    """The parameters with each descriptor as the C function takes it: encoded, and its shape and strides."""
+    flat: list = []
+    encodings = iter(metas)
+    for value in bound:
+        if type(value) in DESCRIPTORS:
+            flat += _encoded(value, next(encodings))
+        else:
+            flat.append(value)
+    return flat
 
 
 def _encoded(descriptor: Any, meta: dict[str, Any]) -> list:

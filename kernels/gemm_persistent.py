@@ -128,9 +128,10 @@ def estimate_us(problem: GemmProblem, config: Config, target: Target) -> float:
         rate = limit = SM_FLOPS_FP32 * target.sm_count
     else:
         share = target.sm_count / MEASURED_SM_COUNT * (1.0 if problem.dtype.itemsize == 2 else 0.5)
-        rate = next((rate for known, rate in TILE_FLOPS.items() if area <= known), max(TILE_FLOPS.values())) * share
+        best = max(TILE_FLOPS.values())
+        rate = next((rate for known, rate in TILE_FLOPS.items() if area <= known), best) * share
         # A tile that feeds the tensor cores worse burns the same power for less.
-        limit = SUSTAINED_FLOPS * rate / max(TILE_FLOPS.values())
+        limit = SUSTAINED_FLOPS * rate / best
     wave_us = resident * 2 * area * problem.k / rate * 1e6
     row = _row(problem, target)
     same = as_many_tiles(row, problem.m, TILE_ROWS)

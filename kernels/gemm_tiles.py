@@ -64,11 +64,8 @@ def accumulate(
                 w = beside_desc.load([0, n0 + BLOCK_N, k]).reshape(2 * EXTRA_N, BLOCK_K)
                 beside = tl.dot(x, w.T, beside, input_precision=PRECISION)  # [BLOCK_M, 2 * EXTRA_N]
         acc, acc2 = apart(both)
-        if EXTRA_N > 0:
-            beside, beside2 = apart(beside)
-            return acc, acc2, beside, beside2
-        else:
-            return acc, acc2, acc, acc2
+        beside, beside2 = apart(beside)
+        return acc, acc2, beside, beside2
     else:
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         acc2 = acc

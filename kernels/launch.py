@@ -27,6 +27,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from itertools import count
 from typing import Any, NamedTuple
 
 import torch
@@ -76,7 +77,7 @@ class Kernel:
     """
 
     __slots__ = (
-        "_compiled", "_last", "_names", "_readers", "_slots", "_tail", "constexprs", "fn", "interpreted", "options",
+        "_compiled", "_last", "_names", "_order", "_readers", "constexprs", "fn", "interpreted", "options",
     )  # fmt: skip
 
     def __init__(
@@ -101,10 +102,9 @@ class Kernel:
         }
         names = list(inspect.signature(fn.fn).parameters)
         self._names = [name for name in names if name not in self.constexprs]
-        # Launchers take the constexprs too, in parameter order. Most kernels have them last: then one addition does it.
-        trailing = names[: len(self._names)] == self._names
-        self._tail = tuple(self.constexprs[name] for name in names[len(self._names) :]) if trailing else ()
-        self._slots = () if trailing else tuple((name, self.constexprs.get(name)) for name in names)
+        # Launchers take the constexprs too, each at its parameter's place.
+        number = count()
+        self._order = [self.constexprs[n] if n in self.constexprs else Argument(next(number)) for n in names]
         # bool and int compare equal, so the values' types are part of the key.
         ordered = tuple((name, type(value), value) for name, value in sorted(self.constexprs.items()))
         self._compiled = _COMPILED.setdefault((fn, ordered, tuple(self.options.values())), {})
@@ -143,7 +143,7 @@ class Kernel:
         binary = self._compiled.get(key)
         if binary is None:
             binary = self._loaded(key, args)
-        bound = (*passed, *self._tail) if not self._slots else self._bind(passed)
+        bound = tuple(passed[o.number] if isinstance(o, Argument) else o for o in self._order)
         binary(grid, driver.active.get_current_stream(device), bound, runtime)
         known = key, kinds(args)
         if known not in self._readers:
@@ -196,16 +196,8 @@ class Kernel:
         """How to launch for arguments like these, which were launched for; None where it is the long way only."""
         if binary.metas is None:
             return None
-        number = iter(range(len(args)))
-        parameters = inspect.signature(self.fn.fn).parameters
-        order = [self.constexprs[n] if n in self.constexprs else Argument(next(number)) for n in parameters]
-        read = reader(args, order, binary.metas, device)
+        read = reader(args, self._order, binary.metas, device)
         return read and _Again(read, binary.launch, device, driver.active.get_current_stream)
-
-    def _bind(self, passed: list) -> tuple:
-        """The arguments with each constexpr at its parameter's place."""
-        given = iter(passed)
-        return tuple(value if name in self.constexprs else next(given) for name, value in self._slots)
 
     def _interpret(self, grid: Grid, args: tuple) -> None:
         _repair()

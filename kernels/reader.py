@@ -8,9 +8,9 @@ others, which then go the long way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -38,19 +38,16 @@ def reader(args: tuple, order: Sequence[Any], metas: Sequence[Any], device: int)
         device, tensors at multiples of 16 bytes, descriptors already encoded; and None for any others. None where these
         arguments are not like that.
     """
-    if not args:
-        return None
     writer = _Writer(iter(metas), {"here": torch.cuda.current_device, "device": device})
+    writer.unless("here() == device")
     try:
-        names = [writer.argument(f"a{i}", arg) for i, arg in enumerate(args)]
+        handed = writer.parts("args", args)
     except _Otherwise:
         return None
-    given = [names[o.number] if isinstance(o, Argument) else writer.held("k", o) for o in order]
-    checks = " and ".join(["here() == device", f"len(args) == {len(args)}"])
-    lines = [f"if not ({checks}): return None", f"{''.join(f'a{i}, ' for i in range(len(args)))}= args", *writer.lines]
     if writer.addresses:
-        lines.append(f"if ({' | '.join(writer.addresses)}) & 15: return None")
-    lines.append(f"return ({', '.join(given)},)")
+        writer.unless(f"({' | '.join(writer.addresses)}) & 15 == 0")
+    given = _tuple(handed[o.number] if isinstance(o, Argument) else writer.held("k", o) for o in order)
+    lines = [*writer.lines, f"return {given}"]
     exec(_code("def read(args):\n" + "".join(f"    {line}\n" for line in lines)), writer.names)
     # What it looks names up in must not hold it as well.
     return writer.names.pop("read")
@@ -61,11 +58,10 @@ def kinds(args: tuple) -> tuple:
     return tuple(kinds(arg) if type(arg) is tuple else type(arg) for arg in args)
 
 
-class Argument:
+class Argument(NamedTuple):
     """The argument of this number, in a reader's `order`."""
 
-    def __init__(self, number: int) -> None:
-        self.number = number
+    number: int
 
 
 class _Otherwise(Exception):
@@ -86,41 +82,50 @@ class _Writer:
         self.names[name] = value
         return name
 
-    def argument(self, name: str, arg: Any, nested: bool = False) -> str:
+    def parts(self, name: str, args: tuple, nested: bool = False) -> list[str]:
+        """Lines that take a tuple apart and check what is in it; returns what is handed on for each."""
+        self.unless(f"len({name}) == {len(args)}")
+        names = [f"{name}_{i}" for i in range(len(args))]
+        self.lines.append(f"{_tuple(names)} = {name}")
+        return [self.argument(one, arg, nested) for one, arg in zip(names, args, strict=True)]
+
+    def argument(self, name: str, arg: Any, nested: bool) -> str:
         """Lines that check an argument; returns what is handed on for it."""
         kind = f"{name}.__class__ is {self.held('c', type(arg))}"
         if arg is None:
-            self._unless(f"{name} is None")
+            self.unless(f"{name} is None")
         elif isinstance(arg, torch.Tensor):
             if arg.data_ptr() & 15:
                 raise _Otherwise
-            self._unless(f"{kind} and {name}.is_cuda and {name}.dtype is {self.held('d', arg.dtype)}")
+            self.unless(f"{kind} and {name}.is_cuda and {name}.dtype is {self.held('d', arg.dtype)}")
             self.lines.append(f"p{name} = {name}.data_ptr()")
             self.addresses.append(f"p{name}")
             return f"p{name}"
         elif type(arg) is int and not nested and -I32 <= arg < I32:
-            self._unless(f"{kind} and {-I32} <= {name} < {I32}")
+            self.unless(f"{kind} and {-I32} <= {name} < {I32}")
         elif type(arg) is tuple:
-            self._unless(f"{kind} and len({name}) == {len(arg)}")
-            parts = [f"{name}_{i}" for i in range(len(arg))]
-            if parts:
-                self.lines.append(f"{''.join(f'{part}, ' for part in parts)}= {name}")
-            handed = [self.argument(part, value, nested=True) for part, value in zip(parts, arg, strict=True)]
-            return f"({''.join(f'{one}, ' for one in handed)})"
+            self.unless(kind)
+            return _tuple(self.parts(name, arg, nested=True))
         elif type(arg) in DESCRIPTORS and not nested:
             base, block = self.held("d", arg.base.dtype), self.held("b", arg.block_shape[:])
-            self._unless(f"{kind} and {name}.base.dtype is {base} and {name}.block_shape == {block}")
+            self.unless(f"{kind} and {name}.base.dtype is {base} and {name}.block_shape == {block}")
             self.lines.append(f"e{name} = {name}.__dict__.get('encoded')")
-            self._unless(f"e{name} is not None and e{name}[0] is {self.held('m', next(self._metas))}")
+            self.unless(f"e{name} is not None and e{name}[0] is {self.held('m', next(self._metas))}")
             return f"*e{name}[1]"
         elif type(arg) in _PLAIN:
-            self._unless(kind)
+            self.unless(kind)
         else:
             raise _Otherwise
         return name
 
-    def _unless(self, holds: str) -> None:
+    def unless(self, holds: str) -> None:
+        """A line that sends arguments the long way unless this holds."""
         self.lines.append(f"if not ({holds}): return None")
+
+
+def _tuple(parts: Iterable[str]) -> str:
+    """A tuple of these, however few."""
+    return f"({''.join(f'{part}, ' for part in parts)})"
 
 
 @cache

@@ -7,42 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from triton.backends.nvidia.driver import wrap_handle_tensordesc
 from triton.runtime import driver
 
 from terrazzo.kernels.binary import Binary
 from terrazzo.kernels.tma import Descriptors, Place, descriptor
 
-META = {"swizzle": 3, "elem_size": 2, "elem_type": 10, "block_size": [8, 64], "fp4_padded": False}
+from .launchers import META, Launcher
+
 QUIET = SimpleNamespace(launch_enter_hook=SimpleNamespace(calls=[]), launch_exit_hook=SimpleNamespace(calls=[]))
-
-
-class Noting:
-    """Callable, and no Python function, as what a C module holds."""
-
-    def __init__(self, got: list[tuple]) -> None:
-        self.got = got
-
-    def __call__(self, *args: Any) -> None:
-        self.got.append(args)
-
-
-class Launcher:
-    """As Triton's, around a function that notes what it gets."""
-
-    launch_cooperative_grid, launch_pdl, profile_scratch_size = False, True, 0
-
-    def __init__(self, metas: list[Any], scratch: int = 0) -> None:
-        self.got: list[tuple] = []
-        self.launch: Any = Noting(self.got)
-        if metas:
-            signature = {0: "tensordesc<bf16[8,64]>", 1: "*fp32", 2: "i32"}
-            self.launch = wrap_handle_tensordesc(self.launch, signature, metas)
-        self.global_scratch_size = scratch
-
-    def __call__(self, x: int, y: int, z: int, stream: int, function: int, *args: Any) -> None:
-        fixed = (self.launch_cooperative_grid, self.launch_pdl, None, None)
-        self.launch(x, y, z, stream, function, *fixed, *args)
 
 
 @pytest.fixture

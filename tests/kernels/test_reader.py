@@ -10,7 +10,6 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from triton.backends.nvidia.driver import wrap_handle_tensordesc
 from triton.runtime import driver
 
 from terrazzo.kernels import launch
@@ -19,8 +18,7 @@ from terrazzo.kernels.launch import Kernel
 from terrazzo.kernels.reader import Argument, reader
 from terrazzo.kernels.tma import Place, descriptor
 
-BLOCK = [8, 64]
-META = {"swizzle": 3, "elem_size": 2, "elem_type": 10, "block_size": BLOCK, "fp4_padded": False}
+from .launchers import META, Launcher, Noting
 
 
 class There(torch.Tensor):
@@ -38,31 +36,9 @@ def there(*shape: int, dtype: torch.dtype = torch.float32, kind: type = There) -
 
 
 def described(rows: int = 8) -> Any:
-    made = descriptor(there(rows, 64, dtype=torch.bfloat16), list(BLOCK), "x")
+    made = descriptor(there(rows, 64, dtype=torch.bfloat16), [8, 64], "x")
     made.base = Place(made.base.data_ptr(), made.base.dtype)
     return made
-
-
-class Noting:
-    """Callable, and no Python function, as what a C module holds."""
-
-    def __init__(self) -> None:
-        self.got: list[tuple] = []
-
-    def __call__(self, *args: Any) -> None:
-        self.got.append(args)
-
-
-class Launcher:
-    """As Triton's, around a function that notes what it gets."""
-
-    launch_cooperative_grid, launch_pdl, profile_scratch_size, global_scratch_size = False, True, 0, 0
-
-    def __init__(self, noting: Noting, descriptors: int) -> None:
-        self.launch: Any = noting
-        if descriptors:
-            signature = dict(enumerate(["tensordesc<bf16[8,64]>"] * descriptors))
-            self.launch = wrap_handle_tensordesc(noting, signature, [dict(META) for _ in range(descriptors)])
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -90,7 +66,7 @@ def noting(monkeypatch: pytest.MonkeyPatch) -> Noting:
 
     def loaded(self: Kernel, key: tuple, args: tuple) -> Binary:
         descriptors = sum(type(arg) in launch.DESCRIPTORS for arg in args)
-        run = Launcher(noting, descriptors)
+        run = Launcher([dict(META) for _ in range(descriptors)], noting=noting)
         made = self._compiled[key] = Binary(SimpleNamespace(run=run, function=key, packed_metadata=("packed",)))
         return made
 
