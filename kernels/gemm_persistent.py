@@ -3,7 +3,8 @@
 Schedule: one program per multiprocessor walks over output tiles [BLOCK_M, BLOCK_N]; both operands arrive by TMA;
 groups of `group_m` rows of tiles are walked column by column, so that a group's x tiles and the current W tile stay in
 L2. `flatten` makes tile and depth loop one pipeline: the next tile's loads fly during the epilogue. `parts` runs the
-epilogue on halves or quarters of the columns, each of which needs as much less shared memory.
+epilogue on halves or quarters of the columns, each of which needs as much less shared memory. `tail_n` computes the
+tiles that are left over from whole waves as narrower ones, so that all multiprocessors share them.
 Bytes: x and W once if a group fits in L2, y once. FLOPs: 2 * M * N * K per accumulator.
 Paired problems (GLU) keep two accumulators of the same x tile, so neither half of the wide product is written; both
 halves of W come as one tile of a three-dimensional view and are multiplied by one instruction (see gemm_tiles.py).
@@ -74,7 +75,8 @@ def choose(problem: GemmProblem, target: Target) -> tuple[Config, str]:
 
 def _holds_heads(problem: GemmProblem, config: Config) -> bool:
     """Whether the epilogue gets whole heads, where the problem has them."""
-    return whole_heads(problem, config.block_n) and (not problem.halves or not config.extra_n)
+    narrowest = config.tail_n or config.block_n
+    return whole_heads(problem, narrowest) and (not problem.halves or not config.extra_n)
 
 
 def _row(problem: GemmProblem, target: Target) -> Mapping[int, Measured]:
@@ -129,7 +131,7 @@ def estimate_us(problem: GemmProblem, config: Config, target: Target) -> float:
     else:
         share = target.sm_count / MEASURED_SM_COUNT * (1.0 if problem.dtype.itemsize == 2 else 0.5)
         best = max(TILE_FLOPS.values())
-        rate = next((rate for known, rate in TILE_FLOPS.items() if area <= known), best) * share
+        rate = _tile_flops(area) * share
         # A tile that feeds the tensor cores worse burns the same power for less.
         limit = SUSTAINED_FLOPS * rate / best
     wave_us = resident * 2 * area * problem.k / rate * 1e6
@@ -139,17 +141,28 @@ def estimate_us(problem: GemmProblem, config: Config, target: Target) -> float:
         if same is not None and same in at:
             return row[same].us
         nearest = min(at, key=lambda m: max(m, problem.m) / min(m, problem.m))
-        wave_us = (row[nearest].us - FIXED_US) / _waves(nearest, problem.n, config, target)
+        wave_us = (row[nearest].us - FIXED_US) / _waves(nearest, problem, config, target)
     floor_us = max(problem.flops / limit, problem.bytes_moved / target.bandwidth_bytes_s) * 1e6
     # No config tried was faster for fewer tokens, or as many tiles, than the best of them, so none is for these.
     fewer_us = max((hit.us for m, hit in row.items() if m <= problem.m or m == same), default=0.0)
-    return max(FIXED_US + max(_waves(problem.m, problem.n, config, target) * wave_us, floor_us), fewer_us)
+    return max(FIXED_US + max(_waves(problem.m, problem, config, target) * wave_us, floor_us), fewer_us)
 
 
-def _waves(m: int, n: int, config: Config, target: Target) -> int:
-    """How often every multiprocessor computes a tile, the last time perhaps not all."""
-    tiles = ceil(m / config.block_m) * ceil(n / config.width)
-    return ceil(tiles / (target.sm_count * config.programs_per_sm))
+def _tile_flops(area: int) -> float:
+    """FLOP/s by columns times rows of a tile, as far as measured."""
+    return next((rate for known, rate in TILE_FLOPS.items() if area <= known), max(TILE_FLOPS.values()))
+
+
+def _waves(m: int, problem: GemmProblem, config: Config, target: Target) -> float:
+    """How often every multiprocessor computes a tile, the last time perhaps not all, or all of them narrower ones."""
+    resident = target.sm_count * config.programs_per_sm
+    waves, rest = divmod(ceil(m / config.block_m) * ceil(problem.n / config.width), resident)
+    narrow = ceil(rest * config.tail_split / resident)
+    if narrow >= config.tail_split:
+        return waves + (rest > 0)
+    area = config.block_m * config.width * problem.accumulators
+    slower = _tile_flops(area) / _tile_flops(area // config.tail_split)
+    return waves + narrow * slower / config.tail_split
 
 
 def starts_early(problem: GemmProblem, config: Config) -> bool:
@@ -196,13 +209,14 @@ def _candidates(problem: GemmProblem, target: Target) -> Iterable[Config]:
         # FMA units from registers: larger tiles spill.
         yield Config(64, 64, 32, 2, 8)
         return
-    tiles = (
-        (Config(64, 32, 128, 6, 4), Config(64, 64, 64, 8, 4), Config(128, 64, 64, 6, 8),
-         Config(128, 128, 64, 4, 8, flatten=True, parts=2))
-        if problem.paired
-        else (Config(64, 64, 128, 6, 4), Config(64, 128, 64, 8, 4), Config(128, 128, 64, 6, 8),
-              Config(128, 128, 64, 5, 8, extra_n=64), Config(128, 256, 64, 4, 8, flatten=True, parts=2))
-    )  # fmt: skip
+    if problem.paired:
+        large = Config(128, 128, 64, 4, 8, flatten=True, parts=2)
+        tiles = [Config(64, 32, 128, 6, 4), Config(64, 64, 64, 8, 4), Config(128, 64, 64, 6, 8), large]
+        tiles += [replace(large, tail_n=narrow) for narrow in (64, 32)]
+    else:
+        large = Config(128, 256, 64, 4, 8, flatten=True, parts=2)
+        tiles = [Config(64, 64, 128, 6, 4), Config(64, 128, 64, 8, 4), Config(128, 128, 64, 6, 8)]
+        tiles += [Config(128, 128, 64, 5, 8, extra_n=64), large, replace(large, tail_n=128)]
     for config in tiles:
         config = replace(config, block_k=config.block_k * 2 // problem.dtype.itemsize)
         if not _holds_heads(problem, config):
@@ -227,6 +241,7 @@ def gemm_persistent_kernel(
     EXTRA_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
+    TAIL_N: tl.constexpr,
     GROUP_M: tl.constexpr,
     FLATTEN: tl.constexpr,
     PARTS: tl.constexpr,
@@ -242,25 +257,71 @@ def gemm_persistent_kernel(
     tiles_m = tl.cdiv(m_size, BLOCK_M)
     WIDTH: tl.constexpr = BLOCK_N + EXTRA_N
     TILES_N: tl.constexpr = (N + WIDTH - 1) // WIDTH
-    for tile in tl.range(tl.program_id(0), tiles_m * TILES_N, tl.num_programs(0), flatten=FLATTEN):
+    tiles, programs = tiles_m * TILES_N, tl.num_programs(0)
+    whole = tiles  # computed as they are; the others as SPLIT narrower ones each
+    if TAIL_N > 0:
+        SPLIT: tl.constexpr = BLOCK_N // TAIL_N
+        rest = tiles % programs
+        whole = tl.where(tl.cdiv(rest * SPLIT, programs) < SPLIT, tiles - rest, tiles)
+    for tile in tl.range(tl.program_id(0), whole, programs, flatten=FLATTEN):
         m0, n0 = tile_origin(tile, tiles_m, TILES_N, GROUP_M, BLOCK_M, WIDTH)
-        first = first_row(m0, m_size, BLOCK_M)
-        acc, acc2, beside, beside2 = accumulate(
-            x_desc, w_desc, beside_desc, first, n0, K,
-            PAIR_OFFSET, BLOCK_M, BLOCK_N, EXTRA_N, BLOCK_K, STAGES, HALVES, PAIRED, KN, PRECISION,
+        compute_tile(
+            x_desc, w_desc, beside_desc, m0, n0, m_size, t,
+            N, K, PAIR_OFFSET, BLOCK_M, BLOCK_N, EXTRA_N, BLOCK_K, STAGES, PARTS, HALVES, PAIRED, KN, PDL, PRECISION,
+            EPILOGUE,
         )  # fmt: skip
-        if PDL:
-            tl.extra.cuda.gdc_launch_dependents()
-        # Bodies multiply m by a row length: M * N may exceed 2^31 here.
-        m = first.to(tl.int64) + tl.arange(0, BLOCK_M)[:, None]
-        # The tile before has the others.
-        own = (m >= m0) & (m < m_size)
-        m = tl.minimum(m, m_size - 1)
-        # Columns of heads are counted in their first halves.
-        ACROSS: tl.constexpr = 2 if HALVES > 0 else 1
-        run_epilogue(acc, acc2, m, own, n0 // ACROSS, N // ACROSS, t, PARTS, EPILOGUE)
-        if EXTRA_N > 0:
-            run_epilogue(beside, beside2, m, own, n0 + BLOCK_N, N, t, PARTS, EPILOGUE)
+    if TAIL_N > 0:
+        for part in tl.range(whole * SPLIT + tl.program_id(0), tiles * SPLIT, programs):
+            m0, n0 = tile_origin(part // SPLIT, tiles_m, TILES_N, GROUP_M, BLOCK_M, WIDTH)
+            compute_tile(
+                x_desc, beside_desc, beside_desc, m0, n0 + part % SPLIT * TAIL_N, m_size, t,
+                N, K, PAIR_OFFSET, BLOCK_M, TAIL_N, 0, BLOCK_K, STAGES, 1, HALVES, PAIRED, KN, PDL, PRECISION, EPILOGUE,
+            )  # fmt: skip
+
+
+@triton.jit
+def compute_tile(
+    x_desc,
+    w_desc,
+    beside_desc,
+    m0,
+    n0,
+    m_size,
+    t,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    PAIR_OFFSET: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    EXTRA_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    PARTS: tl.constexpr,
+    HALVES: tl.constexpr,
+    PAIRED: tl.constexpr,
+    KN: tl.constexpr,
+    PDL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+):
+    """Products and epilogue of the tile at rows m0 … and columns n0 …."""
+    first = first_row(m0, m_size, BLOCK_M)
+    acc, acc2, beside, beside2 = accumulate(
+        x_desc, w_desc, beside_desc, first, n0, K,
+        PAIR_OFFSET, BLOCK_M, BLOCK_N, EXTRA_N, BLOCK_K, STAGES, HALVES, PAIRED, KN, PRECISION,
+    )  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    # Bodies multiply m by a row length: M * N may exceed 2^31 here.
+    m = first.to(tl.int64) + tl.arange(0, BLOCK_M)[:, None]
+    # The tile before has the others.
+    own = (m >= m0) & (m < m_size)
+    m = tl.minimum(m, m_size - 1)
+    # Columns of heads are counted in their first halves.
+    ACROSS: tl.constexpr = 2 if HALVES > 0 else 1
+    run_epilogue(acc, acc2, m, own, n0 // ACROSS, N // ACROSS, t, PARTS, EPILOGUE)
+    if EXTRA_N > 0:
+        run_epilogue(beside, beside2, m, own, n0 + BLOCK_N, N, t, PARTS, EPILOGUE)
 
 
 def _constexprs(problem: GemmProblem, config: Config, epilogue: Any, pdl: bool) -> dict[str, Any]:
@@ -273,6 +334,7 @@ def _constexprs(problem: GemmProblem, config: Config, epilogue: Any, pdl: bool) 
         "EXTRA_N": config.extra_n,
         "BLOCK_K": config.block_k,
         "STAGES": config.stages,
+        "TAIL_N": config.tail_n,
         "GROUP_M": config.group_m,
         "FLATTEN": config.flatten,
         "PARTS": config.parts,
@@ -290,6 +352,7 @@ class PersistentGemm:
 
     def __init__(self, epilogue: Any, config: Config, problem: GemmProblem, pdl: bool) -> None:
         assert not (problem.halves and config.extra_n), "columns beside a tile are of no whole head"
+        assert not (config.tail_n and config.extra_n), "either columns beside a tile or narrower tiles at the end"
         self.config, self.problem, self.epilogue = config, problem, epilogue
         self.kernel = Kernel(
             gemm_persistent_kernel,
@@ -302,13 +365,12 @@ class PersistentGemm:
         self._describe_x = Descriptors(lambda x: descriptor(x, [config.block_m, config.block_k], "x"))
         self._describe_w = Descriptors(lambda w: w_descriptor(w, problem, config.block_n, config.block_k))
         # One of its own also where it is not used: a descriptor is encoded for one parameter.
-        beside = config.extra_n or config.block_n
-        self._describe_beside = Descriptors(lambda w: w_descriptor(w, problem, beside, config.block_k))
+        self._describe_beside = Descriptors(lambda w: w_descriptor(w, problem, config.beside_n, config.block_k))
 
     def arguments(self, x: torch.Tensor, w: torch.Tensor, t: tuple) -> tuple[tuple[int, int, int], tuple]:
         """Return grid and kernel arguments, as the next call would launch them."""
         config, m = self.config, x.shape[0]
-        tiles = ceil(m / config.block_m) * self._tiles_n
+        tiles = ceil(m / config.block_m) * self._tiles_n * config.tail_split
         resident = _sm_count(x.device) * config.programs_per_sm
         described = self._describe_x(x), self._describe_w(w), self._describe_beside(w)
         return (min(tiles, resident), 1, 1), (*described, m, t)
@@ -354,7 +416,7 @@ def _job(problem: GemmProblem, config: Config) -> CompileJob:
         signature={
             "x_desc": f"tensordesc<{dtype}[{config.block_m},{config.block_k}]>",
             "w_desc": w_descriptor_type(problem, config.block_n, config.block_k, dtype),
-            "beside_desc": w_descriptor_type(problem, config.extra_n or config.block_n, config.block_k, dtype),
+            "beside_desc": w_descriptor_type(problem, config.beside_n, config.block_k, dtype),
             "m_size": "i32",
             "t": (f"*{dtype}",),
         },

@@ -30,6 +30,8 @@ PERSISTENT = gemm_persistent.Config(64, 64, 64, 3, 4, group_m=2)
 FLAT = gemm_persistent.Config(64, 128, 64, 2, 4, flatten=True, parts=2)
 QUARTERS = gemm_persistent.Config(64, 128, 64, 2, 4, flatten=True, parts=4)
 BESIDE = gemm_persistent.Config(64, 64, 64, 3, 4, extra_n=32)
+# Four programs in the interpreter: whole waves are multiples of four tiles.
+TAIL = gemm_persistent.Config(64, 64, 64, 3, 4, programs_per_sm=4, tail_n=16)
 SIMPLE = gemm_simple.Config(32, 64, 32, 2, 4)
 
 FAMILIES = [
@@ -220,6 +222,18 @@ def test_pairs_side_by_side(config: Any, layout: str, device: torch.device) -> N
     for n in (40, 72, 64 + config.extra_n, 200):
         problem = GemmProblem(67, n, 136, torch.float16, layout, paired=True, pair_offset=n + 8)
         run(gemm_persistent, config, problem, device, silu_mul, glu)
+
+
+@pytest.mark.parametrize("paired", [False, True], ids=["one", "pair"])
+@pytest.mark.parametrize("layout", ["nk", "kn"])
+@pytest.mark.parametrize("config", [TAIL, replace(TAIL, tail_n=32, flatten=True, parts=2, group_m=1)])
+def test_narrower_tiles_at_the_end(config: Any, layout: str, paired: bool, device: torch.device) -> None:
+    # In the interpreter 1, 2, 3, 4, 5 and 6 tiles: only narrower ones, one wave of whole ones with narrower after it or
+    # not, and a wave that narrower ones would not spare. N ends within a narrower tile.
+    for m, n in ((3, 40), (67, 56), (130, 40), (67, 88), (130, 104), (300, 40)):
+        problem = GemmProblem(m, n, 136, torch.float16, layout, paired=paired, pair_offset=n)
+        body, combine = (silu_mul, glu) if paired else (silu_residual, with_residual)
+        run(gemm_persistent, config, problem, device, body, combine)
 
 
 @pytest.mark.parametrize(
