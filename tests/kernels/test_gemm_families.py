@@ -228,9 +228,9 @@ def test_pairs_side_by_side(config: Any, layout: str, device: torch.device) -> N
 @pytest.mark.parametrize("layout", ["nk", "kn"])
 @pytest.mark.parametrize("config", [TAIL, replace(TAIL, tail_n=32, flatten=True, parts=2, group_m=1)])
 def test_narrower_tiles_at_the_end(config: Any, layout: str, paired: bool, device: torch.device) -> None:
-    # In the interpreter 1, 2, 3, 4, 5 and 6 tiles: only narrower ones, one wave of whole ones with narrower after it or
-    # not, and a wave that narrower ones would not spare. N ends within a narrower tile.
-    for m, n in ((3, 40), (67, 56), (130, 40), (67, 88), (130, 104), (300, 40)):
+    # In the interpreter 1, 2, 3, 4, 5, 6 and 7 tiles: only narrower ones, whole ones only, a wave of whole ones with
+    # narrower after it or, where they would be too many, whole ones again. N ends within a narrower tile.
+    for m, n in ((3, 40), (67, 56), (130, 40), (67, 88), (257, 40), (130, 104), (400, 40)):
         problem = GemmProblem(m, n, 136, torch.float16, layout, paired=paired, pair_offset=n)
         body, combine = (silu_mul, glu) if paired else (silu_residual, with_residual)
         run(gemm_persistent, config, problem, device, body, combine)
