@@ -23,10 +23,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .gemm import GemmProblem, Measured, first_row, in_bucket, reference, row_of, tma_obstacle, type_name, whole_heads
+from .gemm import GemmProblem, Measured, in_bucket, reference, row_of, tma_obstacle, type_name, whole_heads
 from .gemm_jobs import job_configs, label, sample
 from .gemm_persistent_table import BUCKETS, CONFIGS, EVIDENCE, Config, as_many_tiles, table_for
-from .gemm_tiles import accumulate, run_epilogue, tile_origin, w_descriptor, w_descriptor_type
+from .gemm_tiles import compute_tile, tile_origin, w_descriptor, w_descriptor_type
 from .jobs import CompileJob
 from .launch import Kernel
 from .target import Target
@@ -148,10 +148,10 @@ def estimate_us(problem: GemmProblem, config: Config, target: Target) -> float:
     return max(FIXED_US + max(_waves(problem.m, problem, config, target) * wave_us, floor_us), fewer_us)
 
 
-# Time of narrower tiles on all multiprocessors, as a share of the wave that they spare, by the columns times rows of the
-# tile that is cut (a pair's count twice) and into how many: medians of 70 timings on an H100 (2026-11-26) with and
-# without them, from 2048 to 14336 deep.
-NARROWER = {(64 * 256, 2): 0.82, (64 * 256, 4): 0.67, (128 * 256, 2): 0.60, (128 * 256, 4): 0.46}
+# Time of narrower tiles, one a program, as a share of the wave that they spare, by the columns times rows of the tile
+# that is cut (a pair's count twice) and into how many: medians of 125 timings on an H100 (2026-11-26) with and without
+# them, of problems 2048 to 14336 deep.
+NARROWER = {(64 * 256, 2): 0.80, (64 * 256, 4): 0.65, (128 * 256, 2): 0.60, (128 * 256, 4): 0.46}
 
 
 def _waves(m: int, problem: GemmProblem, config: Config, target: Target) -> float:
@@ -277,51 +277,6 @@ def gemm_persistent_kernel(
                 x_desc, beside_desc, beside_desc, m0, n0 + part % SPLIT * TAIL_N, m_size, t,
                 N, K, PAIR_OFFSET, BLOCK_M, TAIL_N, 0, BLOCK_K, STAGES, 1, HALVES, PAIRED, KN, PDL, PRECISION, EPILOGUE,
             )  # fmt: skip
-
-
-@triton.jit
-def compute_tile(
-    x_desc,
-    w_desc,
-    beside_desc,
-    m0,
-    n0,
-    m_size,
-    t,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    PAIR_OFFSET: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    EXTRA_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-    PARTS: tl.constexpr,
-    HALVES: tl.constexpr,
-    PAIRED: tl.constexpr,
-    KN: tl.constexpr,
-    PDL: tl.constexpr,
-    PRECISION: tl.constexpr,
-    EPILOGUE: tl.constexpr,
-):
-    """Products and epilogue of the tile at rows m0 … and columns n0 …."""
-    first = first_row(m0, m_size, BLOCK_M)
-    acc, acc2, beside, beside2 = accumulate(
-        x_desc, w_desc, beside_desc, first, n0, K,
-        PAIR_OFFSET, BLOCK_M, BLOCK_N, EXTRA_N, BLOCK_K, STAGES, HALVES, PAIRED, KN, PRECISION,
-    )  # fmt: skip
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-    # Bodies multiply m by a row length: M * N may exceed 2^31 here.
-    m = first.to(tl.int64) + tl.arange(0, BLOCK_M)[:, None]
-    # The tile before has the others.
-    own = (m >= m0) & (m < m_size)
-    m = tl.minimum(m, m_size - 1)
-    # Columns of heads are counted in their first halves.
-    ACROSS: tl.constexpr = 2 if HALVES > 0 else 1
-    run_epilogue(acc, acc2, m, own, n0 // ACROSS, N // ACROSS, t, PARTS, EPILOGUE)
-    if EXTRA_N > 0:
-        run_epilogue(beside, beside2, m, own, n0 + BLOCK_N, N, t, PARTS, EPILOGUE)
 
 
 def _constexprs(problem: GemmProblem, config: Config, epilogue: Any, pdl: bool) -> dict[str, Any]:

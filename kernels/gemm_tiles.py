@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .gemm import GemmProblem, halves_apart, load_tile, w_block
+from .gemm import GemmProblem, first_row, halves_apart, load_tile, w_block
 from .tma import descriptor
 
 
@@ -109,6 +109,51 @@ def run_epilogue(acc, acc2, m, own, n0, N: tl.constexpr, t, PARTS: tl.constexpr,
         left2, right2 = apart(acc2)
         run_epilogue(left, left2, m, own, n0, N, t, PARTS // 2, EPILOGUE)
         run_epilogue(right, right2, m, own, n0 + HALF, N, t, PARTS // 2, EPILOGUE)
+
+
+@triton.jit
+def compute_tile(
+    x_desc,
+    w_desc,
+    beside_desc,
+    m0,
+    n0,
+    m_size,
+    t,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    PAIR_OFFSET: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    EXTRA_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    PARTS: tl.constexpr,
+    HALVES: tl.constexpr,
+    PAIRED: tl.constexpr,
+    KN: tl.constexpr,
+    PDL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+):
+    """Products and epilogue of the tile at rows m0 … and columns n0 …."""
+    first = first_row(m0, m_size, BLOCK_M)
+    acc, acc2, beside, beside2 = accumulate(
+        x_desc, w_desc, beside_desc, first, n0, K,
+        PAIR_OFFSET, BLOCK_M, BLOCK_N, EXTRA_N, BLOCK_K, STAGES, HALVES, PAIRED, KN, PRECISION,
+    )  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    # Bodies multiply m by a row length: M * N may exceed 2^31 here.
+    m = first.to(tl.int64) + tl.arange(0, BLOCK_M)[:, None]
+    # The tile before has the others.
+    own = (m >= m0) & (m < m_size)
+    m = tl.minimum(m, m_size - 1)
+    # Columns of heads are counted in their first halves.
+    ACROSS: tl.constexpr = 2 if HALVES > 0 else 1
+    run_epilogue(acc, acc2, m, own, n0 // ACROSS, N // ACROSS, t, PARTS, EPILOGUE)
+    if EXTRA_N > 0:
+        run_epilogue(beside, beside2, m, own, n0 + BLOCK_N, N, t, PARTS, EPILOGUE)
 
 
 def w_descriptor(w: torch.Tensor, problem: GemmProblem, block_n: int, block_k: int) -> TensorDescriptor:
