@@ -136,7 +136,7 @@ class Measured:
         us: its time.
         vendor_us: cuBLAS (`F.linear`, without the epilogue) in the same run; NaN where it did not run beside.
         source: on what, and when.
-        elsewhere: on another device; `us` is by the ratio of the two bandwidths.
+        elsewhere: on another device; `us` is what this one is then expected to take.
     """
 
     config: Any
@@ -149,7 +149,7 @@ class Measured:
     def why(self) -> str:
         beside = "" if isnan(self.vendor_us) else f", cuBLAS {self.vendor_us:.1f} us"
         if self.elsewhere:
-            return f"{self.us:.1f} us by bandwidth, as measured on another device ({self.source})"
+            return f"{self.us:.1f} us by what was measured on another device ({self.source})"
         return f"measured {self.us:.1f} us{beside} ({self.source})"
 
 
@@ -157,7 +157,7 @@ class Measured:
 Table = Mapping[tuple[int, int, str], Mapping[int, Measured]]
 
 
-def measured(config: Any, rows: str, source: str) -> Table:
+def measured(config: Any, rows: str, source: str, elsewhere: bool = False) -> Table:
     """Read a table of measurements: a header, then a row of N, K, kind, m, the config's fields, us and, where it
     ran beside, cuBLAS us.
 
@@ -165,6 +165,7 @@ def measured(config: Any, rows: str, source: str) -> Table:
         config: the family's `Config`; its fields are ints or bools, in the order of the columns.
         rows: the table as text.
         source: on what the times were taken, and when.
+        elsewhere: that was another device than the table is for (see `Measured`).
     """
     table: dict[tuple[int, int, str], dict[int, Measured]] = {}
     types: list[Callable[[int], Any]] = [type(getattr(config, field.name, 0)) for field in fields(config)]
@@ -178,7 +179,7 @@ def measured(config: Any, rows: str, source: str) -> Table:
             )
         made = config(*(make(int(value)) for make, value in zip(types, values, strict=False)))
         line = table.setdefault((int(n), int(k), kind), {})
-        line[int(m)] = Measured(made, float(times[0]), float(times[1]) if len(times) > 1 else nan, source)
+        line[int(m)] = Measured(made, float(times[0]), float(times[1]) if len(times) > 1 else nan, source, elsewhere)
     return table
 
 

@@ -85,8 +85,9 @@ def _row(problem: GemmProblem, target: Target) -> Mapping[int, Measured]:
 
 
 def measurement(problem: GemmProblem, target: Target) -> Measured | None:
-    """Return what was measured for the problem's N and K in the bucket that holds its m."""
-    return in_bucket(_row(problem, target), BUCKETS, problem.m)
+    """Return what was measured for the problem's N and K at its m, or else in the bucket that holds it."""
+    row = _row(problem, target)
+    return row.get(problem.m) or in_bucket(row, BUCKETS, problem.m)
 
 
 def _measured_at(problem: GemmProblem, target: Target) -> Mapping[Config, Sequence[int]]:
@@ -150,7 +151,7 @@ def estimate_us(problem: GemmProblem, config: Config, target: Target) -> float:
 
 # Time of narrower tiles, one a program, as a share of the wave that they spare, by the columns times rows of the tile
 # that is cut (a pair's count twice) and into how many: medians of 125 timings on an H100 (2026-11-26) with and without
-# them, of problems 2048 to 14336 deep.
+# them, of problems 2048 to 14336 deep. Of other tiles nothing is expected.
 NARROWER = {(64 * 256, 2): 0.80, (64 * 256, 4): 0.65, (128 * 256, 2): 0.60, (128 * 256, 4): 0.46}
 
 
@@ -158,10 +159,9 @@ def _waves(m: int, problem: GemmProblem, config: Config, target: Target) -> floa
     """How often every multiprocessor computes a tile, the last time perhaps not all, or all of them a narrower one."""
     resident, split = target.sm_count * config.programs_per_sm, config.tail_split
     waves, rest = divmod(ceil(m / config.block_m) * ceil(problem.n / config.width), resident)
-    if split == 1 or rest * split > resident:
-        return waves + (rest > 0)
     area = config.block_m * config.width * problem.accumulators
-    return waves + (NARROWER.get((area, split), 1.0) if rest else 0.0)
+    last = NARROWER.get((area, split), 1.0) if rest * split <= resident else 1.0
+    return waves + (last if rest else 0.0)
 
 
 def starts_early(problem: GemmProblem, config: Config) -> bool:
@@ -215,7 +215,8 @@ def _candidates(problem: GemmProblem, target: Target) -> Iterable[Config]:
     else:
         large = Config(128, 256, 64, 4, 8, flatten=True, parts=2)
         tiles = [Config(64, 64, 128, 6, 4), Config(64, 128, 64, 8, 4), Config(128, 128, 64, 6, 8)]
-        tiles += [Config(128, 128, 64, 5, 8, extra_n=64), large, replace(large, tail_n=128)]
+        tiles += [Config(128, 128, 64, 5, 8, extra_n=64), large]
+        tiles += [replace(large, parts=1, tail_n=narrow) for narrow in (128, 64)]
     for config in tiles:
         config = replace(config, block_k=config.block_k * 2 // problem.dtype.itemsize)
         if not _holds_heads(problem, config):
@@ -229,7 +230,7 @@ def _candidates(problem: GemmProblem, target: Target) -> Iterable[Config]:
 def gemm_persistent_kernel(
     x_desc,
     w_desc,
-    beside_desc,
+    second_desc,
     m_size,
     t,
     N: tl.constexpr,
@@ -257,7 +258,8 @@ def gemm_persistent_kernel(
     WIDTH: tl.constexpr = BLOCK_N + EXTRA_N
     TILES_N: tl.constexpr = (N + WIDTH - 1) // WIDTH
     tiles, programs = tiles_m * TILES_N, tl.num_programs(0)
-    whole = tiles  # computed as they are; the others as SPLIT narrower ones each, at most one a program
+    # As many are computed as they are; the others as SPLIT narrower ones each, at most one a program.
+    whole = tiles
     if TAIL_N > 0:
         SPLIT: tl.constexpr = BLOCK_N // TAIL_N
         rest = tiles % programs
@@ -265,7 +267,7 @@ def gemm_persistent_kernel(
     for tile in tl.range(tl.program_id(0), whole, programs, flatten=FLATTEN):
         m0, n0 = tile_origin(tile, tiles_m, TILES_N, GROUP_M, BLOCK_M, WIDTH)
         compute_tile(
-            x_desc, w_desc, beside_desc, m0, n0, m_size, t,
+            x_desc, w_desc, second_desc, m0, n0, m_size, t,
             N, K, PAIR_OFFSET, BLOCK_M, BLOCK_N, EXTRA_N, BLOCK_K, STAGES, PARTS, HALVES, PAIRED, KN, PDL, PRECISION,
             EPILOGUE,
         )  # fmt: skip
@@ -274,7 +276,7 @@ def gemm_persistent_kernel(
         if part < tiles * SPLIT:
             m0, n0 = tile_origin(part // SPLIT, tiles_m, TILES_N, GROUP_M, BLOCK_M, WIDTH)
             compute_tile(
-                x_desc, beside_desc, beside_desc, m0, n0 + part % SPLIT * TAIL_N, m_size, t,
+                x_desc, second_desc, second_desc, m0, n0 + part % SPLIT * TAIL_N, m_size, t,
                 N, K, PAIR_OFFSET, BLOCK_M, TAIL_N, 0, BLOCK_K, STAGES, 1, HALVES, PAIRED, KN, PDL, PRECISION, EPILOGUE,
             )  # fmt: skip
 
@@ -308,6 +310,7 @@ class PersistentGemm:
     def __init__(self, epilogue: Any, config: Config, problem: GemmProblem, pdl: bool) -> None:
         assert not (problem.halves and config.extra_n), "columns beside a tile are of no whole head"
         assert not (config.tail_n and config.extra_n), "either columns beside a tile or narrower tiles at the end"
+        assert config.block_n == config.tail_split * (config.tail_n or config.block_n), "parts of a tile are equal"
         self.config, self.problem, self.epilogue = config, problem, epilogue
         self.kernel = Kernel(
             gemm_persistent_kernel,
@@ -320,14 +323,14 @@ class PersistentGemm:
         self._describe_x = Descriptors(lambda x: descriptor(x, [config.block_m, config.block_k], "x"))
         self._describe_w = Descriptors(lambda w: w_descriptor(w, problem, config.block_n, config.block_k))
         # One of its own also where it is not used: a descriptor is encoded for one parameter.
-        self._describe_beside = Descriptors(lambda w: w_descriptor(w, problem, config.beside_n, config.block_k))
+        self._describe_second = Descriptors(lambda w: w_descriptor(w, problem, config.second_n, config.block_k))
 
     def arguments(self, x: torch.Tensor, w: torch.Tensor, t: tuple) -> tuple[tuple[int, int, int], tuple]:
         """Return grid and kernel arguments, as the next call would launch them."""
         config, m = self.config, x.shape[0]
         tiles = ceil(m / config.block_m) * self._tiles_n * config.tail_split
         resident = _sm_count(x.device) * config.programs_per_sm
-        described = self._describe_x(x), self._describe_w(w), self._describe_beside(w)
+        described = self._describe_x(x), self._describe_w(w), self._describe_second(w)
         return (min(tiles, resident), 1, 1), (*described, m, t)
 
     def __call__(self, x: torch.Tensor, w: torch.Tensor, t: tuple) -> None:
@@ -371,7 +374,7 @@ def _job(problem: GemmProblem, config: Config) -> CompileJob:
         signature={
             "x_desc": f"tensordesc<{dtype}[{config.block_m},{config.block_k}]>",
             "w_desc": w_descriptor_type(problem, config.block_n, config.block_k, dtype),
-            "beside_desc": w_descriptor_type(problem, config.beside_n, config.block_k, dtype),
+            "second_desc": w_descriptor_type(problem, config.second_n, config.block_k, dtype),
             "m_size": "i32",
             "t": (f"*{dtype}",),
         },

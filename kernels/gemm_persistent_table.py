@@ -8,10 +8,10 @@ from functools import cache
 from math import ceil
 
 from .gemm import GemmProblem, Measured, Table, joined, measured, nearest, row_of
-from .gemm_persistent_rows import AGAIN_H100, BETWEEN_H100, BETWEEN_H200, POWERS
+from .gemm_persistent_rows import AGAIN_H100, BETWEEN_H100, BETWEEN_H200, CARRIED_H200, POWERS
 from .target import Target
 
-# The m of CONFIGS' rows.
+# The m that CONFIGS' rows share, on one device or another; some have rows at others as well.
 BUCKETS = (128, 136, 160, 192, 256, 320, 384, 448, 512, 640, 768, 1024, 2048, 3072, 8192)
 
 
@@ -50,7 +50,7 @@ class Config:
         return self.block_n + self.extra_n
 
     @property
-    def beside_n(self) -> int:
+    def second_n(self) -> int:
         """Columns of W's second descriptor: beside a tile or of a narrower one."""
         return self.extra_n or self.tail_n or self.block_n
 
@@ -71,7 +71,11 @@ EVIDENCE = "NVIDIA H200, torch 2.11, triton 3.6, bf16, 2026-11-24"
 
 _POWERS = measured(Config, POWERS, EVIDENCE)
 CONFIGS: dict[str, Table] = {
-    "h200": joined(_POWERS, measured(Config, BETWEEN_H200, "NVIDIA H200, torch 2.11, triton 3.6, bf16, 2026-11-26")),
+    "h200": joined(
+        _POWERS,
+        measured(Config, BETWEEN_H200, "NVIDIA H200, torch 2.11, triton 3.6, bf16, 2026-11-26"),
+        measured(Config, CARRIED_H200, "NVIDIA H100 80GB, torch 2.11, triton 3.6, bf16, 2026-11-26", elsewhere=True),
+    ),
     "h100": joined(
         _POWERS,
         measured(Config, BETWEEN_H100, "NVIDIA H100 80GB, torch 2.11, triton 3.6, bf16, 2026-11-25"),

@@ -152,7 +152,7 @@ class Segmented:
         wide: int64 indices; None decides by the sizes of each call.
     """
 
-    __slots__ = ("_block_c", "_block_r", "_constexprs", "_fn", "_kernels", "_leads", "_pdl", "_warps", "_wide")
+    __slots__ = ("_block_c", "_block_r", "_constexprs", "_fn", "_kernels", "_last", "_leads", "_pdl", "_warps", "_wide")
 
     def __init__(
         self,
@@ -169,6 +169,7 @@ class Segmented:
         self._block_r, self._block_c = constexprs["BLOCK_R"], block_c
         self._pdl, self._leads, self._wide = pdl and not INTERPRETED, leads, wide
         self._kernels: dict[tuple[int, int, bool], Kernel] = {}
+        self._last: tuple[tuple[int, ...], int, Kernel, tuple[int, int, int], tuple[int, ...]] | None = None
 
     def __call__(self, t: tuple[Any, ...], rows: tuple[int, ...], cols: int) -> None:
         """Launch over `rows[s]` x `cols` for every segment s; nothing when there is no row or no column.
@@ -187,6 +188,15 @@ class Segmented:
         return kernel.precompile(*args)
 
     def _resolve(self, t: tuple, rows: tuple[int, ...], cols: int) -> tuple[Kernel, tuple[int, int, int], tuple]:
+        # Calls mostly have the sizes of the one before: a model's layers follow one another.
+        last = self._last
+        if last is None or last[0] != rows or last[1] != cols:
+            last = self._last = rows, cols, *self._sized(rows, cols)
+        _, _, kernel, grid, sizes = last
+        return kernel, grid, (t, *sizes)
+
+    def _sized(self, rows: tuple[int, ...], cols: int) -> tuple[Kernel, tuple[int, int, int], tuple[int, ...]]:
+        """The kernel for these sizes, its grid and its arguments behind the body's."""
         unit = 1 if cols & 15 else 16
         wide = max(rows) * cols >= WIDE_FROM if self._wide is None else self._wide
         key = (len(rows), unit, wide)
@@ -200,7 +210,7 @@ class Segmented:
             count *= -(-cols // self._block_c)
         if not cols:
             count = 0
-        return kernel, (count, 1, 1), (t, *rows, *(0,) * (MAX_SEGMENTS - len(rows)), cols // unit)
+        return kernel, (count, 1, 1), (*rows, *(0,) * (MAX_SEGMENTS - len(rows)), cols // unit)
 
 
 # Programs that start per second, all multiprocessors together, with programmatic dependent launch. Measured with

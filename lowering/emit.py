@@ -123,6 +123,8 @@ class _Writer:
         families = sorted(set().union(*map(_families, ours)))
         if families:
             lines.append(f"from terrazzo.kernels import {', '.join(families)}")
+        if "empty_on(" in rest:
+            lines.append("from terrazzo.kernels.buffers import empty_on")
         if any(k.by_size for k in ours):
             lines.append("from terrazzo.kernels.by_size import BySize")
         helpers = sorted(set(HELPERS.findall(rest)))

@@ -46,6 +46,8 @@ class Calls:
         here = [i.name for i in arguments if i.name in layouts and layouts[i.name].device == self.values.device]
         where = f"{self.names[here[0]]}.device" if here else _device(self.values.device)
         lines.append(f"    device = {where}")
+        if any(self.values.layouts[n].device == self.values.device for step in self.schedule.steps for n in step.makes):
+            lines.append("    empty = empty_on(device)")
         lines += [f"    {NAME} = {place}" for place in self.size_places()[:1]]
         for step in self.schedule.steps:
             lines += ["    " + line for line in self.step(step)]
@@ -165,9 +167,10 @@ class Calls:
         return f"OBJECTS[{len(self.objects) - 1}]"
 
     def buffer(self, layout: Layout) -> str:
-        size = f"torch.empty_strided({_tuple(layout.shape)}, {_tuple(layout.stride)}"
-        where = "device" if layout.device == self.values.device else _device(layout.device)
-        return f"{size}, dtype={layout.dtype}, device={where})"
+        geometry = f"{_tuple(layout.shape)}, {_tuple(layout.stride)}"
+        if layout.device == self.values.device:
+            return f"empty({geometry}, {layout.dtype})"
+        return f"torch.empty_strided({geometry}, dtype={layout.dtype}, device={_device(layout.device)})"
 
     def tensor(self, name: str) -> str:
         """A value in memory as an expression, views included."""

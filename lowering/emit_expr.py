@@ -40,6 +40,7 @@ RESERVED = {
     "libdevice",
     "float",
     "device",
+    "empty",
     "call",
 }
 

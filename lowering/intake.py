@@ -38,6 +38,7 @@ from .dialect import meaning
 from .errors import TerrazzoError, Unsupported, UserError
 from .ir import Dim, Trace
 from .record import Recorded, attribute
+from .writes import Twice, twice
 
 
 @dataclass(frozen=True)
@@ -163,15 +164,16 @@ def _trace(graph: fx.GraphModule, world: _World, constants: Mapping[str, torch.T
     with world.mode:
         fakes = [*world.inputs, *(world.mode.from_tensor(t, static_shapes=True) for t in constants.values())]
     before = [(tuple(f.shape), f.stride()) if isinstance(f, torch.Tensor) else None for f in fakes]
+    writing: list[Twice] = []
     with world.mode, enable_python_dispatcher(), world.env.ignore_fresh_unbacked_symbols():
-        returned = _plain(_run(graph, constants, fakes))
+        returned = _plain(_run(graph, constants, fakes, writing))
     leaves, structure = pytree.tree_flatten(returned)
 
     mutated: list[int] = []
 
     def functional(*arguments: Any) -> list[Any]:
         wrapped = [to_fun(a) if isinstance(a, torch.Tensor) else a for a in arguments]
-        outputs = pytree.tree_leaves(_run(graph, constants, wrapped))
+        outputs = pytree.tree_leaves(_run(graph, constants, wrapped, []))
         mutated.extend(i for i, w in enumerate(wrapped) if isinstance(w, FunctionalTensor) and has_data_mutation(w))
         values = [from_fun(o) if isinstance(o, torch.Tensor) else o for o in outputs]
         return values + [from_fun(wrapped[i]) for i in mutated]
@@ -195,17 +197,21 @@ def _trace(graph: fx.GraphModule, world: _World, constants: Mapping[str, torch.T
         leaves=leaves,
         structure=structure,
         mutated=mutated,
+        writing=writing,
         symbols=symbols,
         guards=_guards(world),
     ).trace()
 
 
-def _run(graph: fx.GraphModule, constants: Mapping[str, torch.Tensor], arguments: Sequence[Any]) -> Any:
-    """The piece run on these arguments (constants last), node by node, so that metadata reaches the trace."""
+def _run(
+    graph: fx.GraphModule, constants: Mapping[str, torch.Tensor], arguments: Sequence[Any], writing: list[Twice]
+) -> Any:
+    """The piece run on these arguments (constants last), node by node, so that metadata reaches the trace. Calls of ops
+    that write are noted in `writing`."""
     split = len(arguments) - len(constants)
     given = {id(t): a for t, a in zip(constants.values(), arguments[split:], strict=True)}
     with torch.no_grad(), torch.fx.traceback.preserve_node_meta():
-        return _Interpreter(graph, given).run(*arguments[:split])
+        return _Interpreter(graph, given, writing).run(*arguments[:split])
 
 
 def _plain(value: Any) -> Any:
@@ -220,14 +226,17 @@ def _plain(value: Any) -> Any:
 class _Interpreter(fx.Interpreter):
     """Runs a graph with the tensors it holds replaced by the ones given, by identity: a name may be one of several."""
 
-    def __init__(self, graph: fx.GraphModule, given: Mapping[int, Any]) -> None:
+    def __init__(self, graph: fx.GraphModule, given: Mapping[int, Any], writing: list[Twice]) -> None:
         super().__init__(graph, garbage_collect_values=False)
-        self.given = given
+        self.given, self.writing = given, writing
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is operator.getitem and isinstance(args[0], torch.Tensor):
             return _indexed(*args)
-        return super().call_function(meaning(target) or target, args, kwargs)
+        op = meaning(target) or target
+        if (call := twice(op, args, kwargs)) is not None:
+            self.writing.append(call)
+        return super().call_function(op, args, kwargs)
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         module = self.fetch_attr(target)

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from .errors import Unsupported
 from .ir import Input, Node, Output, Ref, Scalar, Spec, Trace, iter_leaves, map_tree
+from .writes import WRAPPED, Twice, as_called
 
 STRIDED = (torch.ops.aten.as_strided.default, torch.ops.aten.as_strided_copy.default)
 
@@ -34,6 +35,7 @@ class Recorded:
         constants: the tensors the module holds, by name.
         leaves, structure: what the piece returned when it ran unrecorded.
         mutated: positions of inputs written in place.
+        writing: calls of ops that write arguments, in order.
         symbols, guards: as `Trace` has them.
     """
 
@@ -45,6 +47,7 @@ class Recorded:
     leaves: Sequence[Any]
     structure: Any
     mutated: Sequence[int]
+    writing: Sequence[Twice]
     symbols: Mapping[sympy.Symbol, tuple[int, int | None]]
     guards: tuple[sympy.Basic, ...]
 
@@ -67,6 +70,7 @@ class _Conversion:
         self.nodes: list[Node] = []
         # Symbols of numbers known at run time, by the symbol that carries the name of the node that reads them.
         self.scalars: dict[sympy.Symbol, sympy.Symbol] = {}
+        self.writing = _matched(recorded)
 
     def trace(self) -> Trace:
         recorded = self.recorded
@@ -118,7 +122,8 @@ class _Conversion:
             name = _unique(node.name, taken)
         self.names[node] = name
         args, kwargs = map_tree(tuple(node.args), self.argument), map_tree(dict(node.kwargs), self.argument)
-        self.nodes.append(Node(name, node.target, args, kwargs, _specs(value), _source(node)))
+        made = Node(name, node.target, args, kwargs, _specs(value), _source(node))
+        self.nodes.append(as_called(made, self.writing[node]) if node in self.writing else made)
 
     def argument(self, value: Any) -> Any:
         if isinstance(value, fx.Node):
@@ -162,6 +167,15 @@ class _Conversion:
                 storage = groups.setdefault(key, len(groups))
                 found.append(Output("value", self.names[result], _spec(leaf), storage=storage))
         return tuple(found)
+
+
+def _matched(recorded: Recorded) -> dict[fx.Node, Twice]:
+    """Which call became which node; none where they are not the same calls in the same order."""
+    nodes = [node for node in recorded.graph.nodes if node.target is WRAPPED]
+    wrapped = {node.args[0] for node in nodes}
+    calls = [call for call in recorded.writing if call.op in wrapped]
+    same = [call.op for call in calls] == [node.args[0] for node in nodes]
+    return dict(zip(nodes, calls, strict=True)) if same else {}
 
 
 def _from_storage(node: fx.Node) -> bool:

@@ -8,13 +8,15 @@ Source: `auto_functionalized_v2` of torch, whose keywords these are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from .ir import Node, Ref, iter_refs
+
+WRAPPED = torch.ops.higher_order.auto_functionalized_v2
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Writing:
         op: what is called.
         given: arguments that it only reads, by name.
         written: by name of an argument that it writes, the base (a number) and which part of it; None for no argument.
+            An argument that it reads is among them where it is the very tensor that is written.
         bases: what is written, each returned after the op's own results.
     """
 
@@ -50,7 +53,7 @@ class Writing:
 
 def writing(node: Node) -> Writing | None:
     """What the node calls; None for another node, and where it writes lists of tensors or other parts than slices."""
-    if node.op is not torch.ops.higher_order.auto_functionalized_v2 or len(node.args) != 1:
+    if node.op is not WRAPPED or len(node.args) != 1:
         return None
     op, kwargs = node.args[0], dict(node.kwargs)
     bases = kwargs.pop("_all_bases", ())
@@ -60,7 +63,8 @@ def writing(node: Node) -> Writing | None:
     written: dict[str, tuple[int, Slice | None] | None] = {}
     for argument in op._schema.arguments:
         name = argument.name
-        if argument.alias_info is None or not argument.alias_info.is_write:
+        writes = argument.alias_info is not None and argument.alias_info.is_write
+        if not writes and f"_{name}_base_index" not in kwargs:
             if name in kwargs:
                 given[name] = kwargs.pop(name)
             continue
@@ -72,3 +76,36 @@ def writing(node: Node) -> Writing | None:
         written[name] = None if base is None else (base, None if part[0] is None else Slice(*part))
     # What is left describes a part in another way.
     return None if kwargs else Writing(op, given, written, tuple(bases))
+
+
+@dataclass(frozen=True)
+class Twice:
+    """A call of an op that writes: by name of an argument that it reads, the one that it writes and that is the same
+    tensor."""
+
+    op: torch._ops.OpOverload
+    same: Mapping[str, str]
+
+
+def twice(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Twice | None:
+    """Which arguments of a call are the same tensors; None for what is no op that writes."""
+    op = getattr(op, "default", None) if isinstance(op, torch._ops.OpOverloadPacket) else op
+    if not isinstance(op, torch._ops.OpOverload) or not op._schema.is_mutable:
+        return None
+    names = [argument.name for argument in op._schema.arguments]
+    given = dict(zip(names, args, strict=False)) | dict(kwargs)
+    writes = [a.name for a in op._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    tensors = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
+    return Twice(op, {r: w for w in writes for r in tensors if r not in writes and tensors[r] is tensors.get(w)})
+
+
+def as_called(node: Node, call: Twice) -> Node:
+    """The wrapped call with arguments that are the same tensor as a written one given as that one is, where the wrapper
+    would copy what is written and not what is read; the node as it is where it would not be understood."""
+    kwargs = dict(node.kwargs)
+    for read, written in call.same.items():
+        kwargs.pop(read, None)
+        place = {key: value for key, value in node.kwargs.items() if key.startswith(f"_{written}_")}
+        kwargs |= {f"_{read}_{key.removeprefix(f'_{written}_')}": value for key, value in place.items()}
+    changed = replace(node, kwargs=kwargs)
+    return node if writing(changed) is None else changed

@@ -287,7 +287,7 @@ def test_the_vendors_time_lies_between_its_measurements() -> None:
 
 def test_a_size_that_fills_as_many_tiles_as_a_measured_one_is_that_size() -> None:
     row = gemm_persistent.CONFIGS["h200"][4096, 14336, "one"]
-    for m, same in ((130, 136), (300, 320), (333, 384), (1000, 1024)):
+    for m, same in ((130, 136), (300, 320), (340, 384), (1010, 1024)):
         problem = replace(plain(m, 4096, 14336), plain=False)
         config, why = gemm_persistent.choose(problem, H200)
         assert config == row[same].config and f"at {same} tokens, which fill as many tiles of 64" in why
@@ -300,6 +300,19 @@ def test_a_size_between_two_measured_ones_is_weighed_by_its_waves() -> None:
     row = gemm_persistent.CONFIGS["h200"][4096, 14336, "one"]
     assert config in [hit.config for hit in row.values()] and "by the waves" in why
     assert row[1024].us <= gemm_persistent.estimate_us(problem, config, H200) <= row[2048].us
+
+
+def test_narrower_tiles_count_as_less_than_a_wave_where_each_program_gets_one() -> None:
+    whole = gemm_persistent.Config(128, 256, 64, 4, 8)
+    halves, quarters = replace(whole, tail_n=128), replace(whole, tail_n=64)
+
+    def us(m: int, config: gemm_persistent.Config) -> float:
+        return gemm_persistent.estimate_us(GemmProblem(m, 4352, 2048, torch.bfloat16), config, H200)
+
+    # 17 columns of tiles on 132 multiprocessors: 153 tiles are a wave and 21, 187 a wave and 55, 255 one and 123.
+    assert us(1100, quarters) < us(1100, halves) < us(1100, whole)
+    assert us(1400, halves) < us(1400, whole) == us(1400, quarters)
+    assert us(1900, whole) == us(1900, halves) == us(1900, quarters)
 
 
 def test_small_tiles_wait_for_their_predecessor() -> None:

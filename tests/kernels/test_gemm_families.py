@@ -31,7 +31,7 @@ FLAT = gemm_persistent.Config(64, 128, 64, 2, 4, flatten=True, parts=2)
 QUARTERS = gemm_persistent.Config(64, 128, 64, 2, 4, flatten=True, parts=4)
 BESIDE = gemm_persistent.Config(64, 64, 64, 3, 4, extra_n=32)
 # Four programs in the interpreter: whole waves are multiples of four tiles.
-TAIL = gemm_persistent.Config(64, 64, 64, 3, 4, programs_per_sm=4, tail_n=16)
+TAIL = gemm_persistent.Config(64, 64, 64, 3, 4, programs_per_sm=4, tail_n=32)
 SIMPLE = gemm_simple.Config(32, 64, 32, 2, 4)
 
 FAMILIES = [
@@ -46,6 +46,7 @@ FAMILIES = [
     pytest.param(gemm_persistent, PERSISTENT, id="persistent"),
     pytest.param(gemm_persistent, FLAT, id="persistent-flat"),
     pytest.param(gemm_persistent, QUARTERS, id="persistent-quarters"),
+    pytest.param(gemm_persistent, TAIL, id="persistent-tail"),
     pytest.param(gemm_simple, SIMPLE, id="simple"),
 ]
 # One token, primes, one beside a power of two, several tiles each way; K stays a multiple of 8 for TMA.
@@ -226,11 +227,14 @@ def test_pairs_side_by_side(config: Any, layout: str, device: torch.device) -> N
 
 @pytest.mark.parametrize("paired", [False, True], ids=["one", "pair"])
 @pytest.mark.parametrize("layout", ["nk", "kn"])
-@pytest.mark.parametrize("config", [TAIL, replace(TAIL, tail_n=32, flatten=True, parts=2, group_m=1)])
+@pytest.mark.parametrize("config", [replace(TAIL, tail_n=16), replace(TAIL, flatten=True, parts=2, group_m=1)])
 def test_narrower_tiles_at_the_end(config: Any, layout: str, paired: bool, device: torch.device) -> None:
     # In the interpreter 1, 2, 3, 4, 5, 6 and 7 tiles: only narrower ones, whole ones only, a wave of whole ones with
     # narrower after it or, where they would be too many, whole ones again. N ends within a narrower tile.
-    for m, n in ((3, 40), (67, 56), (130, 40), (67, 88), (257, 40), (130, 104), (400, 40)):
+    sizes = [(3, 40), (67, 56), (130, 40), (67, 88), (257, 40), (130, 104), (400, 40)]
+    # On 132 multiprocessors a wave of 528 tiles and narrower ones after it.
+    sizes += [(500, 4248)] if device.type == "cuda" else []
+    for m, n in sizes:
         problem = GemmProblem(m, n, 136, torch.float16, layout, paired=paired, pair_offset=n)
         body, combine = (silu_mul, glu) if paired else (silu_residual, with_residual)
         run(gemm_persistent, config, problem, device, body, combine)

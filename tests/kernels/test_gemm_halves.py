@@ -113,7 +113,7 @@ def test_configs_hold_whole_heads(m: int, halves: int, dtype: torch.dtype) -> No
         for family in (gemm_skinny, gemm_persistent, gemm_simple):
             if family.supports(problem) is None:
                 config, _ = family.choose(problem, H200)
-                assert config.block_n % (2 * halves) == 0
+                assert config.block_n % (2 * halves) == 0 and getattr(config, "tail_n", 0) % (2 * halves) == 0
                 assert not getattr(config, "extra_n", 0)
 
 

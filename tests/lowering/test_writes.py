@@ -26,6 +26,17 @@ def _(hidden: torch.Tensor, logits: torch.Tensor, by: float = 1.0) -> torch.Tens
     return torch.empty_like(hidden)
 
 
+@torch.library.custom_op("terrazzo_test::late", mutates_args=("hidden",))
+def late(hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    hidden.add_(1)
+    return hidden * logits.sum(-1, keepdim=True)
+
+
+@late.register_fake
+def _(hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(hidden)
+
+
 @torch.library.custom_op("terrazzo_test::both", mutates_args=("a", "b"))
 def both(a: torch.Tensor, x: torch.Tensor | None, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     old = a.clone(), b.clone()
@@ -111,6 +122,24 @@ def of_the_same_memory(x: Any, w: Any) -> Any:
     return OPS.gate(h, h[:, :1])
 
 
+def of_what_it_reads_as_well(x: Any, w: Any) -> Any:
+    h = torch.relu(x @ w)
+    h = h.view(-1, h.shape[-1])
+    return OPS.gate(h, h)
+
+
+def of_what_it_reads_and_something_reads_later(x: Any, w: Any) -> Any:
+    h = torch.relu(x @ w)
+    return OPS.gate(h, h), h * 2
+
+
+def of_what_it_reads_a_copy_of(x: Any, w: Any) -> Any:
+    h = torch.relu(x @ w)
+    other = torch.empty_like(h)
+    other.copy_(h)
+    return OPS.late(h, other)
+
+
 def of_a_list(x: Any, w: Any) -> Any:
     a, b = x * 2, x + w[0]
     OPS.each([a, b])
@@ -154,6 +183,9 @@ def call_of_what_is_right(fn: Any) -> str:
         (of_part_of_a_buffer, 1),
         (of_what_an_op_returned, 1),
         (of_the_same_memory, 1),
+        (of_what_it_reads_as_well, 0),
+        (of_what_it_reads_and_something_reads_later, 0),
+        (of_what_it_reads_a_copy_of, 0),
     ],
 )
 def test_it_is_called_itself(fn: Any, copies: int) -> None:
