@@ -149,7 +149,7 @@ class Measured:
     def why(self) -> str:
         beside = "" if isnan(self.vendor_us) else f", cuBLAS {self.vendor_us:.1f} us"
         if self.elsewhere:
-            return f"{self.us:.1f} us by what was measured on another device ({self.source})"
+            return f"{self.us:.1f} us{beside} by what was measured on another device ({self.source})"
         return f"measured {self.us:.1f} us{beside} ({self.source})"
 
 
