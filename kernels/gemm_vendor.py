@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from . import gemm_persistent
+from .buffers import empty_on
 from .gemm import GemmProblem, reference, tma_obstacle
 from .gemm_jobs import sample
 from .gemm_persistent_table import vendor_us
@@ -150,7 +151,8 @@ class VendorGemm:
         columns = w.t() if problem.layout == "nk" else w
         if columns.shape[1] > problem.w_columns:
             columns = columns[:, : problem.w_columns]
-        product = t[0] if problem.plain else torch.empty(m, problem.w_columns, dtype=x.dtype, device=x.device)
+        wide = problem.w_columns
+        product = t[0] if problem.plain else empty_on(x.device)((m, wide), (wide, 1), x.dtype)
         torch.mm(x, columns, out=product)
         if not problem.plain:
             tile = self.kernel.constexprs
