@@ -11,8 +11,9 @@ agree   16 prompts of 5 to 700 tokens, 64 tokens each: vLLM without compilation 
         emit the same tokens. Per contender: how far its log-probabilities of them are from those, how far from those in
         fp32, and how often another token was the likeliest. Fails where terrazzo is further away than vLLM's default by
         more than a tenth, in the mean over all steps.
-time    decode steps at several batch sizes, prefill of 2048 tokens, start; how long the GPU is busy, in a second
-        start's engine. Only after the same model agreed, unless `--time` alone is asked for.
+time    decode steps at several batch sizes, prefill of 2048 tokens, start; in a second start's engine how long the GPU
+        is busy, and a prefill in turn with a loop of Python, which tells how fast its host was. Only after the same
+        model agreed, unless `--time` alone is asked for.
 """
 
 from __future__ import annotations
@@ -216,7 +217,7 @@ def time_table(results: Sequence[dict[str, Any]]) -> Table:
     made = Table(title="ms per step / of it with the GPU busy; start in s", title_justify="left")
     made.add_column("model", no_wrap=True)
     made.add_column("contender", no_wrap=True)
-    for column in (*(f"B={b}" for b in batches), "prefill 2048", "start cold", "warm"):
+    for column in (*(f"B={b}" for b in batches), "prefill 2048", "warm, beside a loop", "start cold", "warm"):
         made.add_column(column, justify="right", no_wrap=True)
     by = {(r["model"], r["contender"], r["start"]): r for r in results}
     for (model, contender, start), r in by.items():
@@ -229,6 +230,7 @@ def time_table(results: Sequence[dict[str, Any]]) -> Table:
         busy = {b: us / 1e3 for b, us in warm.get("busy_us", {}).items()}
         row = [f"{r['decode'][b]['step_ms']:.2f} / {busy.get(b, float('nan')):.2f}" for b in batches]
         row.append(f"{r['prefill2048_ms']['min']:.1f} / {busy.get('prefill2048', float('nan')):.1f}")
+        row.append(f"{warm['prefill_ms']:.1f}, {warm['host_ms']:.1f}" if "host_ms" in warm else "-")
         made.add_row(model, contender, *row, f"{r['init_s']:.0f}", f"{warm['init_s']:.0f}" if "init_s" in warm else "-")
     return made
 

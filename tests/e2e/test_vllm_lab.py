@@ -19,7 +19,8 @@ import json, os, sys, time
 asked = json.loads(sys.argv[1])
 if "busy" in asked:
     busy = {{str(b): 4500.0 for b in asked["busy"]}}
-    json.dump({{"init_s": 20.0, "busy_us": {{**busy, "prefill2048": 43000.0}}}}, open(asked["out"], "w"))
+    busy = {{"busy_us": {{**busy, "prefill2048": 43000.0}}, "prefill_ms": 46.0, "host_ms": 6.5}}
+    json.dump({{"init_s": 20.0, **busy}}, open(asked["out"], "w"))
     sys.exit()
 name = asked["contender"]
 gap = {gaps}[name]
@@ -122,6 +123,7 @@ def test_times_are_shown_side_by_side(lab):
     ]  # fmt: skip
     shown = screen(time_table(results))
     assert shown.count("5.00 / 4.50") == 4 and "45.0 / 43.0" in shown and shown.count("20") >= 4
+    assert shown.count("46.0, 6.5") == 2
 
 
 def test_kernels_that_overlap_keep_the_gpu_busy_once():
