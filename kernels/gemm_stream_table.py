@@ -242,7 +242,7 @@ def _tables(target: Target) -> tuple[Table, ...]:
     ratios = {name: Target.named(name).bandwidth_bytes_s / target.bandwidth_bytes_s for name in CONFIGS}
 
     def here(hit: Measured, ratio: float) -> Measured:
-        return hit if ratio == 1 else replace(hit, us=hit.us * ratio, elsewhere=True)
+        return hit if ratio == 1 else replace(hit, us=hit.us * ratio, vendor_us=hit.vendor_us * ratio, elsewhere=True)
 
     return tuple(
         {key: {m: here(hit, ratios[name]) for m, hit in row.items()} for key, row in CONFIGS[name].items()}

@@ -123,7 +123,7 @@ class _Writer:
         families = sorted(set().union(*map(_families, ours)))
         if families:
             lines.append(f"from terrazzo.kernels import {', '.join(families)}")
-        if "empty_on(" in rest:
+        if self.calls.allocates:
             lines.append("from terrazzo.kernels.buffers import empty_on")
         if any(k.by_size for k in ours):
             lines.append("from terrazzo.kernels.by_size import BySize")

@@ -46,7 +46,7 @@ class Calls:
         here = [i.name for i in arguments if i.name in layouts and layouts[i.name].device == self.values.device]
         where = f"{self.names[here[0]]}.device" if here else _device(self.values.device)
         lines.append(f"    device = {where}")
-        if any(self.values.layouts[n].device == self.values.device for step in self.schedule.steps for n in step.makes):
+        if self.allocates:
             lines.append("    empty = empty_on(device)")
         lines += [f"    {NAME} = {place}" for place in self.size_places()[:1]]
         for step in self.schedule.steps:
@@ -55,6 +55,12 @@ class Calls:
             lines.append(f"    {self.names[target]}.copy_({self.tensor(value)})")
         lines.append(f"    return ({''.join(self.output(o) + ', ' for o in self.values.outputs).rstrip()})")
         return "\n".join(lines)
+
+    @property
+    def allocates(self) -> bool:
+        """Whether the call makes memory on the device where it runs."""
+        made = [name for step in self.schedule.steps for name in step.makes]
+        return any(self.values.layouts[name].device == self.values.device for name in made)
 
     def size_places(self) -> list[str]:
         """Where a call finds the number of tokens, in a plan for a range of them."""

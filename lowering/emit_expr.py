@@ -41,6 +41,7 @@ RESERVED = {
     "float",
     "device",
     "empty",
+    "empty_on",
     "call",
 }
 

@@ -164,16 +164,16 @@ def _trace(graph: fx.GraphModule, world: _World, constants: Mapping[str, torch.T
     with world.mode:
         fakes = [*world.inputs, *(world.mode.from_tensor(t, static_shapes=True) for t in constants.values())]
     before = [(tuple(f.shape), f.stride()) if isinstance(f, torch.Tensor) else None for f in fakes]
-    writing: list[Twice] = []
     with world.mode, enable_python_dispatcher(), world.env.ignore_fresh_unbacked_symbols():
-        returned = _plain(_run(graph, constants, fakes, writing))
+        returned = _plain(_run(graph, constants, fakes, []))
     leaves, structure = pytree.tree_flatten(returned)
 
     mutated: list[int] = []
+    writing: list[Twice] = []
 
     def functional(*arguments: Any) -> list[Any]:
         wrapped = [to_fun(a) if isinstance(a, torch.Tensor) else a for a in arguments]
-        outputs = pytree.tree_leaves(_run(graph, constants, wrapped, []))
+        outputs = pytree.tree_leaves(_run(graph, constants, wrapped, writing))
         mutated.extend(i for i, w in enumerate(wrapped) if isinstance(w, FunctionalTensor) and has_data_mutation(w))
         values = [from_fun(o) if isinstance(o, torch.Tensor) else o for o in outputs]
         return values + [from_fun(wrapped[i]) for i in mutated]

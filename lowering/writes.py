@@ -17,6 +17,8 @@ import torch
 from .ir import Node, Ref, iter_refs
 
 WRAPPED = torch.ops.higher_order.auto_functionalized_v2
+# How the wrapper says which part of a base an argument is: keywords `_{argument}_{one of these}`.
+PLACE = ("base_index", "alias", "slice_dim", "slice_start", "slice_end")
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def writing(node: Node) -> Writing | None:
 @dataclass(frozen=True)
 class Twice:
     """A call of an op that writes: by name of an argument that it reads, the one that it writes and that is the same
-    tensor."""
+    tensor. Known of the piece's own nodes alone; where a function or a module that it calls writes as well, of none."""
 
     op: torch._ops.OpOverload
     same: Mapping[str, str]
@@ -105,7 +107,7 @@ def as_called(node: Node, call: Twice) -> Node:
     kwargs = dict(node.kwargs)
     for read, written in call.same.items():
         kwargs.pop(read, None)
-        place = {key: value for key, value in node.kwargs.items() if key.startswith(f"_{written}_")}
-        kwargs |= {f"_{read}_{key.removeprefix(f'_{written}_')}": value for key, value in place.items()}
+        places = {what: f"_{written}_{what}" for what in PLACE}
+        kwargs |= {f"_{read}_{what}": node.kwargs[key] for what, key in places.items() if key in node.kwargs}
     changed = replace(node, kwargs=kwargs)
     return node if writing(changed) is None else changed

@@ -50,6 +50,18 @@ def _(a: torch.Tensor, x: torch.Tensor | None, b: torch.Tensor) -> tuple[torch.T
     return torch.empty_like(a), torch.empty_like(b)
 
 
+@torch.library.custom_op("terrazzo_test::scaled", mutates_args=("out", "out_scale"))
+def scaled(x: torch.Tensor, out: torch.Tensor, out_scale: torch.Tensor, x_scale: torch.Tensor) -> torch.Tensor:
+    out.add_(1)
+    out_scale.mul_(3)
+    return x * 10 + x_scale
+
+
+@scaled.register_fake
+def _(x: torch.Tensor, out: torch.Tensor, out_scale: torch.Tensor, x_scale: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(out)
+
+
 @torch.library.custom_op("terrazzo_test::fill", mutates_args=("out",))
 def fill(x: torch.Tensor, out: torch.Tensor) -> None:
     out.copy_(x)
@@ -140,6 +152,16 @@ def of_what_it_reads_a_copy_of(x: Any, w: Any) -> Any:
     return OPS.late(h, other)
 
 
+def of_what_it_reads_under_names_that_begin_alike(x: Any, w: Any) -> Any:
+    a, b = torch.relu(x @ w), x.sigmoid()
+    return OPS.scaled(a, a, b, b), OPS.scaled(b, a, b, a)
+
+
+def of_what_only_a_fake_hands_on(x: Any, w: Any) -> Any:
+    h = torch.relu(x @ w)
+    return OPS.late(h, torch.native_dropout(h, 0.5, False)[0])
+
+
 def of_a_list(x: Any, w: Any) -> Any:
     a, b = x * 2, x + w[0]
     OPS.each([a, b])
@@ -186,6 +208,8 @@ def call_of_what_is_right(fn: Any) -> str:
         (of_what_it_reads_as_well, 0),
         (of_what_it_reads_and_something_reads_later, 0),
         (of_what_it_reads_a_copy_of, 0),
+        (of_what_it_reads_under_names_that_begin_alike, 2),
+        (of_what_only_a_fake_hands_on, 1),
     ],
 )
 def test_it_is_called_itself(fn: Any, copies: int) -> None:
