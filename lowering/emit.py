@@ -67,6 +67,12 @@ class Plan:
                             remedy="Look at a piece that was compiled without a cache.")  # fmt: skip
         return self.stages
 
+    @property
+    def themselves(self) -> tuple[str, ...]:
+        """Ops that run as themselves, each with the reason; of a plan from the cache none is known."""
+        launches = self.stages.launches() if self.stages is not None else []
+        return tuple(f"{kernel.name}: {kernel.why}" for kernel in launches if not kernel.family)
+
 
 def emit(schedule: Schedule, title: str) -> Plan:
     """The plan's text.

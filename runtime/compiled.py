@@ -259,8 +259,8 @@ class CompiledPiece:
             loaded = lowered.loaded(sizes, unaligned)
         except Unsupported as cause:
             return self._fall_back(cause)
-        nodes = len(self.graph.graph.nodes)
-        log.info("a piece of %d nodes, sizes %s: %s", nodes, sizes or "fixed", _counted(loaded.plan))
+        nodes, said = len(self.graph.graph.nodes), "; ".join((_counted(loaded.plan), *loaded.plan.themselves))
+        log.info("a piece of %d nodes, sizes %s: %s", nodes, sizes or "fixed", said)
         return self._bound(loaded, own, args, unaligned)
 
     def _alignment(self, lowered: Lowered, misaligned: Sequence[int]) -> tuple[dict[str, torch.Tensor], frozenset[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 
@@ -23,7 +24,13 @@ def sizes(text: str) -> list[int]:
 def exit_status(main: Callable[[], int]) -> int:
     """A command's own status; after one line about a request that cannot be right 2, about one that failed 1."""
     try:
-        return main()
+        status = main()
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # Who reads has read enough (`| head`); what is left must not be flushed at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except TerrazzoError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1

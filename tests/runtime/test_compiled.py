@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 
 import pytest
 import torch
@@ -229,11 +230,14 @@ def test_the_summary_counts_kernels_and_ops_as_themselves(middle, device):
     assert piece.summary() == "; ".join(counts)
 
 
-def test_the_summary_names_fixed_shapes_and_foreign_ops(device):
+def test_the_summary_names_fixed_shapes_and_foreign_ops(device, caplog):
+    caplog.set_level("INFO", logger="terrazzo")
     x = torch.randn(6, 5, device=device)
     piece = CompiledPiece(graph_of(lambda x: torch.sort(x * 2).values, 1), [x])
     torch.testing.assert_close(piece(x), torch.sort(x * 2).values)
     assert piece.summary() == "fixed: 1 kernels, 1 ops as themselves"
+    # The log says which, and why.
+    assert re.search(r"1 ops as themselves; \w+: no lowering rule for aten", caplog.text)
 
 
 @pytest.mark.parametrize("nest", [list, tuple, lambda v: {"a": v[0], "b": [v[1], None]}, lambda v: v[0]],
