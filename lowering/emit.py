@@ -230,8 +230,9 @@ class _Writer:
             text = f"BySize(\n{inner})"
         variable = self.launches.setdefault(text, f"launch_{name}")
         shared = self.body_of[kernel.name] != f"{name}_body"
-        nodes = [f"# {line}\n" for group in kernel.segments for line in self.sources(group)] if shared else []
-        return "".join(nodes) + f"launch_{name} = {text if variable == f'launch_{name}' else variable}"
+        nodes = [f"# {line}\n" for group in kernel.segments for line in self.sources(group)]
+        said = f"# {self.body_of[kernel.name]} does this as well, but for the names in it:\n" + "".join(nodes)
+        return (said if shared else "") + f"launch_{name} = {text if variable == f'launch_{name}' else variable}"
 
     def preparation(self, kernel: Kernel, choice: Choice, problem: Any) -> str:
         """A family's `prepare` for one choice."""

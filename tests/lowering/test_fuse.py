@@ -376,6 +376,8 @@ def test_layers_share_their_bodies() -> None:
     assert loaded.plan.facts.kernels == 8
     # A product, rows, and the last rows, which end in exp.
     assert loaded.plan.source.count("@triton.jit") == 3
+    # The five others say whose body theirs is.
+    assert loaded.plan.source.count("does this as well, but for the names in it:") == 5
 
 
 def test_a_chain_of_slices_does_not_double_with_every_link() -> None:
