@@ -8,16 +8,13 @@ Source of the short way: the code that torch's Inductor writes allocates by the 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
 # shape, stride, dtype -> tensor
 Empty = Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], torch.Tensor]
 
-_DIRECT: Empty | None = getattr(
-    getattr(getattr(torch._C, "_dynamo", None), "guards", None), "_empty_strided_cuda", None
-)
+_DIRECT: Empty | None = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
 
 
 def empty_on(device: torch.device) -> Empty:
@@ -27,7 +24,7 @@ def empty_on(device: torch.device) -> Empty:
         if device.index == torch._C._cuda_getDevice():
             return _DIRECT
 
-    def empty(shape: tuple[int, ...], stride: tuple[int, ...], dtype: Any) -> torch.Tensor:
+    def empty(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.empty_strided(shape, stride, dtype=dtype, device=device)
 
     return empty

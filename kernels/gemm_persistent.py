@@ -310,7 +310,7 @@ class PersistentGemm:
     def __init__(self, epilogue: Any, config: Config, problem: GemmProblem, pdl: bool) -> None:
         assert not (problem.halves and config.extra_n), "columns beside a tile are of no whole head"
         assert not (config.tail_n and config.extra_n), "either columns beside a tile or narrower tiles at the end"
-        assert config.block_n == config.tail_split * (config.tail_n or config.block_n), "parts of a tile are equal"
+        assert not config.tail_n or config.block_n % config.tail_n == 0, "parts of a tile are equal"
         self.config, self.problem, self.epilogue = config, problem, epilogue
         self.kernel = Kernel(
             gemm_persistent_kernel,

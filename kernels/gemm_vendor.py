@@ -147,11 +147,10 @@ class VendorGemm:
             with torch.no_grad():
                 self(x, w, t)
             return
-        problem, m = self.problem, x.shape[0]
+        problem, m, wide = self.problem, x.shape[0], self.problem.w_columns
         columns = w.t() if problem.layout == "nk" else w
-        if columns.shape[1] > problem.w_columns:
-            columns = columns[:, : problem.w_columns]
-        wide = problem.w_columns
+        if columns.shape[1] > wide:
+            columns = columns[:, :wide]
         product = t[0] if problem.plain else empty_on(x.device)((m, wide), (wide, 1), x.dtype)
         torch.mm(x, columns, out=product)
         if not problem.plain:

@@ -2,9 +2,8 @@
 
 Enters: a problem as the families see it (`GemmProblem`, `Problem`), whose numbers may be `Size`s. Leaves: a `Choice`,
 or for a range a table of them by the largest size each serves. The launch looks its own size up in that table, so that
-the tile is always that of the size that runs. The families are asked at a grid of sizes that holds every bound of their
-tables and every multiple of 32, then of 64, where that decides how many tiles there are; sizes between take the choice
-above them.
+the tile is always that of the size that runs. The families are asked at a grid of sizes that holds powers of two and
+every multiple of 32, then of 64, where that decides how many tiles there are; sizes between take the choice above them.
 
 Each choice is a kernel to compile, so a few stand for all: as few as keep every size of the grid within `LOSS` of its
 own best by the families' estimates. Where the best was measured it is taken itself. Refuses nothing.

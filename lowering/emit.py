@@ -229,10 +229,11 @@ class _Writer:
             inner = "".join(f"    {x},\n" for x in (repr(table), *(x.replace("\n", "\n    ") for x in launches)))
             text = f"BySize(\n{inner})"
         variable = self.launches.setdefault(text, f"launch_{name}")
-        shared = self.body_of[kernel.name] != f"{name}_body"
-        nodes = [f"# {line}\n" for group in kernel.segments for line in self.sources(group)]
-        said = f"# {self.body_of[kernel.name]} does this as well, but for the names in it:\n" + "".join(nodes)
-        return (said if shared else "") + f"launch_{name} = {text if variable == f'launch_{name}' else variable}"
+        said: list[str] = []
+        if (body := self.body_of[kernel.name]) != f"{name}_body":
+            nodes = (line for group in kernel.segments for line in self.sources(group))
+            said = [f"# {line}\n" for line in (f"{body} does this as well, but for the names in it:", *nodes)]
+        return "".join(said) + f"launch_{name} = {text if variable == f'launch_{name}' else variable}"
 
     def preparation(self, kernel: Kernel, choice: Choice, problem: Any) -> str:
         """A family's `prepare` for one choice."""

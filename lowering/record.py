@@ -170,12 +170,12 @@ class _Conversion:
 
 
 def _matched(recorded: Recorded) -> dict[fx.Node, Twice]:
-    """Which call became which node; none where they are not the same calls in the same order."""
+    """Which node is a call that gave a tensor twice; none where they are not the same calls in the same order."""
     nodes = [node for node in recorded.graph.nodes if node.target is WRAPPED]
     wrapped = {node.args[0] for node in nodes}
     calls = [call for call in recorded.writing if call.op in wrapped]
     same = [call.op for call in calls] == [node.args[0] for node in nodes]
-    return dict(zip(nodes, calls, strict=True)) if same else {}
+    return {node: call for node, call in zip(nodes, calls, strict=True) if call.same} if same else {}
 
 
 def _from_storage(node: fx.Node) -> bool:
