@@ -1,17 +1,18 @@
-"""One vLLM engine in this process: its log-probabilities of given tokens, or how long it keeps the GPU busy, as JSON.
-Run by `vllm_lab.py`.
+"""One vLLM engine in this process: its log-probabilities of given tokens, or its times, as JSON. Run by `vllm_lab.py`.
 
     python tools/vllm_engine.py '{"model": DIR, "contender": "eager", "tokens": FILE, "out": FILE}'
-    python tools/vllm_engine.py '{"model": DIR, "contender": "terrazzo", "busy": [1, 8], "kv_gib": 8, "out": FILE}'
+    python tools/vllm_engine.py '{"model": DIR, "contender": "terrazzo", "kv_gib": 8, "answers": 5}'
 
-Busy is the GPU while any kernel runs: one that starts before the one before it has ended is not counted twice, as it is
-in a sum of durations.
+The second says in how many seconds it started, in a line of JSON to the open file number 5, and then answers lines that
+it reads: `{"time": "8"}` with the milliseconds of a decode step of 8 requests, `{"time": "prefill2048"}`, and `"busy"`
+instead of `"time"` with the microseconds that the GPU is busy: while any kernel runs, so that one that starts before
+the one before it has ended is not counted twice, as it is in a sum of durations.
 
-Weights are drawn here, the same for every engine: vLLM's own dummies are so small that every token is as likely as
-every other. The engine named `eager` decodes greedily and leaves its tokens in the file `tokens`; the others wait for
-it and are made to emit the same, so that at every step all see the same context. The engine named `fp32` has the same
-weights in fp32 and compiles nothing: it stands for the exact result. Prompts of 5 to 700 tokens come at once, and a
-step takes at most 1024: prefill and decode mix.
+For log-probabilities, weights are drawn here, the same for every engine: vLLM's own dummies are so small that every
+token is as likely as every other. The engine named `eager` decodes greedily and leaves its tokens in the file `tokens`;
+the others wait for it and are made to emit the same, so that at every step all see the same context. The engine named
+`fp32` has the same weights in fp32 and compiles nothing: it stands for the exact result. Prompts of 5 to 700 tokens
+come at once, and a step takes at most 1024: prefill and decode mix.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -34,25 +35,25 @@ from terrazzo.lowering.errors import UserError
 NEW_TOKENS = 64
 PROMPTS = (5, 11, 16, 23, 32, 57, 64, 100, 128, 199, 256, 333, 400, 512, 611, 700)
 WAIT_S = 300
-# Prefills timed in turn with the host, and rounds of the loop that it is timed by.
-PREFILLS, LOOP = 12, 200_000
+# Prefills of one answer, of which it is the median.
+PREFILLS = 3
+# Tokens of a prompt before decode steps, and how many more of them the longer of two runs decodes than the shorter: for
+# a time, and where every kernel is recorded.
+PROMPT, STEPS, RECORDED_STEPS = 32, 48, 16
 
 
 def main(asked: dict[str, Any]) -> dict[str, Any]:
-    """Starts the engine, fills its weights, decodes; or starts it and looks at the GPU.
+    """Starts the engine, fills its weights, decodes.
 
     Returns:
         seconds to start, the log lines of terrazzo, tokens, and per prompt and step: the token's log-probability and
-        the likeliest token. Or seconds to start, microseconds of the GPU per decode step and prefill, and milliseconds
-        that a prefill and a loop of Python took in turn.
+        the likeliest token.
     """
     said: list[str] = []
     start = time.perf_counter()
     with _listening(said):
-        engine = _served(asked) if "busy" in asked else _engine(asked)
+        engine = _engine(asked)
         seconds = time.perf_counter() - start
-        if "busy" in asked:
-            return {"init_s": seconds, **_beside_the_host(engine), "busy_us": _busy(engine, asked["busy"])}
         engine.apply_model(fill)
         forced = None if asked["contender"] == "eager" else _wait_for(Path(asked["tokens"]))
         results = _decode(engine, forced)
@@ -61,6 +62,17 @@ def main(asked: dict[str, Any]) -> dict[str, Any]:
         part.write_text(json.dumps([r["tokens"] for r in results]))
         part.rename(asked["tokens"])
     return {"start_s": seconds, "said": said, "results": results}
+
+
+def serve(asked: dict[str, Any], orders: Iterable[str], answers: TextIO) -> None:
+    """Starts the engine and answers orders, which the header names, as long as they come."""
+    start = time.perf_counter()
+    engine = _served(asked)
+    print(json.dumps({"init_s": time.perf_counter() - start}), file=answers, flush=True)
+    for line in orders:
+        order = json.loads(line)
+        answer = _time_ms(engine, order["time"]) if "time" in order else _busy_us(engine, order["busy"])
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 def _engine(asked: dict[str, Any]) -> Any:
@@ -99,44 +111,39 @@ def _served(asked: dict[str, Any]) -> Any:
         max_model_len=4096,
         enable_prefix_caching=False,
         kv_cache_memory_bytes=int(asked["kv_gib"]) << 30,
-        gpu_memory_utilization=0.5,
+        gpu_memory_utilization=0.05,
         disable_log_stats=True,
         seed=0,
     )
 
 
-def _busy(engine: Any, batches: Iterable[int]) -> dict[str, float]:
-    """Microseconds of the GPU per decode step at each batch size (prompts of 32 tokens), and of a prefill of 2048."""
-    # Two lengths: their difference is decode steps alone.
-    short, long = 3, 19
-    found = {}
-    for batch in batches:
-        few, many = (_profiled(engine, batch, 32, new) for new in (short, long))
-        found[str(batch)] = (many - few) / (long - short)
-    found["prefill2048"] = _profiled(engine, 1, 2048, 1)
-    return found
+def _time_ms(engine: Any, what: str) -> float:
+    """Milliseconds of a decode step of so many requests, or of a prefill of 2048 tokens."""
+    if what == "prefill2048":
+        run = _requests(engine, 1, 2048, 1)
+        run()
+        return statistics.median(_ms(run) for _ in range(PREFILLS))
+    return _per_step(lambda new: _ms(_requests(engine, int(what), PROMPT, new)), STEPS)
 
 
-def _beside_the_host(engine: Any) -> dict[str, float]:
-    """Milliseconds of a prefill of 2048 tokens, and of a loop of Python in turn with it, medians: no graph holds such a
-    prefill, so it waits for the host, and what a process gets of its host's cores was seen to differ by 1.8."""
-    run = _requests(engine, 1, 2048, 1)
-    run()
-    turns = [(_ms(run), _ms(_loop)) for _ in range(PREFILLS)]
-    prefill, host = (statistics.median(times) for times in zip(*turns, strict=True))
-    return {"prefill_ms": prefill, "host_ms": host}
+def _busy_us(engine: Any, what: str) -> float:
+    """For how many microseconds of the same the GPU is busy."""
+    if what == "prefill2048":
+        return _recorded(_requests(engine, 1, 2048, 1))
+    return _per_step(lambda new: _recorded(_requests(engine, int(what), PROMPT, new)), RECORDED_STEPS)
+
+
+def _per_step(cost: Callable[[int], float], steps: int) -> float:
+    """What a decode step costs: of two lengths the difference is decode steps alone."""
+    short = 3
+    few, many = cost(short), cost(short + steps)
+    return (many - few) / steps
 
 
 def _ms(call: Callable[[], None]) -> float:
     start = time.perf_counter()
     call()
     return (time.perf_counter() - start) * 1e3
-
-
-def _loop() -> None:
-    total = 0
-    for number in range(LOOP):
-        total += number
 
 
 def _requests(engine: Any, batch: int, prompt: int, new: int) -> Callable[[], None]:
@@ -155,10 +162,9 @@ def _requests(engine: Any, batch: int, prompt: int, new: int) -> Callable[[], No
     return run
 
 
-def _profiled(engine: Any, batch: int, prompt: int, new: int) -> float:
+def _recorded(run: Callable[[], None]) -> float:
     from torch.profiler import ProfilerActivity, profile
 
-    run = _requests(engine, batch, prompt, new)
     run()
     with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as made:
         run()
@@ -271,13 +277,16 @@ if __name__ == "__main__":
     # In this process, so that weights can be drawn and log lines heard; before vLLM is imported.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     order = json.loads(sys.argv[1])
-    if "busy" not in order:
+    if "answers" in order:
+        with os.fdopen(order["answers"], "w") as answers:
+            serve(order, sys.stdin, answers)
+    else:
         # To draw weights. It is part of the key of what vLLM compiled, and the benchmark does without.
         os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
-    found = main(order)
-    part = Path(order["out"] + ".part")
-    part.write_text(json.dumps(found))
-    part.rename(order["out"])
+        found = main(order)
+        part = Path(order["out"] + ".part")
+        part.write_text(json.dumps(found))
+        part.rename(order["out"])
     sys.stdout.flush()
     # vLLM's threads may hold the process at its end.
     os._exit(0)

@@ -11,9 +11,10 @@ agree   16 prompts of 5 to 700 tokens, 64 tokens each: vLLM without compilation 
         emit the same tokens. Per contender: how far its log-probabilities of them are from those, how far from those in
         fp32, and how often another token was the likeliest. Fails where terrazzo is further away than vLLM's default by
         more than a tenth, in the mean over all steps.
-time    decode steps at several batch sizes, prefill of 2048 tokens, start; in a second start's engine how long the GPU
-        is busy, and a prefill in turn with a loop of Python, which tells how fast its host was. Only after the same
-        model agreed, unless `--time` alone is asked for.
+time    a first start of each contender, then a second of both, which stay and are timed in turn: decode steps at
+        several batch sizes, prefill of 2048 tokens, how long the GPU is busy meanwhile. `--apart` times one engine
+        after the other, where a GPU does not hold two. Only after the same model agreed, unless `--time` alone is
+        asked for.
 """
 
 from __future__ import annotations
@@ -21,12 +22,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -35,42 +34,16 @@ from rich.console import Console
 from rich.table import Table
 
 from terrazzo.lowering.errors import UserError
-from terrazzo.tools.command import exit_status
+from terrazzo.tools import vllm_process
+from terrazzo.tools.command import exit_status, sizes
+from terrazzo.tools.vllm_process import Run, to_its_end
+from terrazzo.tools.vllm_turns import KV_GIB, PREFILL, in_turn
 
 MODELS = ("llama-3.1-8b", "llama-3.2-1b", "qwen3-8b", "qwen3-30b-a3b")
 GRAPHS = ("FULL_AND_PIECEWISE", "PIECEWISE", "NONE")
-BATCHES = "1,8,32,128"
-ENGINE = Path(__file__).with_name("vllm_engine.py")
+BATCHES = (1, 8, 32, 128)
 # How much further from eager than vLLM's default, in the mean, counts as worse: sums in another order differ by chance.
 SLACK = 1.1
-TIMEOUT_S = 900
-# Cache of keys and values of a timed engine: enough for 128 requests, beside 61 GB of weights.
-KV_GIB = 8
-
-
-@dataclass(frozen=True)
-class Run:
-    """One engine: a model, who compiles it, and with which CUDA graphs."""
-
-    model: str
-    contender: str
-    graphs: str = ""
-
-    @property
-    def name(self) -> str:
-        return "-".join(filter(None, (self.model, self.contender, self.graphs)))
-
-
-def environment(run: Run, work: Path) -> dict[str, str]:
-    """The environment an engine starts in: only terrazzo's has its plugin, and each has caches of its own."""
-    cache = work / "cache" / run.name
-    caches = {
-        "VLLM_CACHE_ROOT": cache,
-        "TRITON_CACHE_DIR": cache / "triton",
-        "TORCHINDUCTOR_CACHE_DIR": cache / "torch",
-    }
-    plugins = "terrazzo" if run.contender == "terrazzo" else ""
-    return {**os.environ, **{name: str(folder) for name, folder in caches.items()}, "VLLM_PLUGINS": plugins}
 
 
 def agree(
@@ -106,26 +79,9 @@ def _engine(run: Run, work: Path, known: bool) -> dict[str, Any]:
     out = work / f"{run.name}.json"
     if known and out.exists():
         return json.loads(out.read_text())
-    order = {"model": str(Path(os.environ["LABMODELS"]) / run.model), "contender": run.contender, "graphs": run.graphs}
+    order = {"model": run.folder, "contender": run.contender, "graphs": run.graphs}
     order |= {"tokens": str(work / f"{run.model}.tokens"), "out": str(out)}
-    return _process([str(ENGINE), json.dumps(order)], run, work, out)
-
-
-def _process(command: list[str], run: Run, work: Path, out: Path) -> dict[str, Any]:
-    log = work / f"{run.name}.log"
-    with log.open("w") as file:
-        code = subprocess.run(
-            # Safe paths: a tool of ours must not be found where vLLM imports somebody else's module.
-            [sys.executable, "-P", *command],
-            env=environment(run, work),
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            timeout=TIMEOUT_S,
-            check=False,
-        ).returncode
-    if code or not out.exists():
-        return {"failed": f"exit status {code}; {log}: " + "\n".join(log.read_text().splitlines()[-12:])}
-    return json.loads(out.read_text())
+    return to_its_end([str(vllm_process.ENGINE), json.dumps(order)], run, work, out)
 
 
 def _distance(found: dict[str, Any], eager: dict[str, Any], exact: dict[str, Any] | None) -> dict[str, Any]:
@@ -174,24 +130,38 @@ def further(results: Sequence[dict[str, Any]]) -> list[str]:
     return found
 
 
-def times(models: Sequence[str], batches: str, work: Path) -> list[dict[str, Any]]:
-    """The lab's benchmark for each contender, cold and then warm, one engine at a time."""
+def times(models: Sequence[str], batches: Sequence[int], work: Path, apart: bool = False) -> list[dict[str, Any]]:
+    """How fast each contender starts, decodes and prefills.
+
+    Args:
+        models: folders of $LABMODELS.
+        batches: numbers of requests that decode at once.
+        work: where logs and caches are.
+        apart: one engine after the other, instead of both in turn.
+
+    Returns:
+        Per model and contender: first, what the lab's benchmark says of a start with empty caches, and what
+        `vllm_turns.in_turn` finds in a second; or `failed`.
+    """
     results = []
     for model in models:
-        for run in (Run(model, "default"), Run(model, "terrazzo")):
-            for start in ("cold", "warm"):
-                results.append({**vars(run), "start": start, **_bench(run, batches, start, work)})
+        runs = [Run(model, "default"), Run(model, "terrazzo")]
+        first = {run.contender: _first_start(run, work) for run in runs}
+        found: dict[str, dict[str, Any]] = {}
+        for group in [[run] for run in runs] if apart else [runs]:
+            found |= in_turn(group, batches, work)
+        for run in runs:
+            failed = {k: v for k, v in first[run.contender].items() if k == "failed"}
+            made = found.get(run.contender, {"failed": "it was not started"})
+            results.append({**vars(run), "first": first[run.contender], **made, **failed})
     return results
 
 
-def _bench(run: Run, batches: str, start: str, work: Path) -> dict[str, Any]:
-    out, model = work / f"{run.name}-{start}.jsonl", str(Path(os.environ["LABMODELS"]) / run.model)
-    if start == "warm":
-        order = {"model": model, "contender": run.contender, "busy": [int(b) for b in batches.split(",")]}
-        return _process([str(ENGINE), json.dumps({**order, "kv_gib": KV_GIB, "out": str(out)})], run, work, out)
-    command = [os.environ["LABBENCH"], "--model", model, "--mode", "default", "--no-prof"]
-    command += ["--tag", f"{run.name}-{start}", "--batches", batches, "--res", str(out), "--prof-dir", str(work)]
-    return _process([*command, "--kv-gib", str(KV_GIB)], run, work, out)
+def _first_start(run: Run, work: Path) -> dict[str, Any]:
+    out = work / f"{run.name}-first.jsonl"
+    command = [os.environ["LABBENCH"], "--model", run.folder, "--mode", "default", "--no-bench", "--no-prof"]
+    command += ["--tag", run.name, "--res", str(out), "--prof-dir", str(work), "--kv-gib", str(KV_GIB)]
+    return to_its_end(command, run, work, out)
 
 
 def agreement_table(results: Sequence[dict[str, Any]]) -> Table:
@@ -213,25 +183,21 @@ def agreement_table(results: Sequence[dict[str, Any]]) -> Table:
 
 def time_table(results: Sequence[dict[str, Any]]) -> Table:
     """One row per model and contender: ms of a decode step and of a prefill, how long the GPU is busy, s to start."""
-    batches = list(dict.fromkeys(b for r in results for b in r.get("decode", {})))
-    made = Table(title="ms per step / of it with the GPU busy; start in s", title_justify="left")
+    columns = list(dict.fromkeys(what for r in results for what in r.get("ms", {})))
+    made = Table(title="ms / of it with the GPU busy, default's / ours; start in s", title_justify="left")
     made.add_column("model", no_wrap=True)
     made.add_column("contender", no_wrap=True)
-    for column in (*(f"B={b}" for b in batches), "prefill 2048", "warm, beside a loop", "start cold", "warm"):
+    for column in (*(c if c == PREFILL else f"B={c}" for c in columns), "first start", "compiling", "second"):
         made.add_column(column, justify="right", no_wrap=True)
-    by = {(r["model"], r["contender"], r["start"]): r for r in results}
-    for (model, contender, start), r in by.items():
-        if start != "cold":
-            continue
+    for r in results:
         if "failed" in r:
-            made.add_row(model, contender, "[red]failed[/]")
+            made.add_row(r["model"], r["contender"], "[red]failed[/]")
             continue
-        warm = by.get((model, contender, "warm"), {})
-        busy = {b: us / 1e3 for b, us in warm.get("busy_us", {}).items()}
-        row = [f"{r['decode'][b]['step_ms']:.2f} / {busy.get(b, float('nan')):.2f}" for b in batches]
-        row.append(f"{r['prefill2048_ms']['min']:.1f} / {busy.get('prefill2048', float('nan')):.1f}")
-        row.append(f"{warm['prefill_ms']:.1f}, {warm['host_ms']:.1f}" if "host_ms" in warm else "-")
-        made.add_row(model, contender, *row, f"{r['init_s']:.0f}", f"{warm['init_s']:.0f}" if "init_s" in warm else "-")
+        row = [f"{r['ms'][c]:.2f} / {r['busy_us'][c] / 1e3:.2f}" for c in columns]
+        row = [f"{text}, {r['ratio'][c]:.2f}" if "ratio" in r else text for c, text in zip(columns, row, strict=True)]
+        first, second = r["first"], r["init_s"]
+        row += [f"{first['init_s']:.1f}", f"{first['compilation_time']:.1f}", f"{second:.1f}"]
+        made.add_row(r["model"], r["contender"], *row)
     return made
 
 
@@ -241,7 +207,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--time", action="store_true", help="only times")
     parser.add_argument("--models", default=",".join(MODELS), help="folders of $LABMODELS, comma-separated")
     parser.add_argument("--graphs", default=GRAPHS[0], help=f"of {', '.join(GRAPHS)}, comma-separated")
-    parser.add_argument("--batches", default=BATCHES, help="decode batch sizes to time, comma-separated")
+    parser.add_argument("--batches", type=sizes, default=BATCHES, help="decode batch sizes to time, comma-separated")
+    parser.add_argument("--apart", action="store_true", help="time one engine after the other: a GPU holds no two")
     parser.add_argument("--jobs", type=int, default=2, help="engines side by side while they are only compared")
     parser.add_argument("--no-fp32", action="store_true", help="for models whose weights do not fit in fp32")
     parser.add_argument("--work", type=Path, help="folder for logs and caches; by default one that goes away")
@@ -269,7 +236,7 @@ def main() -> int:
             found["agree"] = agree(models, graphs, options.jobs, work, options.resume, exact)
         wrong = failures(found.get("agree", [])) + further(found.get("agree", []))
         if (both and not wrong) or (options.time and not options.agree):
-            found["time"] = times(models, options.batches, work)
+            found["time"] = times(models, options.batches, work, options.apart)
             wrong += failures(found["time"])
     _report(found, wrong, options.json)
     return int(bool(wrong))
@@ -281,7 +248,7 @@ def _report(found: dict[str, Any], wrong: Sequence[str], as_json: bool) -> None:
     if as_json:
         print(json.dumps(found))
         return
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = Console(width=None if sys.stdout.isatty() else 160)
     if "agree" in found:
         console.print(agreement_table(found["agree"]))
         for line in dict.fromkeys(line for r in found["agree"] for line in r.get("said", [])):

@@ -9,18 +9,25 @@ import sys
 import pytest
 from rich.console import Console
 
-from terrazzo.tools import vllm_lab
+from terrazzo.tools import vllm_lab, vllm_process
 from terrazzo.tools.vllm_engine import busy_us
-from terrazzo.tools.vllm_lab import Run, agree, agreement_table, environment, failures, further, time_table, times
+from terrazzo.tools.vllm_lab import agree, agreement_table, failures, further, time_table, times
+from terrazzo.tools.vllm_process import Run, environment
 
 # Stands for an engine: what it is asked for, turned into results `gap` away from eager's.
 STAND_IN = """
 import json, os, sys, time
 asked = json.loads(sys.argv[1])
-if "busy" in asked:
-    busy = {{str(b): 4500.0 for b in asked["busy"]}}
-    busy = {{"busy_us": {{**busy, "prefill2048": 43000.0}}, "prefill_ms": 46.0, "host_ms": 6.5}}
-    json.dump({{"init_s": 20.0, **busy}}, open(asked["out"], "w"))
+if "answers" in asked:
+    # The two differ by a quarter, on a host that gets slower all the time.
+    answers, turn = os.fdopen(asked["answers"], "w"), 0
+    print(json.dumps({{"init_s": 20.0}}), file=answers, flush=True)
+    for line in sys.stdin:
+        order, turn = json.loads(line), turn + 1
+        if {gaps}[asked["contender"]] is None:
+            sys.exit("out of memory")
+        ms = (5.0 if asked["contender"] == "default" else 4.0) * turn
+        print(ms if "time" in order else 4500.0, file=answers, flush=True)
     sys.exit()
 name = asked["contender"]
 gap = {gaps}[name]
@@ -38,9 +45,7 @@ json.dump({{"start_s": 3.0, "said": [f"{{name}} compiled"], "results": [result]}
 BENCH = """
 import json, sys
 options = dict(zip(sys.argv[1:], sys.argv[2:]))
-found = {"init_s": 20.0, "prefill2048_ms": {"min": 45.0}}
-found["decode"] = {b: {"step_ms": 5.0} for b in options["--batches"].split(",")}
-json.dump(found, open(options["--res"], "w"))
+json.dump({"init_s": 61.0, "compilation_time": 16.0}, open(options["--res"], "w"))
 """
 
 
@@ -51,7 +56,7 @@ def lab(monkeypatch, tmp_path):
     def with_gaps(**gaps):
         engine = tmp_path / "engine.py"
         engine.write_text(STAND_IN.format(gaps={"eager": 0.0, "fp32": -0.02, "default": 0.1, **gaps}))
-        monkeypatch.setattr(vllm_lab, "ENGINE", engine)
+        monkeypatch.setattr(vllm_process, "ENGINE", engine)
         bench = tmp_path / "bench.py"
         bench.write_text(BENCH)
         monkeypatch.setenv("LABMODELS", str(tmp_path / "models"))
@@ -63,7 +68,7 @@ def lab(monkeypatch, tmp_path):
 
 def screen(table):
     shown = io.StringIO()
-    Console(width=140, file=shown).print(table)
+    Console(width=160, file=shown).print(table)
     return shown.getvalue()
 
 
@@ -116,14 +121,25 @@ def test_no_two_engines_share_a_cache(tmp_path, monkeypatch):
         assert ours[name] != theirs[name]
 
 
-def test_times_are_shown_side_by_side(lab):
-    results = times(["a"], "1,8", lab())
-    assert [(r["contender"], r["start"]) for r in results] == [
-        ("default", "cold"), ("default", "warm"), ("terrazzo", "cold"), ("terrazzo", "warm")
-    ]  # fmt: skip
+def test_times_are_taken_in_turn_and_shown_side_by_side(lab):
+    results = times(["a"], [1, 8], lab(terrazzo=0.0))
+    assert [r["contender"] for r in results] == ["default", "terrazzo"]
+    default, ours = results
+    assert default["ms"].keys() == ours["ms"].keys() == {"1", "8", "prefill2048"} and default["ms"]["1"] == 50.0
+    assert set(ours["ratio"].values()) == {1.25} and "ratio" not in default
     shown = screen(time_table(results))
-    assert shown.count("5.00 / 4.50") == 4 and "45.0 / 43.0" in shown and shown.count("20") >= 4
-    assert shown.count("46.0, 6.5") == 2
+    assert "50.00 / 4.50" in shown and "40.00 / 4.50, 1.25" in shown and shown.count("61.0") == 2
+
+
+def test_times_one_engine_after_the_other(lab):
+    results = times(["a"], [1], lab(terrazzo=0.0), apart=True)
+    assert all(r["ms"]["1"] > 0 and "ratio" not in r for r in results) and "50.00" not in screen(time_table(results))
+
+
+def test_an_engine_that_dies_between_two_times_is_a_failure(lab):
+    results = times(["a"], [1], lab(terrazzo=None))
+    assert ["terrazzo's engine failed" in line for line in failures(results)] == [True, False]
+    assert "out of memory" in failures(results)[1] and screen(time_table(results)).count("failed") == 2
 
 
 def test_kernels_that_overlap_keep_the_gpu_busy_once():
@@ -144,5 +160,5 @@ def test_everything_as_json(lab, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["vllm_lab", "--models", "a", "--json", "--work", str(work / "logs")])
     assert vllm_lab.main() == 0
     found = json.loads(capsys.readouterr().out)
-    assert [len(found[part]) for part in ("agree", "time")] == [4, 4]
+    assert [len(found[part]) for part in ("agree", "time")] == [4, 2]
     assert (work / "logs" / "a-terrazzo-FULL_AND_PIECEWISE.log").exists()

@@ -1,0 +1,69 @@
+"""vLLM's engines timed in turn on one GPU: what a process gets of its host differs from minute to minute, and so both
+see the same of it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from terrazzo.tools.vllm_process import Died, Engine, Run
+
+ROUNDS = 7
+PREFILL = "prefill2048"
+# Cache of keys and values of a timed engine: enough for 128 requests, beside 61 GB of weights.
+KV_GIB = 8
+
+
+def in_turn(runs: Sequence[Run], batches: Sequence[int], work: Path) -> dict[str, dict[str, Any]]:
+    """Engines that exist at the same time, each idle while another one is timed.
+
+    Args:
+        runs: the engines; they have to fit on the GPU together.
+        batches: numbers of requests that decode at once.
+        work: where logs and caches are.
+
+    Returns:
+        Per contender: init_s; ms, of decode steps by the number of requests and of a prefill of 2048 tokens, medians
+        over rounds; busy_us, for how long the GPU is busy meanwhile; and for all but the first ratio, the median of
+        each round's time of the first contender over its own. Or `failed`, the end of what the engine wrote.
+    """
+    asked = [*map(str, batches), PREFILL]
+    times: dict[tuple[str, str], list[float]] = defaultdict(list)
+    found: dict[str, dict[str, Any]] = {}
+    with ExitStack() as open_engines:
+        engines: dict[str, Engine] = {}
+        for run in runs:
+            order = {"model": run.folder, "contender": run.contender, "kv_gib": KV_GIB}
+            engine = open_engines.enter_context(Engine(run, order, work))
+            try:
+                found[run.contender] = engine.answer()
+            except Died as reason:
+                return _failed(runs, run.contender, reason)
+            engines[run.contender] = engine
+        try:
+            for number in range(ROUNDS):
+                for what in asked:
+                    for name in list(engines)[:: -1 if number % 2 else 1]:
+                        times[name, what].append(engines[name].ask({"time": what}))
+            for name, engine in engines.items():
+                found[name]["busy_us"] = {what: engine.ask({"busy": what}) for what in asked}
+        except Died as reason:
+            return _failed(runs, name, reason)
+    first = runs[0].contender
+    for name, one in found.items():
+        one["ms"] = {what: median(times[name, what]) for what in asked}
+        if name != first:
+            one["ratio"] = {what: median(_ratios(times, first, name, what)) for what in asked}
+    return found
+
+
+def _failed(runs: Sequence[Run], dead: str, reason: Died) -> dict[str, dict[str, Any]]:
+    return {r.contender: {"failed": str(reason) if r.contender == dead else f"{dead}'s engine failed"} for r in runs}
+
+
+def _ratios(times: Mapping[tuple[str, str], Sequence[float]], first: str, other: str, what: str) -> list[float]:
+    return [a / b for a, b in zip(times[first, what], times[other, what], strict=True)]
