@@ -6,6 +6,7 @@
     row_running_sum, …       scans along axis 1
     store_sums, load_parts,  what a GEMM's epilogue leaves of rows whose other columns are other tiles',
     sum_of_parts             and what takes it up
+    sum_of_heads             sums over the heads that a GEMM's tile holds
 
 Schedule, bytes: none of their own; they are inlined into the body.
 """
@@ -319,3 +320,26 @@ def sum_of_parts(parts, n):
     for number in tl.static_range(1, len(parts)):
         total += parts[number]
     return tl.sum(total, axis=ALONG, keep_dims=True)
+
+
+@triton.jit
+def sum_of_heads(x, n, HALF: tl.constexpr):
+    """Sums of each row over each HALF of a tile's columns, as wide as the tile or, of a tile that is no wider, in the
+    shape of `m`.
+
+    Args:
+        x: the tile; n: numbers of its columns, along either axis, consecutive, from a multiple of HALF on.
+    """
+    ALONG: tl.constexpr = 0 if n.shape[0] > 1 else 1
+    HEADS: tl.constexpr = n.shape[ALONG] // HALF
+    tl.static_assert(HEADS > 0, "a tile has to hold whole heads")
+    if HEADS == 1:
+        return tl.sum(x, axis=ALONG, keep_dims=True)
+    else:
+        # By comparison, as a reshaped tile is laid out in another way than what it is used with.
+        head = n // HALF % HEADS
+        total = tl.sum(tl.where(head == 0, x, 0.0), axis=ALONG, keep_dims=True) + x * 0.0
+        for number in tl.static_range(1, HEADS):
+            own = tl.sum(tl.where(head == number, x, 0.0), axis=ALONG, keep_dims=True)
+            total = tl.where(head == number, own, total)
+        return total

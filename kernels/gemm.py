@@ -52,7 +52,8 @@ class GemmProblem:
         rounds: the sums may be rounded to the operands' dtype before the epilogue, as eager rounds them there.
         w_given: W is an argument of the piece, so there before its first kernel; no kernel of the piece writes it.
         w_steady: and a parameter of which the caller promises that it is there before any plan runs (`Options.steady`).
-        part: columns whose sums the epilogue leaves (`functions.store_sums`), which every tile has to hold; 0: none.
+        part: columns whose sums the epilogue leaves (`functions.store_sums`) or uses (`sum_of_heads`), and that every
+            tile therefore has to hold; 0: none.
         bare: cuBLAS was chosen for it together with what follows, which is a kernel of its own.
     """
 

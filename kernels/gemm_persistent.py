@@ -92,7 +92,15 @@ def measurement(problem: GemmProblem, target: Target) -> Measured | None:
 
 def _measured_at(problem: GemmProblem, target: Target) -> Mapping[Config, Sequence[int]]:
     """At which m each config was measured for this N and K, as the problem's epilogue needs it."""
-    kind = problem.paired, problem.halves, problem.dtype, problem.layout, problem.batch, problem.epilogue_itemsize
+    kind = (
+        problem.paired,
+        problem.halves,
+        problem.part,
+        problem.dtype,
+        problem.layout,
+        problem.batch,
+        problem.epilogue_itemsize,
+    )
     key = problem.n, problem.k, kind
     if (known := _MEASURED_AT.get((key, target))) is None:
         # Asked for every config at every size of a range; the number of tokens changes none of it.
@@ -197,6 +205,9 @@ def _fitted(problem: GemmProblem, config: Config, target: Target) -> Config:
     elif problem.halves and config.block_m * config.block_n >= 128 * 256:
         # A rotation in one part keeps 56 bytes a thread in local memory.
         config = replace(config, parts=max(config.parts, 2))
+    if problem.part:
+        # A part of the epilogue sums whole heads.
+        config = replace(config, parts=min(config.parts, config.block_n // problem.part))
     while smem_bytes(problem, config) > target.smem_bytes and config.stages > 2:
         config = replace(config, stages=config.stages - 1)
     return config

@@ -259,6 +259,7 @@ def alike(problem: GemmProblem, target: Target) -> Config:
     """
     sms, itemsize = target.sm_count, problem.dtype.itemsize
     block_m, block_n, tokens_first = _tile(problem, sms)
+    block_n = max(block_n, problem.part)
     tiles = ceil(problem.n / block_n) * ceil(max(problem.m, 1) / block_m)
     # Tiles of 128 tokens are large: deep ones would leave a ring of two or three.
     shallow = block_m > 64 and (problem.paired or block_n > 64 or problem.k > DEEP_K)

@@ -8,13 +8,14 @@ things cannot be inlined and must match the domain: the result of a reduction (i
 accumulator (it belongs to this tile).
 
 A GEMM's tile may hold two columns of the product for each of its own: a fixed distance apart (gate and up of a GLU), or
-the halves of a head (a rotation). And a row's sum may be cut in two (hoist.py): every tile leaves a part of it, another
-kernel's tiles sum those. The expressions are written in `composer.py` and, for heads, in `heads.py`.
+the halves of a head (a rotation), whose sum it then knows as well (a norm of each head before it is rotated). And a
+row's sum may be cut in two (hoist.py): every tile leaves a part of it, another kernel's tiles sum those. The
+expressions are written in `composer.py` and, for heads, in `heads.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from .composer import Composer, Refused
@@ -60,10 +61,9 @@ def compose(
     reductions = [v for v in made if isinstance(v, Reduce)]
     if len(products) > 1:
         raise Refused("two matrix products need two kernels")
-    if products and not all(isinstance(r, Parts) or _arrived(r, order) for r in reductions):
-        raise Refused("a reduction needs the whole row, a GEMM tile holds only some of its columns")
     if products:
-        return _product(given, products[0])
+        sums = [r for r in reductions if not isinstance(r, Parts) and not _arrived(r, order)]
+        return _product(given, products[0], sums)
     return Composer(*given).row(reductions) if reductions else Composer(*given).pointwise(cols)
 
 
@@ -82,10 +82,13 @@ def _arrived(made: Reduce, members: Collection[str]) -> bool:
 HALVES = (128, 64, 32, 16)
 
 
-def _product(given: tuple[Any, ...], product: Contract) -> Group:
-    """A product and what follows it: column by column, pairs of columns a fixed distance apart, or halves of heads."""
+def _product(given: tuple[Any, ...], product: Contract, sums: Sequence[Reduce]) -> Group:
+    """A product and what follows it: column by column, pairs of columns a fixed distance apart, or halves of heads,
+    which a tile may also sum."""
     composer = Composer(*given)
     try:
+        if sums:
+            raise Refused("a reduction needs the whole row, a GEMM tile holds only some of its columns")
         return composer.gemm(product)
     except Refused as reason:
         results = [composer.layout(n).shape for n in composer.needed if n != product.name]
@@ -94,7 +97,7 @@ def _product(given: tuple[Any, ...], product: Contract) -> Group:
         for half in HALVES if rotates else ():
             if product.n % (2 * half) == 0 and 2 * half in widths:
                 try:
-                    return Heads(*given).halves(product, half)
+                    return Heads(*given).halves(product, half, sums)
                 except Refused:
                     continue
         raise reason from None

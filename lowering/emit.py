@@ -160,7 +160,7 @@ class _Writer:
         group = kernel.group
         if not group.parts_read:
             return ""
-        [read], [total] = group.parts_read, group.reductions
+        [read], [total] = group.parts_read, [r for r in group.reductions if r.parts]
         lines = ["@triton.jit", f"def {_parts(body)}(m, n, t):"]
         lines += [f"    {line}" for line in self.pointers(tensors(kernel), {read.value})]
         if self.wide(group):

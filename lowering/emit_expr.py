@@ -124,6 +124,9 @@ class Body:
                 self.assign(reduction.value, f"t[{len(self.dtypes)}]")
                 continue
             value = self.operand(reduction.expr)
+            if reduction.half:
+                self.assign(reduction.value, f"sum_of_heads({value}, n, {reduction.half})")
+                continue
             self.assign(reduction.value, self.reduced(reduction.kind, value, register(reduction.expr.dtype)))
         for store in self.group.stores:
             self.store(store)
@@ -199,8 +202,8 @@ class Body:
         if isinstance(expr, Acc):
             return ("acc2" if expr.which else "acc"), frozenset((0, 1))
         if isinstance(expr, RowScalar):
-            running = any(r.value == expr.value and r.running for r in self.group.reductions)
-            return self.names[expr.value], frozenset((0, 1) if running else (0,))
+            wide = any(r.value == expr.value and (r.running or r.half) for r in self.group.reductions)
+            return self.names[expr.value], frozenset((0, 1) if wide else (0,))
         if isinstance(expr, Index):
             return self.number(expr, cond)
         if isinstance(expr, Masked):

@@ -53,7 +53,7 @@ HELPER_NAMES = (
     "maximum", "minimum", "relu", "silu", "sigmoid", "tanh", "sign", "div_floor", "div_floor_int", "div_trunc",
     "div_trunc_int", "fmod_int", "remainder", "remainder_int", "row_sum", "row_max", "row_min", "row_prod",
     "row_any", "row_all", "row_argmax", "row_argmin", "row_running_sum", "row_running_prod", "shift_left",
-    "shift_right", "pow_int", "load_parts", "store_sums",
+    "shift_right", "pow_int", "load_parts", "store_sums", "sum_of_heads",
 )  # fmt: skip
 HELPERS = re.compile(rf"\b({'|'.join(HELPER_NAMES)})\(")
 

@@ -40,13 +40,15 @@ EXPENSIVE = {
 
 @dataclass(frozen=True)
 class Reduction:
-    """`kind` of `expr` over the columns of each row; in a GEMM's epilogue the sum over `parts` elements of memory, of
-    which `expr` reads those in the columns."""
+    """`kind` of `expr` over the columns of each row. In a GEMM's epilogue the sum over `parts` elements of memory, of
+    which `expr` reads those in the columns; or the sum over a head, whose halves have `half` columns: one for each of
+    them."""
 
     value: str
     kind: str
     expr: Expr
     parts: int = 0
+    half: int = 0
 
     @property
     def running(self) -> bool:
@@ -112,6 +114,11 @@ class Group:
     def loads(self) -> list[Load]:
         """Distinct loads, in order of first use."""
         return loads(*(r.expr for r in self.reductions), *(s.expr for s in self.stores))
+
+    @property
+    def part(self) -> int:
+        """Columns of the product that a tile has to hold at least, because it sums them; 0 where it sums none."""
+        return max((*(2 * r.half for r in self.reductions), *(s.summed for s in self.stores)), default=0)
 
     @cached_property
     def parts_read(self) -> list[Load]:

@@ -2,22 +2,27 @@
 
 A tile then holds two columns of the product for each of its own, half a head apart: both halves are its two
 accumulators, and what needs both (a rotation) is computed where they are. Values that are computed from different heads
-share the kernel, each written for its own columns only.
+share the kernel, each written for its own columns only. A sum over a head (of its norm) is computed there too, where a
+tile holds whole heads: of what both halves are, for every head of the tile, whichever of them need it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from .affine import Affine, Bounded, Var, contiguous_strides, substitution
+from .affine import Affine, Bounded, Var, contiguous_strides, linear, substitution
 from .composer import Composer, Refused
-from .expr import Acc, Const, Expr, all_of, apply, const, index, only, rewrite
-from .group import COL, ROW, Group, Store
-from .values import Contract
+from .define import at_flat
+from .expr import Acc, Const, Expr, Load, RowScalar, all_of, apply, const, index, only, rewrite, walk
+from .group import COL, ROW, Group, Reduction, Store
+from .values import Contract, Reduce
+
+# Columns of the widest head that is summed: as many as the widest tile for few tokens has.
+WIDEST = 128
 
 
 @dataclass
@@ -28,20 +33,35 @@ class Heads(Composer):
         super().__post_init__()
         # Width of half a head, and of the columns that are being written the head, counted from their first.
         self.half, self.head = 0, Affine()
+        # Whether this only finds out from which columns a value is computed.
+        self.probing = False
+        # By name of a sum over heads the first of equal ones, and the first of the columns that it is computed from.
+        self.sums: dict[str, tuple[str, int]] = {}
 
-    def halves(self, product: Contract, half: int) -> Group:
+    def halves(self, product: Contract, half: int, sums: Sequence[Reduce] = ()) -> Group:
+        """The group around this product.
+
+        Args:
+            product: whose columns come in heads.
+            half: columns of half a head.
+            sums: those of the members that reduce.
+
+        Raises:
+            Refused: the members are no values of such heads.
+        """
         self.begin(product)
         self.half = half
         row, col = self.domain(product.m, product.n // 2)
         self.natural = row * self.cols + col
+        for made in sums:
+            self._sum(made, product)
         stores: list[Store] = []
         spans = [self._columns(name, product, half) for name in self.needed]
         for name, (first, width) in zip(self.needed, spans, strict=True):
             bounds = (("ge", first // 2), ("lt", (first + width) // 2))
             checks = [apply(fn, index(col), const(x, torch.int64), dtype=torch.bool) for fn, x in bounds]
             inside = all_of(check for check in checks if not isinstance(check, Const))
-            head = col.floordiv(half) - first // (2 * half)
-            self.first, self.head = first, Affine.of(Bounded(head, width // (2 * half)))
+            self._at(first, width)
             place = row * (self.layout(name).numel // product.m) + (first if self._as_wide(name, product) else 0)
             for second in (0, half):
                 made = self._store(name, place + self._column() + second, per_row=False)
@@ -50,6 +70,43 @@ class Heads(Composer):
             # The second half of what looked like a head is computed from another head.
             raise Refused(f"columns {sorted(self.accumulators)} of %{product.name} apart are no halves of one head")
         return replace(self._group("gemm", tuple(stores)), contract=product, half=half)
+
+    def _at(self, first: int, width: int) -> None:
+        """Turns to the heads of so many columns of the product from the first on."""
+        head = Affine.of(Var(COL, self.cols)).floordiv(self.half) - first // (2 * self.half)
+        self.first, self.head = first, Affine.of(Bounded(head, width // (2 * self.half)))
+
+    def _sum(self, made: Reduce, product: Contract) -> None:
+        """A sum over each head, of what its own two accumulators are."""
+        head = 2 * self.half
+        whole = made.kind == "sum" and made.expr.dtype == torch.float32 and made.domain[-1] == made.cols == head
+        if not whole or made.reduced != (len(made.domain) - 1,) or head > WIDEST:
+            raise Refused(f"%{made.name} sums no heads of {head} columns, of {WIDEST} at most")
+        first, width = self._columns(made.name, product, self.half)
+        self._at(first, width)
+        flat = Affine.of(Var(ROW, self.rows)) * width + self._column()
+        expr = apply("add", *(self._summand(made, flat + second) for second in (0, self.half)), dtype=torch.float32)
+        same = next((r.value for r in self.reductions.values() if r.half and r.expr == expr), made.name)
+        self.sums[made.name] = same, first
+        self.reductions.setdefault(same, Reduction(same, "sum", expr, half=self.half))
+
+    def _summand(self, made: Reduce, flat: Affine) -> Expr:
+        """What is summed, at an element of the reduction's domain."""
+        expr = self._inline(made.expr, dict(enumerate(at_flat(flat, made.domain))))
+        if any(isinstance(node, Load) for node in walk(expr)):
+            # The heads of a tile need not be those that the load is for.
+            raise Refused(f"%{made.name} sums more than the product")
+        return expr
+
+    def _row_scalar(self, reduction: Reduce, place: tuple[Affine, ...]) -> Expr:
+        if reduction.name not in self.sums:
+            return super()._row_scalar(reduction, place)
+        same, first = self.sums[reduction.name]
+        heads = reduction.rows // self.rows
+        position = linear(place, contiguous_strides(reduction.layout.shape))
+        if position != Affine.of(Var(ROW, self.rows)) * heads + self.head or not (self.probing or self.first == first):
+            raise Refused(f"%{reduction.name} is read for another head than its own")
+        return RowScalar(reduction.layout.dtype, value=same)
 
     def _column(self) -> Affine:
         """Column of the value that is written, in the first half of its head."""
@@ -72,17 +129,23 @@ class Heads(Composer):
 
     def _probed(self, name: str, product: Contract, half: int) -> tuple[int, int] | str:
         """The same for another value than the product; or why there are none."""
-        numel = self.layout(name).numel
+        made = self.values.definitions[name]
+        numel = made.rows * made.cols if isinstance(made, Reduce) else self.layout(name).numel
         width = numel // product.m
         if numel % product.m or not width or width % (2 * half):
             return f"%{name} does not consist of heads of {2 * half} columns"
         probe = replace(self)
         probe.begin(product)
-        probe.half = half
+        probe.half, probe.probing = half, True
+        probe.sums = self.sums
         row, col = probe.domain(product.m, width // 2)
         probe.head = col.floordiv(half)
+        flat = row * width + probe._column()
         try:
-            probe._store(name, row * width + probe._column(), per_row=False)
+            if isinstance(made, Reduce):
+                probe._summand(made, flat)
+            else:
+                probe._store(name, flat, per_row=False)
         except Refused as reason:
             return str(reason)
         first = min(probe.accumulators, default=0)

@@ -318,7 +318,7 @@ def gemm_problem(
         rounds=product.rounded,
         w_given=given,
         w_steady=steady,
-        part=max((s.summed for s in group.stores), default=0),
+        part=group.part,
         bare=bare,
     )
 

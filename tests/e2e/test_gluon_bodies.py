@@ -40,6 +40,10 @@ EPILOGUES = {
         p + p.new_ones(p.shape[1]) * 2 + torch.arange(p.shape[0], device=p.device)[:, None]
     ),
     "halves of heads": lambda p: torch.cat((halves(p)[0] - halves(p)[1], halves(p)[1] + halves(p)[0]), -1),
+    "sums of heads": lambda p: (
+        torch.cat((halves(p)[0] - halves(p)[1], halves(p)[1] * halves(p)[0].new_ones(64)), -1)
+        * p.view(p.shape[0], -1, 128).float().pow(2).mean(-1, keepdim=True).add(1e-6).rsqrt().to(p.dtype)
+    ),
     "a half that is a constant": lambda p: torch.nn.functional.pad(halves(p)[0] - halves(p)[1], (0, 64), value=0.5),
 }
 

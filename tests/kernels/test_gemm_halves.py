@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from terrazzo.kernels import gemm_persistent, gemm_simple, gemm_skinny, gemm_stream, gemm_vendor
+from terrazzo.kernels import functions, gemm_persistent, gemm_simple, gemm_skinny, gemm_stream, gemm_vendor
 from terrazzo.kernels.gemm import GemmProblem, reference
 from terrazzo.kernels.target import Target
 
@@ -39,6 +39,16 @@ def scaled_by_row(acc, acc2, m, n, mask, t):
     factor = tl.load(scale + m).to(tl.float32)
     tl.store(out + at, (acc * factor).to(out.dtype.element_ty), mask=mask)
     tl.store(out + at + half, (acc2 * factor).to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def normed(acc, acc2, m, n, mask, t):
+    out, width, half = t
+    at = m * width + n + n // half * half
+    total = functions.sum_of_heads(acc * acc + acc2 * acc2, n, half)
+    scale = tl.rsqrt(total / (2 * half) + 1e-3)
+    tl.store(out + at, (acc * scale).to(out.dtype.element_ty), mask=mask)
+    tl.store(out + at + half, (acc2 * scale).to(out.dtype.element_ty), mask=mask)
 
 
 def rotated(problem: GemmProblem, x: torch.Tensor, w: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
@@ -73,6 +83,39 @@ def test_tiles_of_whole_heads(
 @pytest.mark.parametrize("size", [(1, 256, 256), (19, 512, 136), (67, 256, 64)])
 def test_heads_wider_than_a_tile(family: ModuleType, config: Any, size: tuple[int, int, int], device: Any) -> None:
     run(family, config, GemmProblem(*size, torch.bfloat16, halves=64), device)
+
+
+def normed_heads(problem: GemmProblem, device: torch.device, family: ModuleType, config: Any) -> None:
+    x, w = operands(problem, device)
+    y, buffer = poisoned(problem, device)
+    family.prepare(normed, config, problem)(x, w, (y, problem.n, tl.constexpr(problem.halves)))
+
+    def by_torch(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        heads = (x @ w.T).unflatten(-1, (-1, 2 * problem.halves))
+        return torch.nn.functional.rms_norm(heads, heads.shape[-1:], eps=1e-3).flatten(-2)
+
+    check(y, by_torch(x, w), by_torch(x.double(), w.double()))
+    assert buffer[:64].isnan().all() and buffer[-64:].isnan().all(), "written outside of the result"
+
+
+@pytest.mark.parametrize(("family", "config"), FAMILIES)
+@pytest.mark.parametrize("size", [(1, 128, 72), (19, 192, 136), (67, 256, 64)])
+def test_tiles_sum_their_heads(
+    family: ModuleType, config: Any, size: tuple[int, int, int], device: torch.device
+) -> None:
+    parts = getattr(config, "parts", 1)
+    halves = 16 if config.block_n // parts >= 32 else 8
+    normed_heads(GemmProblem(*size, torch.float16, halves=halves, part=2 * halves), device, family, config)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 16, 33, 64, 128, 1100, 2048])
+@pytest.mark.parametrize(("n", "k", "halves"), [(6144, 4096, 64), (3072, 2048, 32), (2560, 2048, 64)])
+def test_heads_are_summed_by_what_is_chosen(m: int, n: int, k: int, halves: int, device: torch.device) -> None:
+    problem = GemmProblem(m, n, k, torch.bfloat16, halves=halves, part=2 * halves, rounds=True)
+    for family in (gemm_stream, gemm_skinny, gemm_persistent):
+        if family.supports(problem) is None:
+            normed_heads(problem, device, family, family.choose(problem, Target.current())[0])
 
 
 @pytest.mark.gpu
@@ -115,6 +158,11 @@ def test_configs_hold_whole_heads(m: int, halves: int, dtype: torch.dtype) -> No
                 config, _ = family.choose(problem, H200)
                 assert config.block_n % (2 * halves) == 0 and getattr(config, "tail_n", 0) % (2 * halves) == 0
                 assert not getattr(config, "extra_n", 0)
+        summed = replace(problem, part=2 * halves)
+        for family in (gemm_stream, gemm_skinny, gemm_persistent, gemm_simple):
+            if family.supports(summed) is None:
+                config, _ = family.choose(summed, H200)
+                assert config.block_n // getattr(config, "parts", 1) >= 2 * halves, (family.__name__, str(config))
 
 
 def test_stored_the_other_way_is_refused_by_the_stream() -> None:

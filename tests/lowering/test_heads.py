@@ -122,8 +122,75 @@ def one_number_and_some_rows(x: Any, w: Any, cos: Any, sin: Any) -> Any:
     return turned(heads(q, Q), cos, sin), turned(heads(k, KV), cos, sin), qkv[1, 2], v[1:3]
 
 
+def normed(x: Any, weight: Any, eps: float = 1e-6) -> Any:
+    """A norm of each head as vLLM's native one computes it."""
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+
+
+def normed_and_rotated(x: Any, w: Any, cos: Any, sin: Any) -> Any:
+    """As Qwen3 does: q and k by weights of their own."""
+    q, k, v = split(x @ w.t())
+    q, k = normed(heads(q, Q), w[0, :HEAD]), normed(heads(k, KV), w[1, :HEAD])
+    return turned(q, cos, sin), turned(k, cos, sin), v
+
+
+def normed_with_other_epsilons(x: Any, w: Any, cos: Any, sin: Any) -> Any:
+    q, k, v = split(x @ w.t())
+    q, k = normed(heads(q, Q), w[0, :HEAD], 1e-2), torch.nn.functional.rms_norm(heads(k, KV), (HEAD,), eps=1e-6)
+    return turned(q, cos, sin), turned(k, cos, sin), v
+
+
+def k_normed_alone(x: Any, w: Any, cos: Any, sin: Any) -> Any:
+    q, k, v = split(x @ w.t())
+    return turned(heads(q, Q), cos, sin), turned(normed(heads(k, KV), w[1, :HEAD]), cos, sin), v
+
+
+def normed_after_a_norm(x: Any, w: Any, cos: Any, sin: Any) -> Any:
+    """The product's own scale is a sum over rows."""
+    return normed_and_rotated(normed((x @ w[:K].t()[:, :K]), w[0]), w, cos, sin)
+
+
+def normed_after_it_is_rotated(x: Any, w: Any, cos: Any, sin: Any) -> Any:
+    q, k, v = split(x @ w.t())
+    return normed(turned(heads(q, Q), cos, sin), w[0, :HEAD]), turned(heads(k, KV), cos, sin), v
+
+
+def normed_by_all_heads(x: Any, w: Any, cos: Any, sin: Any) -> Any:
+    """As OLMo-2 does."""
+    q, k, v = split(x @ w.t())
+    return turned(heads(normed(q, w.new_ones(Q * HEAD)), Q), cos, sin), turned(heads(k, KV), cos, sin), v
+
+
+def centred(x: Any, w: Any, cos: Any, sin: Any) -> Any:
+    """A layer norm of each head: the second sum is over what the first is subtracted from."""
+    q, k, v = split(x @ w.t())
+    return turned(torch.nn.functional.layer_norm(heads(q, Q), (HEAD,)), cos, sin), turned(heads(k, KV), cos, sin), v
+
+
+def weighted_before_the_sum(x: Any, w: Any, cos: Any, sin: Any) -> Any:
+    q, k, v = split(x @ w.t())
+    return turned(normed(heads(q, Q) * w[0, :HEAD], w[1, :HEAD]), cos, sin), turned(heads(k, KV), cos, sin), v
+
+
+def scaled_by_another_heads_norm(x: Any, w: Any, cos: Any, sin: Any) -> Any:
+    q, k, v = split(x @ w.t())
+    q = heads(q, Q)
+    other = torch.rsqrt(q.float().pow(2).mean(-1, keepdim=True) + 1e-6).roll(1, 1)
+    return turned((q * other).to(x.dtype), cos, sin), turned(heads(k, KV), cos, sin), v
+
+
+def largest_of_each_head(x: Any, w: Any, cos: Any, sin: Any) -> Any:
+    q, k, v = split(x @ w.t())
+    q = heads(q, Q)
+    return turned(q - q.amax(-1, keepdim=True), cos, sin), turned(heads(k, KV), cos, sin), v
+
+
 ONE = [qkv_rotated, whole_heads_tables, product_returned_too, with_bias_and_scale, q_alone, one_number_and_some_rows]
+ONE += [normed_and_rotated, normed_with_other_epsilons, k_normed_alone]
 MORE = [halves_kept, product_read_elsewhere, v_changed_in_place, half_a_head_off, neighbours_turned, part_of_a_head]
+MORE += [normed_after_a_norm, normed_after_it_is_rotated, normed_by_all_heads, centred, weighted_before_the_sum]
+MORE += [scaled_by_another_heads_norm, largest_of_each_head]
 
 
 @pytest.mark.parametrize("fn", [*ONE, *MORE])
@@ -200,12 +267,14 @@ TREATMENTS = {
     "a view": "heads({part}, {count})",
     "a part of a view": "{part}[:, 3:7]",
     "a norm of each head": "F.rms_norm(heads({part}, {count}), (HEAD,))",
+    "a norm of each head, turned": "turned(F.rms_norm(heads({part}, {count}), (HEAD,), b[:HEAD], 1e-5), cos, sin)",
+    "another norm, turned": "turned(normed(heads({part}, {count}), 1.5), cos, sin)",
     "the other half of each head": "heads({part}, {count}).roll(HALF, -1)",
     "nothing": "",
 }  # fmt: skip
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     parts=st.lists(st.tuples(st.sampled_from(list(TREATMENTS)), st.integers(1, 3)), min_size=1, max_size=5),
     shift=st.sampled_from([0, 0, 0, HEAD, HALF, 5]),
