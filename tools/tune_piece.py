@@ -83,6 +83,7 @@ def stream_space(problem: GemmProblem, target: Target) -> Iterator[gemm_stream.C
         shapes = [(m, n, False, k, s) for m, ns in tiles for n in ns for k in (64, 128) for s in (1, 2)]
         shapes += [(m, n, True, k, s) for m, _ in tiles for n in (32, 64, 128) for k in (64, 128) for s in (1, 2)]
         shapes += [(128, 128, True, 64, s) for s in (3, 4) if whole > 64]
+    shapes = [(m, max(n, problem.part), *more) for m, n, *more in shapes]
     for (m, n, tokens_first, k, split), warps, resident in itertools.product(dict.fromkeys(shapes), (4, 8), (1, 2)):
         tiles_of_w = -(-problem.n // n) * -(-problem.m // m)
         programs, rows = tiles_of_w * split, m if tokens_first else n
@@ -94,7 +95,7 @@ def stream_space(problem: GemmProblem, target: Target) -> Iterator[gemm_stream.C
         in_flight = n * k * accs * problem.dtype.itemsize * tiles_at_once
         fits = 0.4 <= programs / target.sm_count <= 6 and (split == 1 or tiles_of_w <= 100)
         holds = sums_per_thread <= 128 and (warps == 4 or (rows >= 128 and sums_per_thread >= 32))
-        if fits and holds and n >= problem.part and stages >= 2 and in_flight >= 24_000:
+        if fits and holds and stages >= 2 and in_flight >= 24_000:
             yield replace(base, stages=stages)
 
 
