@@ -95,6 +95,7 @@ def _engine(asked: dict[str, Any]) -> Any:
         gpu_memory_utilization=0.05,
         seed=0,
         logits_processors=[_forcing()],
+        tensor_parallel_size=asked.get("gpus", 1),
         **options,
     )
 
@@ -114,6 +115,7 @@ def _served(asked: dict[str, Any]) -> Any:
         gpu_memory_utilization=0.05,
         disable_log_stats=True,
         seed=0,
+        tensor_parallel_size=asked.get("gpus", 1),
     )
 
 

@@ -22,15 +22,22 @@ LAST_LINES = 12
 
 @dataclass(frozen=True)
 class Run:
-    """One engine: a model, who compiles it, and with which CUDA graphs."""
+    """One engine: a model, who compiles it, with which CUDA graphs, and how many GPUs share each layer."""
 
     model: str
     contender: str
     graphs: str = ""
+    gpus: int = 1
 
     @property
     def name(self) -> str:
-        return "-".join(filter(None, (self.model, self.contender, self.graphs)))
+        gpus = f"{self.gpus}-gpus" if self.gpus > 1 else ""
+        return "-".join(filter(None, (self.model, self.contender, self.graphs, gpus)))
+
+    @property
+    def order(self) -> dict[str, Any]:
+        """What every engine is started with."""
+        return {"model": self.folder, "contender": self.contender, "gpus": self.gpus}
 
     @property
     def folder(self) -> str:

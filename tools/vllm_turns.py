@@ -37,8 +37,7 @@ def in_turn(runs: Sequence[Run], batches: Sequence[int], work: Path) -> dict[str
     with ExitStack() as open_engines:
         engines: dict[str, Engine] = {}
         for run in runs:
-            order = {"model": run.folder, "contender": run.contender, "kv_gib": KV_GIB}
-            engine = open_engines.enter_context(Engine(run, order, work))
+            engine = open_engines.enter_context(Engine(run, {**run.order, "kv_gib": KV_GIB}, work))
             try:
                 found[run.contender] = engine.answer()
             except Died as reason:
