@@ -2,7 +2,8 @@
 
     compilers.open_for(user)      # early: they import while a model is loaded
     ask = compilers.asked()       # for `kernels/together.py`; None where there are none
-    compilers.close_for(user)     # they end with their last user, and with this process however it ends
+    compilers.close_for(user)     # they end with their last user, or once one is done and they have had nothing to do
+                                  # for a while, and with this process however it ends
 
 What goes over is what Triton is about to compile: function, signature, constants, options, target, and the key that the
 binary will have in Triton's cache on disk. A function goes as its module and name, a generated body as its plan's text.
@@ -24,6 +25,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from hashlib import sha256
 from multiprocessing.connection import Connection
@@ -43,6 +45,10 @@ MOST = 8
 # Kernels take seconds; a worker that says nothing for so long is not waited for.
 PATIENCE_S = 300
 
+# vLLM makes a compiler for a class that is compiled and one for its base class, and only one of them ever compiles. So
+# once a user is done, the others have so long to come with something.
+IDLE_S = 60.0
+
 _open: Compilers | None = None
 _users: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -61,12 +67,27 @@ def open_for(user: Any) -> None:
 
 
 def close_for(user: Any) -> None:
-    """`user` compiles no more; with the last one the processes end."""
-    global _open
+    """`user` compiles no more. With the last one the processes end, or when the others leave them idle."""
     _users.discard(user)
-    if _open is not None and not _users:
-        _open.close()
+    if _open is None:
+        return
+    if not _users:
+        _end(_open)
+    else:
+        threading.Thread(target=_end_when_idle, args=(_open,), name="terrazzo-compilers-idle", daemon=True).start()
+
+
+def _end(processes: Compilers) -> None:
+    global _open
+    if _open is processes:
         _open = None
+        processes.close()
+
+
+def _end_when_idle(processes: Compilers) -> None:
+    while _open is processes and (left := IDLE_S - (time.monotonic() - processes.used)) > 0:
+        time.sleep(left)
+    _end(processes)
 
 
 def asked() -> Ahead | None:
@@ -83,6 +104,8 @@ class Compilers:
 
     def __init__(self, count: int) -> None:
         self.done = self.missed = 0
+        # When somebody last asked for something, by the clock that only goes forward.
+        self.used = time.monotonic()
         self._free = threading.Condition()
         self._idle: list[Connection] = []
         self._alive, self._pid, self._closed = 0, os.getpid(), False
@@ -118,6 +141,7 @@ class Compilers:
         Returns:
             whether the binary is there; where not, it was counted and nobody else is asked.
         """
+        self.used = time.monotonic()
         try:
             job = packed(source, target, options)
         except Exception as cause:  # whatever Triton of another version does otherwise

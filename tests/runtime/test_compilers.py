@@ -239,6 +239,38 @@ def test_they_are_started_once_and_end_with_their_last_user(started):
     assert others.closed and compilers.asked() is None
 
 
+class Clock:
+    """Time that passes while somebody sleeps, during which `busy` is asked for something, so many times."""
+
+    def __init__(self, busy, times):
+        self.now, self.busy, self.times = 100.0, busy, times
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+        self.times -= 1
+        if self.times >= 0:
+            self.busy.used = self.now - 1.0
+
+
+def test_users_that_never_come_do_not_keep_them(started, monkeypatch):
+    first, second = User(), User()
+    for user in (first, second):
+        compilers.open_for(user)
+    (others,) = started
+    others.used = 100.0
+    monkeypatch.setattr(compilers, "time", Clock(others, 3))
+    monkeypatch.setattr(compilers.threading.Thread, "start", lambda self: self.run())
+    compilers.close_for(first)
+    # Three times somebody came shortly before the end.
+    assert others.closed and compilers.time.now == 100.0 + 4 * compilers.IDLE_S - 3 * 1.0
+    assert compilers.asked() is None
+    compilers.open_for(second)
+    assert len(started) == 2
+
+
 def test_where_they_cannot_be_started_one_line_says_so(monkeypatch, caplog):
     monkeypatch.setattr(compilers, "INTERPRETED", False)
     monkeypatch.setattr(compilers, "_open", None)
