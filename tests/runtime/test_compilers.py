@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -255,6 +256,16 @@ class Clock:
             self.busy.used = self.now - 1.0
 
 
+class Inline:
+    """A thread that runs where it is started."""
+
+    def __init__(self, target, args, name, daemon):
+        self.target, self.args = target, args
+
+    def start(self):
+        self.target(*self.args)
+
+
 def test_users_that_never_come_do_not_keep_them(started, monkeypatch):
     first, second = User(), User()
     for user in (first, second):
@@ -262,7 +273,7 @@ def test_users_that_never_come_do_not_keep_them(started, monkeypatch):
     (others,) = started
     others.used = 100.0
     monkeypatch.setattr(compilers, "time", Clock(others, 3))
-    monkeypatch.setattr(compilers.threading.Thread, "start", lambda self: self.run())
+    monkeypatch.setattr(compilers, "threading", SimpleNamespace(Thread=Inline))
     compilers.close_for(first)
     # Three times somebody came shortly before the end.
     assert others.closed and compilers.time.now == 100.0 + 4 * compilers.IDLE_S - 3 * 1.0
