@@ -25,6 +25,7 @@ from ..lowering.errors import InternalError, Unsupported
 from .target import Target
 from .tma import TMA_ALIGNMENT_BYTES
 
+KINDS = ("one", "pair", "head", "norm", "sum")
 FAMILIES = ("gemm_stream", "gemm_skinny", "gemm_persistent", "gemm_simple", "gemm_vendor")
 
 
@@ -100,9 +101,13 @@ class GemmProblem:
 
     @property
     def kind(self) -> str:
-        """How tables name it: "one" accumulator, a "pair" of them, a "head", whose halves come together, or a "sum":
-        one of which sums over columns are left."""
-        return "pair" if self.paired else "head" if self.halves else "sum" if self.part else "one"
+        """How tables name it: "one" accumulator, a "pair" of them, a "head", whose halves come together, a "norm" of
+        such heads, or a "sum": one of which sums over columns are left."""
+        if self.paired:
+            return "pair"
+        if self.halves:
+            return "norm" if self.part else "head"
+        return "sum" if self.part else "one"
 
     @property
     def accumulators(self) -> int:
@@ -173,7 +178,7 @@ def measured(config: Any, rows: str, source: str, elsewhere: bool = False) -> Ta
     for row in rows.strip().splitlines()[1:]:
         n, k, kind, m, *values = row.split()
         times = values[len(types) :]
-        if len(times) not in (1, 2) or kind not in ("one", "pair", "head", "sum"):
+        if len(times) not in (1, 2) or kind not in KINDS:
             names = " ".join(field.name for field in fields(config))
             raise InternalError(
                 f"row {row.strip()!r}", f"it is not N K kind m {names} us [cuBLAS]", stage="kernels.gemm"
@@ -207,7 +212,7 @@ def row_of(table: Table, problem: GemmProblem) -> Mapping[int, Measured]:
     accumulators."""
     if problem.dtype not in (torch.float16, torch.bfloat16) or problem.layout != "nk" or problem.batch != 1:
         return {}
-    kinds = ("pair",) if problem.paired else ("sum", "head", "one", problem.kind)
+    kinds = ("pair",) if problem.paired else ("norm", "sum", "head", "one", problem.kind)
     row: dict[int, Measured] = {}
     for kind in kinds:
         row |= table.get((problem.n, problem.k, kind), {})

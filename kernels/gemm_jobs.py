@@ -49,8 +49,9 @@ def measured_problem(m: int, n: int, k: int, kind: str) -> GemmProblem:
     one = GemmProblem(m, n, k, torch.bfloat16)
     if kind == "pair":
         return replace(one, paired=True, pair_offset=n)
-    if kind == "head":
-        return replace(one, halves=64 if n % 128 == 0 else 32)
+    if kind in ("head", "norm"):
+        half = 64 if n % 128 == 0 else 32
+        return replace(one, halves=half, part=2 * half if kind == "norm" else 0)
     return replace(one, part=32 if kind == "sum" else 0)
 
 

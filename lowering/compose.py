@@ -21,7 +21,7 @@ from typing import Any
 from .composer import Composer, Refused
 from .elements import Elements
 from .expr import loads
-from .group import FEW_TOKENS, MANY_TOKENS, Group
+from .group import FEW_TOKENS, FEW_TOKENS_OF_NORMS, MANY_TOKENS, Group
 from .heads import Heads
 from .values import Contract, Extern, Item, Map, Parts, Reduce, SumOfParts, Values
 
@@ -93,7 +93,8 @@ def _product(given: tuple[Any, ...], product: Contract, sums: Sequence[Reduce]) 
     except Refused as reason:
         results = [composer.layout(n).shape for n in composer.needed if n != product.name]
         widths = {shape[-1] for shape in results if shape}
-        rotates = len(composer.order) > 1 and (product.m <= FEW_TOKENS or product.m >= MANY_TOKENS)
+        few = FEW_TOKENS_OF_NORMS if sums else FEW_TOKENS
+        rotates = len(composer.order) > 1 and (product.m <= few or product.m >= MANY_TOKENS)
         for half in HALVES if rotates else ():
             if product.n % (2 * half) == 0 and 2 * half in widths:
                 try:

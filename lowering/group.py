@@ -25,6 +25,11 @@ BODY_LIMIT = 600
 # 3.6, 2026-11-25) a residual added and stored in fp32 made o_proj take 516 us and down 1508 us, where cuBLAS and our
 # kernels without it take about 400 and 1340.
 FEW_TOKENS = MOST_TOKENS
+# So many at most where heads are summed as well: a tile then holds a whole head of 128 columns, and those of 6144 are
+# 48, in two halves of K each. Qwen3-8B's piece took, with norm and rotation in a kernel of their own / in the product's
+# epilogue, 138.9 / 138.6 us at 1 token, 141.4 / 138.6 at 16, 145.0 / 147.4 at 64 (H100, torch 2.11, triton 3.6, bf16,
+# 2026-11-26).
+FEW_TOKENS_OF_NORMS = 32
 # From so many on our product is as fast as cuBLAS, which knows no halves of heads, and brings them together itself: at
 # 2048 and 8192 tokens pieces of Llama-3.1-8B and 3.2-1B took 0.984 to 1.002 of the time with RoPE apart, from 256 to
 # 1000 tokens up to 1.03 (H200, torch 2.11, triton 3.6, bf16, 2026-11-26).

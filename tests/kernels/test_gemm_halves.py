@@ -42,13 +42,36 @@ def scaled_by_row(acc, acc2, m, n, mask, t):
 
 
 @triton.jit
-def normed(acc, acc2, m, n, mask, t):
-    out, width, half = t
-    at = m * width + n + n // half * half
-    total = functions.sum_of_heads(acc * acc + acc2 * acc2, n, half)
-    scale = tl.rsqrt(total / (2 * half) + 1e-3)
+def normed(acc, acc2, m, n, mask, t, HALF: tl.constexpr):
+    out, width = t
+    at = m * width + n + n // HALF * HALF
+    total = functions.sum_of_heads(acc * acc + acc2 * acc2, n, HALF)
+    scale = tl.rsqrt(total / (2 * HALF) + 1e-3)
     tl.store(out + at, (acc * scale).to(out.dtype.element_ty), mask=mask)
-    tl.store(out + at + half, (acc2 * scale).to(out.dtype.element_ty), mask=mask)
+    tl.store(out + at + HALF, (acc2 * scale).to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def normed_8(acc, acc2, m, n, mask, t):
+    normed(acc, acc2, m, n, mask, t, 8)
+
+
+@triton.jit
+def normed_16(acc, acc2, m, n, mask, t):
+    normed(acc, acc2, m, n, mask, t, 16)
+
+
+@triton.jit
+def normed_32(acc, acc2, m, n, mask, t):
+    normed(acc, acc2, m, n, mask, t, 32)
+
+
+@triton.jit
+def normed_64(acc, acc2, m, n, mask, t):
+    normed(acc, acc2, m, n, mask, t, 64)
+
+
+NORMED = {8: normed_8, 16: normed_16, 32: normed_32, 64: normed_64}
 
 
 def rotated(problem: GemmProblem, x: torch.Tensor, w: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
@@ -88,7 +111,7 @@ def test_heads_wider_than_a_tile(family: ModuleType, config: Any, size: tuple[in
 def normed_heads(problem: GemmProblem, device: torch.device, family: ModuleType, config: Any) -> None:
     x, w = operands(problem, device)
     y, buffer = poisoned(problem, device)
-    family.prepare(normed, config, problem)(x, w, (y, problem.n, tl.constexpr(problem.halves)))
+    family.prepare(NORMED[problem.halves], config, problem)(x, w, (y, problem.n))
 
     def by_torch(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         heads = (x @ w.T).unflatten(-1, (-1, 2 * problem.halves))
