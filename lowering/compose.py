@@ -23,6 +23,7 @@ from .elements import Elements
 from .expr import loads
 from .group import FEW_TOKENS, FEW_TOKENS_OF_NORMS, MANY_TOKENS, Group
 from .heads import Heads
+from .size import alike
 from .values import Contract, Extern, Item, Map, Parts, Reduce, SumOfParts, Values
 
 
@@ -93,10 +94,14 @@ def _product(given: tuple[Any, ...], product: Contract, sums: Sequence[Reduce]) 
     except Refused as reason:
         results = [composer.layout(n).shape for n in composer.needed if n != product.name]
         widths = {shape[-1] for shape in results if shape}
+        if sums:
+            # Where there is one sum a row, that is over all of it.
+            widths &= set() if alike(sums[0].rows, product.m) else {sums[0].cols}
+        halves = [half for half in HALVES if product.n % (2 * half) == 0 and 2 * half in widths]
         few = FEW_TOKENS_OF_NORMS if sums else FEW_TOKENS
-        rotates = len(composer.order) > 1 and (product.m <= few or product.m >= MANY_TOKENS)
-        for half in HALVES if rotates else ():
-            if product.n % (2 * half) == 0 and 2 * half in widths:
+        # In this order: a plan for a range of sizes is cut where it asks for the number of tokens.
+        if len(composer.order) > 1 and halves and (product.m <= few or product.m >= MANY_TOKENS):
+            for half in halves:
                 try:
                     return Heads(*given).halves(product, half, sums)
                 except Refused:

@@ -71,8 +71,7 @@ LEAVES_SUMS = ("gemm_stream", {"mm", "add", "pow", "mean", "mul"})
 NORMED = ("norm", NORM)
 ROTATED = ("gemm_stream", {"mm"} | ROPE)
 SCALED_ROTATED = ("gemm_stream", {"mm", "mean"} | ROPE)
-ROTATED_HEADS = ("rope", ROPE | NORM)
-NORMED_HEADS: Kernels = [("gemm_stream", {"mm"}), ROTATED_HEADS]
+NORMED_HEADS = ("gemm_stream", {"mm"} | NORM | ROPE)
 LLAMA: Kernels = [LEAVES_SUMS, ("gemm_stream", {"mm", "mean", "silu", "mul"})]
 LLAMAS_LAST: Kernels = [*LLAMA, PUT_INTO_RESIDUAL, NORMED]
 GATED = ("gemm_stream", {"mm", "gelu", "mul"})
@@ -98,8 +97,8 @@ EXPECTED: dict[str, tuple[Kernels, Kernels, Kernels]] = {
         LLAMAS_LAST,
     ),
     "qwen3-8b": (
-        [("gather", {"embedding"}), ("norm", NORM | {"embedding"}), *NORMED_HEADS],
-        [*LLAMA, LEAVES_SUMS, ("gemm_stream", {"mm", "mean"}), ROTATED_HEADS],
+        [("gather", {"embedding"}), ("norm", NORM | {"embedding"}), NORMED_HEADS],
+        [*LLAMA, LEAVES_SUMS, NORMED_HEADS],
         LLAMAS_LAST,
     ),
     "gemma-2-9b": (

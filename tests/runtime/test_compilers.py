@@ -202,7 +202,7 @@ def started(monkeypatch):
     class Stand:
         def __init__(self, count):
             made.append(self)
-            self.closed, self.there = False, True
+            self.closed, self.there, self.used = False, True, 0.0
 
         def ready(self):
             return self.there
