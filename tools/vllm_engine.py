@@ -96,7 +96,7 @@ def _engine(asked: dict[str, Any]) -> Any:
         kv_cache_memory_bytes=4 << 30,
         gpu_memory_utilization=0.05,
         seed=0,
-        logits_processors=[_forcing()],
+        logits_processors=["terrazzo.tools.vllm_forcing:Forcing"],
         tensor_parallel_size=asked.get("gpus", 1),
         **options,
     )
@@ -131,7 +131,9 @@ def _time_ms(engine: Any, what: str) -> float:
 
 
 def _busy_us(engine: Any, what: str) -> float:
-    """For how many microseconds of the same the GPU is busy."""
+    """For how many microseconds of the same the GPU is busy; not a number where other processes keep it so."""
+    if engine.llm_engine.vllm_config.parallel_config.world_size > 1:
+        return float("nan")
     if what == "prefill2048":
         return _recorded(_requests(engine, 1, 2048, 1))
     return _per_step(lambda new: _recorded(_requests(engine, int(what), PROMPT, new)), RECORDED_STEPS)
@@ -183,27 +185,6 @@ def busy_us(spans: Iterable[tuple[float, float]]) -> float:
         total += max(0.0, end - max(start, until))
         until = max(until, end)
     return total
-
-
-def _forcing() -> type:
-    """A processor of logits that leaves a request the token it is to emit next, by `extra_args["forced"]`."""
-    from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
-
-    class Forcing(AdapterLogitsProcessor):
-        def is_argmax_invariant(self) -> bool:
-            return False
-
-        def new_req_logits_processor(self, params: Any) -> Any:
-            forced: list[int] = (params.extra_args or {}).get("forced", [])
-
-            def force(emitted: list[int], logits: torch.Tensor) -> torch.Tensor:
-                only = torch.full_like(logits, float("-inf"))
-                only[forced[len(emitted)]] = 0.0
-                return only
-
-            return force if forced else None
-
-    return Forcing
 
 
 @torch.inference_mode()
