@@ -338,7 +338,7 @@ def sum_of_heads(x, n, HALF: tl.constexpr):
     else:
         # By comparison, as a reshaped tile is laid out in another way than what it is used with.
         head = n // HALF % HEADS
-        total = tl.sum(tl.where(head == 0, x, 0.0), axis=ALONG, keep_dims=True) + x * 0.0
+        total = tl.where(head == 0, tl.sum(tl.where(head == 0, x, 0.0), axis=ALONG, keep_dims=True), 0.0)
         for number in tl.static_range(1, HEADS):
             own = tl.sum(tl.where(head == number, x, 0.0), axis=ALONG, keep_dims=True)
             total = tl.where(head == number, own, total)

@@ -14,10 +14,26 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .affine import Affine, Bounded, Var, contiguous_strides, linear, substitution
+from .affine import Affine, Bounded, Mod, Var, contiguous_strides, linear, substitution
 from .composer import Composer, Refused
 from .define import at_flat
-from .expr import Acc, Const, Expr, Load, RowScalar, all_of, apply, const, index, only, rewrite, walk
+from .expr import (
+    Acc,
+    Apply,
+    Const,
+    Expr,
+    Load,
+    Masked,
+    RowScalar,
+    all_of,
+    apply,
+    const,
+    index,
+    only,
+    rewrite,
+    varies,
+    walk,
+)
 from .group import COL, ROW, Group, Reduction, Store
 from .values import Contract, Reduce
 
@@ -69,7 +85,9 @@ class Heads(Composer):
         if not self.accumulators <= {0, half}:
             # The second half of what looked like a head is computed from another head.
             raise Refused(f"columns {sorted(self.accumulators)} of %{product.name} apart are no halves of one head")
-        return replace(self._group("gemm", tuple(stores)), contract=product, half=half)
+        group = self._group("gemm", tuple(stores))
+        stores, names = _with_one_computation(stores, [span for span in spans for _ in (0, half)], group.names)
+        return replace(group, stores=tuple(stores), names=names, contract=product, half=half)
 
     def _at(self, first: int, width: int) -> None:
         """Turns to the heads of so many columns of the product from the first on."""
@@ -187,3 +205,65 @@ class Heads(Composer):
     def _substituted(self, expr: Expr, place: Mapping[int, Affine], leaf: Callable[[Expr], Expr | None]) -> Expr:
         """First the indices alone: what they rule out (the other half's branch of a cat) is not read anywhere."""
         return rewrite(rewrite(expr, substitution(place)), new_leaf=leaf)
+
+
+# Reads between which a merged computation chooses, at most.
+CHOICES = 4
+
+
+def _with_one_computation(
+    stores: list[Store], spans: Sequence[tuple[int, int]], names: Mapping[Expr, str]
+) -> tuple[list[Store], Mapping[Expr, str]]:
+    """Values of different heads that differ only in what they read by column, as q and k do in the weights of their
+    norms: those are chosen by column, and the rest is computed once for both.
+
+    Args:
+        stores: as they are computed one by one.
+        spans: first and number of the columns of each.
+        names: for the reader, which value an expression is.
+
+    Returns:
+        the stores and the names.
+    """
+    merged, known = list(stores), dict(names)
+    for i, first in enumerate(stores):
+        for j in range(i + 1, len(stores)):
+            a, b = first.expr, merged[j].expr
+            (start, width), (other, its_width) = spans[i], spans[j]
+            if start < other + its_width and other < start + width:
+                continue
+            if not (isinstance(a, Masked) and isinstance(b, Masked)) or a.body == b.body:
+                continue
+            choices: dict[tuple[Expr, Expr], Expr | None] = {}
+            both = _either(a.cond, a.body, b.body, choices)
+            if both is None or sum(isinstance(x, Load) for x, _ in choices) > CHOICES:
+                continue
+            merged[i], merged[j] = (replace(merged[n], expr=only(e.cond, both)) for n, e in ((i, a), (j, b)))
+            known.update((made, known[x]) for (x, _), made in choices.items() if made is not None and x in known)
+            break
+    return merged, known
+
+
+def _either(cond: Expr, a: Expr, b: Expr, made: dict[tuple[Expr, Expr], Expr | None]) -> Expr | None:
+    """`a` where the condition holds and `b` elsewhere, as one computation on reads of either; None if they are no such
+    two. What was made of each pair that differs is kept."""
+    if a == b:
+        return a
+    if (a, b) not in made:
+        both: Expr | None = None
+        if isinstance(a, Load) and isinstance(b, Load) and a.dtype == b.dtype and _anywhere(a) and _anywhere(b):
+            both = apply("where", cond, a, b, dtype=a.dtype)
+        elif (
+            isinstance(a, Apply)
+            and isinstance(b, Apply)
+            and (a.fn, a.dtype, len(a.args)) == (b.fn, b.dtype, len(b.args))
+        ):
+            args = [_either(cond, x, y, made) for x, y in zip(a.args, b.args, strict=True)]
+            both = None if None in args else replace(a, args=tuple(args))
+        made[a, b] = both
+    return made[a, b]
+
+
+def _anywhere(read: Load) -> bool:
+    """Whether a read is in range at every column, and the same for all rows."""
+    return all(isinstance(atom, (Var, Mod)) and not varies(read, ROW) for atom in read.offset.atoms())

@@ -146,6 +146,26 @@ def k_normed_alone(x: Any, w: Any, cos: Any, sin: Any) -> Any:
     return turned(heads(q, Q), cos, sin), turned(normed(heads(k, KV), w[1, :HEAD]), cos, sin), v
 
 
+def normed_by_three_weights(x: Any, w: Any, cos: Any, sin: Any) -> Any:
+    q, k, v = split(x @ w.t())
+    parts = (heads(q, Q), heads(k, KV), heads(v, KV))
+    return tuple(turned(normed(part, w[i, :HEAD]), cos, sin) for i, part in enumerate(parts))
+
+
+def shared_heads_normed_by_two_weights(x: Any, w: Any, cos: Any, sin: Any) -> Any:
+    """Two values read the same heads, and others beside them."""
+    qkv = x @ w.t()
+    first, second = heads(qkv[:, : 4 * HEAD], 4), heads(qkv[:, 2 * HEAD : 6 * HEAD], 4)
+    return turned(normed(first, w[0, :HEAD]), cos, sin), turned(normed(second, w[1, :HEAD]), cos, sin)
+
+
+def normed_by_weights_of_each_head(x: Any, w: Any, cos: Any, sin: Any) -> Any:
+    """As Chameleon does: weights that differ from head to head."""
+    q, k, v = split(x @ w.t())
+    q, k = normed(heads(q, Q), w[:Q, :HEAD]), normed(heads(k, KV), w[:KV, :HEAD])
+    return turned(q, cos, sin), turned(k, cos, sin), v
+
+
 def normed_after_a_norm(x: Any, w: Any, cos: Any, sin: Any) -> Any:
     """The product's own scale is a sum over rows."""
     return normed_and_rotated(normed((x @ w[:K].t()[:, :K]), w[0]), w, cos, sin)
@@ -187,7 +207,8 @@ def largest_of_each_head(x: Any, w: Any, cos: Any, sin: Any) -> Any:
 
 
 ONE = [qkv_rotated, whole_heads_tables, product_returned_too, with_bias_and_scale, q_alone, one_number_and_some_rows]
-ONE += [normed_and_rotated, normed_with_other_epsilons, k_normed_alone]
+ONE += [normed_and_rotated, normed_with_other_epsilons, k_normed_alone, normed_by_three_weights]
+ONE += [normed_by_weights_of_each_head, shared_heads_normed_by_two_weights]
 MORE = [halves_kept, product_read_elsewhere, v_changed_in_place, half_a_head_off, neighbours_turned, part_of_a_head]
 MORE += [normed_after_a_norm, normed_after_it_is_rotated, normed_by_all_heads, centred, weighted_before_the_sum]
 MORE += [scaled_by_another_heads_norm, largest_of_each_head]
@@ -206,6 +227,14 @@ def test_rotations_of_a_product(fn: Callable[..., Any], dtype: torch.dtype) -> N
         assert kernels[0].group.half == HALF and len(kernels) > 1
     if fn in (half_a_head_off, neighbours_turned):
         assert not any(k.group.half for k in kernels)
+
+
+def test_q_and_k_share_what_only_their_weights_tell_apart() -> None:
+    [loaded] = same(normed_and_rotated, *arguments()).plans.values()
+    assert loaded.plan.source.count("tl.where(") == 2, "one choice of weights for each half"
+    assert loaded.plan.source.count("tl.rsqrt(") == loaded.plan.source.count("sum_of_heads(") == 1
+    [loaded] = same(shared_heads_normed_by_two_weights, *arguments()).plans.values()
+    assert "tl.where(" not in loaded.plan.source
 
 
 def test_looked_up_by_position() -> None:
@@ -268,6 +297,7 @@ TREATMENTS = {
     "a part of a view": "{part}[:, 3:7]",
     "a norm of each head": "F.rms_norm(heads({part}, {count}), (HEAD,))",
     "a norm of each head, turned": "turned(F.rms_norm(heads({part}, {count}), (HEAD,), b[:HEAD], 1e-5), cos, sin)",
+    "normed by other weights, turned": "turned(normed(heads({part}, {count}), w[1, :HEAD]), cos, sin)",
     "another norm, turned": "turned(normed(heads({part}, {count}), 1.5), cos, sin)",
     "the other half of each head": "heads({part}, {count}).roll(HALF, -1)",
     "nothing": "",
