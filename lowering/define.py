@@ -10,7 +10,7 @@ list of view ops has to be kept. Rules stand in `rules_*.py`, each registered fo
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from .affine import Affine, delinearize, linear, variables
 from .errors import Unsupported
 from .expr import Const, Expr, const, keep, load
 from .ir import Node, Ref, Scalar, Spec, Trace, iter_leaves, iter_refs, op_name
+from .options import Options
 from .size import Size, Undecided, integer
 from .values import Contract, Definition, Empty, Extern, Item, Layout, Map, Reduce, Values, View, home
 from .writes import writing
@@ -40,6 +41,8 @@ COMPUTABLE = {
     torch.uint8,
     torch.bool,
 }
+# And what one stores and loads from this architecture on; nothing is computed in it.
+FLOAT8, FLOAT8_ARCH = torch.float8_e4m3fn, 89
 
 
 def rule(*ops: Any) -> Callable[[Rule], Rule]:
@@ -70,14 +73,18 @@ def rules() -> dict[Any, Rule]:
     return RULES
 
 
-def define(trace: Trace) -> Values:
+def define(trace: Trace, options: Options) -> Values:
     """The definitions of a concrete trace.
+
+    Args:
+        trace: what to define.
+        options: the target says which dtypes kernels know.
 
     Raises:
         Unsupported: torch itself gives a result of the piece two shapes.
     """
     rules()
-    definer = Definer(trace)
+    definer = Definer(trace, COMPUTABLE | ({FLOAT8} if options.target.arch >= FLOAT8_ARCH else set()))
     for node in trace.nodes:
         definer.node(node)
     return definer.finish()
@@ -86,8 +93,8 @@ def define(trace: Trace) -> Values:
 class Definer:
     """Collects definitions while `define` walks the trace; the rules' view of the piece."""
 
-    def __init__(self, trace: Trace) -> None:
-        self.trace = trace
+    def __init__(self, trace: Trace, computable: Collection[torch.dtype]) -> None:
+        self.trace, self.computable = trace, computable
         self.definitions: dict[str, Definition] = {}
         self.views: dict[str, View] = {}
         self.layouts: dict[str, Layout] = {}
@@ -138,7 +145,7 @@ class Definer:
         for spec in [*specs, *made]:
             if spec is not None and spec.device != self.device:
                 return f"it touches a tensor on {spec.device}; kernels run on {self.device}"
-            if spec is not None and spec.dtype not in COMPUTABLE:
+            if spec is not None and spec.dtype not in self.computable:
                 return f"{str(spec.dtype).removeprefix('torch.')} is not computed by kernels"
         return None
 

@@ -14,8 +14,11 @@ from .expr import Apply, Const
 TYPES = {
     torch.float32: "tl.float32", torch.float16: "tl.float16", torch.bfloat16: "tl.bfloat16", torch.float64:
     "tl.float64", torch.int64: "tl.int64", torch.int32: "tl.int32", torch.int16: "tl.int16", torch.int8: "tl.int8",
-    torch.uint8: "tl.uint8", torch.bool: "tl.int1",
+    torch.uint8: "tl.uint8", torch.bool: "tl.int1", torch.float8_e4m3fn: "tl.float8e4nv",
 }  # fmt: skip
+
+# What fp32 stands for in registers.
+SMALL = (torch.float16, torch.bfloat16, torch.float8_e4m3fn)
 
 # Float functions; {0}, {1}, … are the operands. Those without `tl.` or `libdevice.` are from kernels/functions.py.
 FUNCTIONS = {
@@ -62,7 +65,7 @@ COMPARISONS = {"eq", "ne", "lt", "le", "gt", "ge"}
 
 def register(dtype: torch.dtype) -> torch.dtype:
     """The dtype a value of this dtype has while it is in registers."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    return torch.float32 if dtype in SMALL else dtype
 
 
 def constant(expr: Const) -> str:
@@ -117,15 +120,17 @@ def tl_where(expr: Apply, parts: list[str]) -> str:
 def cast_text(expr: Apply, part: str) -> str:
     source, dtype = expr.args[0].dtype, expr.dtype
     inner = part if atomic(part) else f"({part})"
-    if expr.fn == "keep" or (source in (torch.float16, torch.bfloat16) and dtype == torch.float32):
+    if expr.fn == "keep" or (source in SMALL and dtype == torch.float32):
         return part
     if isinstance(expr.args[0], Const):
         return part if dtype != torch.bool else str(bool(expr.args[0].value))
     if dtype == torch.bool:
         return f"{inner} != 0"
     if register(dtype) != dtype:
-        narrow = f"{inner}.to({TYPES[dtype]}).to(tl.float32)"
-        return narrow
+        if dtype.itemsize == 1 and register(source) != torch.float32:
+            # Nothing but fp32 is rounded to eight bits at once, by eager neither.
+            inner = f"{inner}.to(tl.float32)"
+        return f"{inner}.to({TYPES[dtype]}).to(tl.float32)"
     if register(source) == dtype:
         return part
     return f"{inner}.to({TYPES[dtype]})"

@@ -27,13 +27,15 @@ from .errors import InternalError
 from .group import Group
 from .options import Options
 from .size import typical
-from .values import Contract, Empty, Extern, Item, Map, Parts, Values
+from .values import Contract, Empty, Extern, Item, Map, Parts, Reduce, Values
 
 # What one more kernel costs inside a CUDA graph beyond its bytes, in µs: the tail of one and the ramp of the next.
 LAUNCH_US = 2.0
 # Readers of one value that are no neighbours in the graph are fused for the bytes they share, if those are so many:
-# half a microsecond at an H200's bandwidth. Below it, readers that could share a launch become its segments.
+# half a microsecond at an H200's bandwidth. Below it, readers that could share a launch become its segments; those that
+# could not, as only one of them reduces rows, are fused for the launch, if they share so many elements.
 SHARED_BYTES = 2_000_000
+SHARED_ELEMENTS = 256
 
 
 @dataclass(frozen=True)
@@ -179,13 +181,16 @@ class _State:
     def siblings(self, number: int) -> list[int]:
         """Groups that read much of what this one reads, and are no neighbours of it; GEMMs keep to their own tiles."""
         layouts = self.deps.values.layouts
-        large = {v for n in self.members[number] for v in self.reads[n] if typical(layouts[v].nbytes) >= SHARED_BYTES}
+        shared = {
+            v for n in self.members[number] for v in self.reads[n] if typical(layouts[v].numel) >= SHARED_ELEMENTS
+        }
+        large = {v for v in shared if typical(layouts[v].nbytes) >= SHARED_BYTES}
         near = {number, *self.graph.predecessors(number), *self.graph.successors(number)}
-        return [
-            other
-            for other in sorted({self.owner[r] for v in large for r in self.sharing[v]} - near)
-            if self.product(other) is None and not self.silent(other)
-        ]
+        found = {self.owner[r] for v in large for r in self.sharing[v]}
+        found |= {
+            o for v in shared for r in self.sharing[v] if self.reduces(o := self.owner[r]) != self.reduces(number)
+        }
+        return [other for other in sorted(found - near) if self.product(other) is None and not self.silent(other)]
 
     def consider_siblings(self, number: int) -> None:
         """Puts contractions with readers of the same memory up for choice."""
@@ -194,7 +199,8 @@ class _State:
         for other in self.siblings(number):
             a, b = sorted((number, other))
             saved = self.saving(a, b)
-            if not isinstance(saved, str) and saved >= self.us(SHARED_BYTES) + LAUNCH_US:
+            least = self.us(SHARED_BYTES) + LAUNCH_US if self.reduces(a) == self.reduces(b) else 0.0
+            if not isinstance(saved, str) and saved >= least:
                 heapq.heappush(self.heap, (-saved, a, b, self.version[a], self.version[b]))
 
     def best(self) -> tuple[int, int] | None:
@@ -263,6 +269,10 @@ class _State:
     def us(self, count: int) -> float:
         """Microseconds that so many bytes take."""
         return count / self.options.target.bandwidth_bytes_s * 1e6
+
+    def reduces(self, number: int) -> bool:
+        """Whether a group has a reduction among its members."""
+        return any(isinstance(self.deps.values.definitions[n], Reduce) for n in self.members[number])
 
     def product(self, number: int) -> str | None:
         """The matrix product among a group's members."""

@@ -96,7 +96,7 @@ def plan(
     """
     journal = journal or Journal()
     concrete = journal.run(specialize, traced, binding)
-    values = journal.run(define, concrete)
+    values = journal.run(define, concrete, options)
     vain: frozenset[str] = frozenset()
     while True:
         hoisted = journal.run(hoist, values, vain) if options.fuse else values

@@ -16,6 +16,7 @@ from .affine import variables
 from .define import Definer, rule
 from .errors import Unsupported
 from .expr import Expr, apply, cast, const
+from .functions import register
 from .ir import Node, Ref
 from .values import Layout
 
@@ -70,7 +71,7 @@ BY_PACKET = {packet: name for table in (COMPARE, LOGICAL, TESTS) for name, packe
 
 def arithmetic(dtype: torch.dtype) -> torch.dtype:
     """The dtype a result of this dtype is computed in."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    return register(dtype)
 
 
 def operands(d: Definer, node: Node, args: Sequence[Any], dtype: torch.dtype) -> list[Expr]:

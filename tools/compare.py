@@ -115,8 +115,10 @@ def _equal(x: torch.Tensor, y: torch.Tensor) -> bool:
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
-    """A strided tensor of real numbers."""
+    """A strided tensor of real numbers, eight-bit floats as fp32, as torch compares none of them."""
     tensor = tensor.detach()
+    if tensor.is_floating_point() and tensor.dtype.itemsize == 1:
+        tensor = tensor.float()
     if tensor.layout != torch.strided:
         tensor = tensor.to_dense()
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor.resolve_neg()

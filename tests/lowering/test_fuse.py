@@ -69,6 +69,8 @@ PUT_INTO_RESIDUAL = ("gemm_stream", {"mm", "add"})
 # It leaves the sums of squares and what is not yet scaled; the product after it scales its result.
 LEAVES_SUMS = ("gemm_stream", {"mm", "add", "pow", "mean", "mul"})
 NORMED = ("norm", NORM)
+# The residual stream's first rows are stored on the way.
+LOOKED_UP = ("norm", NORM | {"embedding"})
 ROTATED = ("gemm_stream", {"mm"} | ROPE)
 SCALED_ROTATED = ("gemm_stream", {"mm", "mean"} | ROPE)
 NORMED_HEADS = ("gemm_stream", {"mm"} | NORM | ROPE)
@@ -92,17 +94,17 @@ ROUTED: Kernels = [
 
 EXPECTED: dict[str, tuple[Kernels, Kernels, Kernels]] = {
     "llama-3.1-8b": (
-        [("gather", {"embedding"}), ("norm", NORM | {"embedding"}), ROTATED],
+        [LOOKED_UP, ROTATED],
         [*LLAMA, LEAVES_SUMS, SCALED_ROTATED],
         LLAMAS_LAST,
     ),
     "qwen3-8b": (
-        [("gather", {"embedding"}), ("norm", NORM | {"embedding"}), NORMED_HEADS],
+        [LOOKED_UP, NORMED_HEADS],
         [*LLAMA, LEAVES_SUMS, NORMED_HEADS],
         LLAMAS_LAST,
     ),
     "gemma-2-9b": (
-        [("gather", {"embedding", "mul"}), ("norm", NORM | {"embedding"}), ROTATED],
+        [LOOKED_UP, ROTATED],
         [*GEMMA, ROTATED],
         GEMMA,
     ),
@@ -114,6 +116,26 @@ EXPECTED: dict[str, tuple[Kernels, Kernels, Kernels]] = {
 }  # fmt: skip
 EXPECTED["llama-3.2-1b"] = EXPECTED["llama-3.1-8b"]
 EXPECTED["mixtral-8x7b"] = (EXPECTED["llama-3.1-8b"][0], [*ROUTED, ROTATED], ROUTED)
+
+
+def residual_and_norm(x: Any, residual: Any, weight: Any) -> Any:
+    """Of what no product of ours computes: an all-reduce, experts, a quantised product."""
+    wide = x.float() + residual.float()
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype) * weight, wide.to(x.dtype)
+
+
+@pytest.mark.parametrize("tokens", [2, 16, 128])
+def test_a_residual_is_stored_by_the_norm_that_reads_the_same(tokens: int) -> None:
+    args = [odd(tokens, 256, seed=seed, dtype=torch.bfloat16) for seed in (0, 1)]
+    [loaded] = same(residual_and_norm, *args, odd(256, seed=2, dtype=torch.bfloat16)).plans.values()
+    assert len(loaded.plan.schedule.launches()) == 1
+
+
+def test_maps_of_the_same_shape_stay_segments() -> None:
+    """Readers of one value that could share a launch as they are."""
+    [loaded] = same(lambda x: (x.sin(), x.cos()), odd(16, 64)).plans.values()
+    [launch] = loaded.plan.schedule.launches()
+    assert len(launch.segments) == 2
 
 
 def test_every_model_is_expected_here() -> None:
