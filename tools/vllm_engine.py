@@ -1,7 +1,9 @@
 """One vLLM engine in this process: its log-probabilities of given tokens, or its times, as JSON. Run by `vllm_lab.py`.
 
-    python tools/vllm_engine.py '{"model": DIR, "contender": "eager", "tokens": FILE, "out": FILE}'
-    python tools/vllm_engine.py '{"model": DIR, "contender": "terrazzo", "kv_gib": 8, "answers": 5}'
+    python tools/vllm_engine.py '{"model": DIR, "contender": "eager", "given": {}, "tokens": FILE, "out": FILE}'
+    python tools/vllm_engine.py '{"model": DIR, "contender": "terrazzo", "given": {}, "kv_gib": 8, "answers": 5}'
+
+`given` is what vLLM's `LLM` gets besides.
 
 The second says in how many seconds it started, in a line of JSON to the open file number 5, and then answers lines that
 it reads: `{"time": "8"}` with the milliseconds of a decode step of 8 requests, `{"time": "prefill2048"}`, and `"busy"`
@@ -97,8 +99,8 @@ def _engine(asked: dict[str, Any]) -> Any:
         gpu_memory_utilization=0.05,
         seed=0,
         logits_processors=["terrazzo.tools.vllm_forcing:Forcing"],
-        tensor_parallel_size=asked.get("gpus", 1),
         **options,
+        **asked["given"],
     )
 
 
@@ -117,7 +119,7 @@ def _served(asked: dict[str, Any]) -> Any:
         gpu_memory_utilization=0.05,
         disable_log_stats=True,
         seed=0,
-        tensor_parallel_size=asked.get("gpus", 1),
+        **asked["given"],
     )
 
 
@@ -189,8 +191,12 @@ def busy_us(spans: Iterable[tuple[float, float]]) -> float:
 
 @torch.inference_mode()
 def fill(model: torch.nn.Module) -> None:
-    """Weights that keep activations near one in size, by the parameters' order; bf16 numbers in any dtype."""
+    """Weights that keep activations near one in size, by the parameters' order; bf16 numbers in any dtype. Eight-bit
+    ones are as large as they can be told apart, and their scales, of products with some thousand terms, as small."""
     for index, (name, weight) in enumerate(model.named_parameters()):
+        if "scale" in name:
+            weight.data.fill_(2.0**-12)
+            continue
         generator = torch.Generator(weight.device).manual_seed(index)
         if weight.dim() == 1:
             values = torch.rand(weight.shape, generator=generator, device=weight.device) + 0.5
@@ -199,6 +205,8 @@ def fill(model: torch.nn.Module) -> None:
         # Experts one by one: the random numbers of a bank of them would be larger than the bank.
         for part in weight.data if weight.dim() == 3 else [weight.data]:
             scale = (2.0 if "embed" in name or "head" in name else 1.0) * part.shape[-1] ** -0.5
+            if part.dtype.itemsize == 1:
+                scale = 64.0
             part.copy_(torch.randn(part.shape, generator=generator, device=part.device, dtype=torch.bfloat16) * scale)
 
 

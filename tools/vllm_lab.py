@@ -3,7 +3,7 @@
     python tools/vllm_lab.py                                    both, on the lab's models
     python tools/vllm_lab.py --agree --models llama-3.1-8b-l4 --graphs FULL_AND_PIECEWISE,PIECEWISE,NONE --jobs 6
     python tools/vllm_lab.py --time --models llama-3.1-8b --batches 1,8 --json
-    python tools/vllm_lab.py --agree --models llama-3.1-8b --gpus 2 --jobs 1
+    python tools/vllm_lab.py --agree --models llama-3.1-8b --no-fp32 --given '{"tensor_parallel_size": 2}'
 
 Needs a GPU, vLLM, and the lab's models: `$LABMODELS`, a folder with a folder for each, and `$LABBENCH`, its
 `bench_vllm.py`. Each engine is a process of its own; those that are only compared may run side by side (`--jobs`).
@@ -54,7 +54,7 @@ def agree(
     work: Path,
     known: bool = False,
     exact: bool = True,
-    gpus: int = 1,
+    given: str = "{}",
 ) -> list[dict[str, Any]]:
     """How far each contender's log-probabilities are from those of vLLM without compilation.
 
@@ -64,7 +64,7 @@ def agree(
         work: where each leaves its results.
         known: an engine whose results are there is not run again.
         exact: with an engine in fp32, whose weights take twice the memory.
-        gpus: how many share each layer (tensor parallelism).
+        given: what else vLLM's `LLM` is given, as JSON.
 
     Returns:
         Per model, contender and kind of graphs: max_difference and mean_difference from eager and mean_from_fp32 (nats;
@@ -72,8 +72,8 @@ def agree(
         the same), start_s, said; or `failed`, the end of what the engine wrote.
     """
     # The others wait for eager's tokens, so that comes first.
-    runs = [Run(model, contender, "", gpus) for contender in ("eager", "fp32")[: 1 + exact] for model in models]
-    runs += [Run(m, c, g, gpus) for m in models for g in graphs for c in ("default", "terrazzo")]
+    runs = [Run(model, contender, "", given) for contender in ("eager", "fp32")[: 1 + exact] for model in models]
+    runs += [Run(m, c, g, given) for m in models for g in graphs for c in ("default", "terrazzo")]
     with ThreadPoolExecutor(jobs) as pool:
         found = dict(zip(runs, pool.map(lambda run: _engine(run, work, known), runs), strict=True))
     plain = {(run.model, run.contender): made for run, made in found.items() if not run.graphs}
@@ -139,7 +139,7 @@ def further(results: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def times(
-    models: Sequence[str], batches: Sequence[int], work: Path, apart: bool = False, gpus: int = 1
+    models: Sequence[str], batches: Sequence[int], work: Path, apart: bool = False, given: str = "{}"
 ) -> list[dict[str, Any]]:
     """How fast each contender starts, decodes and prefills.
 
@@ -148,7 +148,7 @@ def times(
         batches: numbers of requests that decode at once.
         work: where logs and caches are.
         apart: one engine after the other, instead of both in turn.
-        gpus: how many share each layer.
+        given: as for `agree`.
 
     Returns:
         Per model and contender: first, what the lab's benchmark says of a start with empty caches, and what
@@ -156,7 +156,7 @@ def times(
     """
     results = []
     for model in models:
-        runs = [Run(model, contender, "", gpus) for contender in ("default", "terrazzo")]
+        runs = [Run(model, contender, "", given) for contender in ("default", "terrazzo")]
         first = {run.contender: _first_start(run, work) for run in runs}
         found: dict[str, dict[str, Any]] = {}
         for group in [[run] for run in runs] if apart else [runs]:
@@ -172,7 +172,7 @@ def _first_start(run: Run, work: Path) -> dict[str, Any]:
     out = work / f"{run.name}-first.jsonl"
     command = [os.environ["LABBENCH"], "--model", run.folder, "--mode", "default", "--no-bench", "--no-prof"]
     command += ["--tag", run.name, "--res", str(out), "--prof-dir", str(work), "--kv-gib", str(KV_GIB)]
-    command += ["--extra", json.dumps({"tensor_parallel_size": run.gpus})]
+    command += ["--extra", run.given]
     return to_its_end(command, run, work, out)
 
 
@@ -213,6 +213,17 @@ def time_table(results: Sequence[dict[str, Any]]) -> Table:
     return made
 
 
+def _json(text: str) -> str:
+    """A JSON object, as the `type` of an argument."""
+    try:
+        found = json.loads(text)
+    except ValueError as wrong:
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {wrong}") from None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object")
+    return text
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--agree", action="store_true", help="only whether they agree")
@@ -221,7 +232,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--graphs", default=GRAPHS[0], help=f"of {', '.join(GRAPHS)}, comma-separated")
     parser.add_argument("--batches", type=sizes, default=BATCHES, help="decode batch sizes to time, comma-separated")
     parser.add_argument("--apart", action="store_true", help="time one engine after the other: a GPU holds no two")
-    parser.add_argument("--gpus", type=int, default=1, help="GPUs that share each layer (tensor parallelism)")
+    parser.add_argument("--given", type=_json, default="{}", help="what else vLLM's LLM is given, a JSON object")
     parser.add_argument("--jobs", type=int, default=2, help="engines side by side while they are only compared")
     parser.add_argument("--no-fp32", action="store_true", help="for models whose weights do not fit in fp32")
     parser.add_argument("--work", type=Path, help="folder for logs and caches; by default one that goes away")
@@ -246,10 +257,10 @@ def main() -> int:
         work.mkdir(parents=True, exist_ok=True)
         if both or options.agree:
             graphs, exact = options.graphs.split(","), not options.no_fp32
-            found["agree"] = agree(models, graphs, options.jobs, work, options.resume, exact, options.gpus)
+            found["agree"] = agree(models, graphs, options.jobs, work, options.resume, exact, options.given)
         wrong = failures(found.get("agree", [])) + further(found.get("agree", []))
         if (both and not wrong) or (options.time and not options.agree):
-            found["time"] = times(models, options.batches, work, options.apart, options.gpus)
+            found["time"] = times(models, options.batches, work, options.apart, options.given)
             wrong += failures(found["time"])
     _report(found, wrong, options.json)
     return int(bool(wrong))

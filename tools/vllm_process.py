@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import subprocess
 import sys
@@ -22,22 +23,22 @@ LAST_LINES = 12
 
 @dataclass(frozen=True)
 class Run:
-    """One engine: a model, who compiles it, with which CUDA graphs, and how many GPUs share each layer."""
+    """One engine: a model, who compiles it, with which CUDA graphs, and what else vLLM's `LLM` is given, as JSON."""
 
     model: str
     contender: str
     graphs: str = ""
-    gpus: int = 1
+    given: str = "{}"
 
     @property
     def name(self) -> str:
-        gpus = f"{self.gpus}-gpus" if self.gpus > 1 else ""
-        return "-".join(filter(None, (self.model, self.contender, self.graphs, gpus)))
+        given = re.sub(r"\W+", "-", self.given).strip("-")
+        return "-".join(filter(None, (self.model, self.contender, self.graphs, given)))
 
     @property
     def order(self) -> dict[str, Any]:
         """What every engine is started with."""
-        return {"model": self.folder, "contender": self.contender, "gpus": self.gpus}
+        return {"model": self.folder, "contender": self.contender, "given": json.loads(self.given)}
 
     @property
     def folder(self) -> str:

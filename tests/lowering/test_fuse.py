@@ -118,26 +118,6 @@ EXPECTED["llama-3.2-1b"] = EXPECTED["llama-3.1-8b"]
 EXPECTED["mixtral-8x7b"] = (EXPECTED["llama-3.1-8b"][0], [*ROUTED, ROTATED], ROUTED)
 
 
-def residual_and_norm(x: Any, residual: Any, weight: Any) -> Any:
-    """Of what no product of ours computes: an all-reduce, experts, a quantised product."""
-    wide = x.float() + residual.float()
-    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype) * weight, wide.to(x.dtype)
-
-
-@pytest.mark.parametrize("tokens", [2, 16, 128])
-def test_a_residual_is_stored_by_the_norm_that_reads_the_same(tokens: int) -> None:
-    args = [odd(tokens, 256, seed=seed, dtype=torch.bfloat16) for seed in (0, 1)]
-    [loaded] = same(residual_and_norm, *args, odd(256, seed=2, dtype=torch.bfloat16)).plans.values()
-    assert len(loaded.plan.schedule.launches()) == 1
-
-
-def test_maps_of_the_same_shape_stay_segments() -> None:
-    """Readers of one value that could share a launch as they are."""
-    [loaded] = same(lambda x: (x.sin(), x.cos()), odd(16, 64)).plans.values()
-    [launch] = loaded.plan.schedule.launches()
-    assert len(launch.segments) == 2
-
-
 def test_every_model_is_expected_here() -> None:
     assert sorted(EXPECTED) == sorted(names())
 
