@@ -4,7 +4,8 @@
 
 A paired problem has two accumulators from one x tile: columns `n` and `n + pair_offset` of W (gate and up of a GLU).
 A problem with `halves` has heads of 2 * halves columns, whose halves belong together (a rotation): it is computed as
-one product, and the epilogue gets the halves as its two accumulators, element beside element.
+one product, and the epilogue gets the halves as its two accumulators, element beside element. Where it sums columns (a
+norm of each head, parts of a row's sum), tiles hold `part` of them at least.
 Sums are fp32; fp32 operands are multiplied in IEEE precision unless the problem allows TF32.
 The tokens `m` are a run-time argument of every kernel: `GemmProblem.m` only chooses the config.
 """

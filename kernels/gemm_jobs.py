@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .functions import sum_of_heads
 from .gemm import GemmProblem, Table, type_name
 from .target import Target
 
@@ -40,6 +41,7 @@ def job_configs(
         problems.append(GemmProblem(m, 5120, 3584, dtype, layout, paired, offset, allow_tf32=allow_tf32))
     for m, (n, k, halves) in product(buckets, ((6144, 4096, 64), (3072, 2048, 32))):
         problems.append(GemmProblem(m, n, k, torch.bfloat16, halves=halves))
+        problems.append(replace(problems[-1], part=2 * halves))
     asked += [(problem, Target.named("b200" if arch >= 100 else "h200")) for problem in problems]
     yield from dict.fromkeys((p, choose(p, target)[0]) for p, target in asked if supports(p) is None)
 
@@ -59,12 +61,14 @@ def label(problem: GemmProblem) -> str:
     """Name a problem in a few characters; with its config unique among `job_configs`."""
     dtype = "tf32" if problem.allow_tf32 else type_name(problem.dtype)
     kind = " paired" if problem.paired else f" halves {problem.halves}" if problem.halves else ""
-    kind += f" parts of {problem.part}" if problem.part else ""
+    kind += (" normed" if problem.halves else f" parts of {problem.part}") if problem.part else ""
     return f"{problem.n}x{problem.k} {problem.layout}{kind} {dtype} m<={problem.m}"
 
 
 def sample(problem: GemmProblem) -> Any:
     """The epilogue that a job is compiled with."""
+    if problem.halves and problem.part:
+        return norm_sample
     return silu_mul_sample if problem.paired or problem.halves else store_sample
 
 
@@ -82,3 +86,11 @@ def silu_mul_sample(acc, acc2, m, n, mask, t):
     up = acc2.to(dtype).to(tl.float32)
     act = (gate / (1 + tl.exp(-gate))).to(dtype).to(tl.float32)
     tl.store(t[0] + m.to(tl.int64) * 4096 + n, (act * up).to(dtype), mask=mask)
+
+
+@triton.jit
+def norm_sample(acc, acc2, m, n, mask, t):
+    """The sample of normed heads: each divided by its root mean square, as if a tile held one, and gated."""
+    HALF: tl.constexpr = n.shape[0] if n.shape[0] > 1 else n.shape[1]
+    scale = tl.rsqrt(sum_of_heads(acc * acc + acc2 * acc2, n, HALF) / (2 * HALF) + 1e-6)
+    silu_mul_sample(acc * scale, acc2 * scale, m, n, mask, t)

@@ -62,7 +62,7 @@ def supports(problem: GemmProblem) -> str | None:
     if not (problem.plain or problem.rounds):
         return "the epilogue belongs to the product, unrounded, and cuBLAS stores it rounded"
     if problem.halves:
-        return "halves of heads are brought together for few tokens only"
+        return "cuBLAS brings no halves of heads together"
     if problem.paired and problem.pair_offset != problem.n:
         return f"the pair's halves of {problem.n} columns are {problem.pair_offset} apart: they are no single product"
     return tma_obstacle(problem)

@@ -96,7 +96,8 @@ def _product(given: tuple[Any, ...], product: Contract, sums: Sequence[Reduce]) 
         widths = {shape[-1] for shape in results if shape}
         if sums:
             # Where there is one sum a row, that is over all of it.
-            widths &= set() if alike(sums[0].rows, product.m) else {sums[0].cols}
+            several = any(not alike(made.rows, product.m) for made in sums)
+            widths &= {made.cols for made in sums} if several else set()
         halves = [half for half in HALVES if product.n % (2 * half) == 0 and 2 * half in widths]
         few = FEW_TOKENS_OF_NORMS if sums else FEW_TOKENS
         # In this order: a plan for a range of sizes is cut where it asks for the number of tokens.

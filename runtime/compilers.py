@@ -50,6 +50,8 @@ PATIENCE_S = 300
 IDLE_S = 60.0
 
 _open: Compilers | None = None
+# Of changes to it, which a thread that waits for the processes to be idle makes as well.
+_changing = threading.Lock()
 _users: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
@@ -69,19 +71,22 @@ def open_for(user: Any) -> None:
 def close_for(user: Any) -> None:
     """`user` compiles no more. With the last one the processes end, or when the others leave them idle."""
     _users.discard(user)
-    if _open is None:
+    processes = _open
+    if processes is None:
         return
     if not _users:
-        _end(_open)
+        _end(processes)
     else:
-        threading.Thread(target=_end_when_idle, args=(_open,), name="terrazzo-compilers-idle", daemon=True).start()
+        threading.Thread(target=_end_when_idle, args=(processes,), name="terrazzo-compilers-idle", daemon=True).start()
 
 
 def _end(processes: Compilers) -> None:
     global _open
-    if _open is processes:
+    with _changing:
+        if _open is not processes:
+            return
         _open = None
-        processes.close()
+    processes.close()
 
 
 def _end_when_idle(processes: Compilers) -> None:
@@ -92,7 +97,8 @@ def _end_when_idle(processes: Compilers) -> None:
 
 def asked() -> Ahead | None:
     """What asks an open process; None where there is none, or none that has imported what it needs by now."""
-    return _open.compiled if _open is not None and _open.ready() else None
+    processes = _open
+    return processes.compiled if processes is not None and processes.ready() else None
 
 
 class Compilers:
@@ -104,7 +110,7 @@ class Compilers:
 
     def __init__(self, count: int) -> None:
         self.done = self.missed = 0
-        # When somebody last asked for something, by the clock that only goes forward.
+        # When somebody last asked for something or got it, by the clock that only goes forward.
         self.used = time.monotonic()
         self._free = threading.Condition()
         self._idle: list[Connection] = []
@@ -165,6 +171,7 @@ class Compilers:
         with self._free:
             self._take_in(worker)
             self.done += not said
+            self.used = time.monotonic()
         return self._miss(f"{source.name}: {said}") if said else True
 
     def close(self) -> None:

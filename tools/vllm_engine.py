@@ -267,7 +267,7 @@ def _listening(said: list[str]) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    # In this process, so that weights can be drawn and log lines heard; before vLLM is imported.
+    # In this process, so that log lines are heard, where one GPU serves; before vLLM is imported.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     order = json.loads(sys.argv[1])
     if "answers" in order:

@@ -88,7 +88,7 @@ def _engine(run: Run, work: Path, known: bool) -> dict[str, Any]:
     out = work / f"{run.name}.json"
     if known and out.exists():
         return json.loads(out.read_text())
-    order = {**run.order, "graphs": run.graphs, "tokens": str(work / f"{run.model}.tokens"), "out": str(out)}
+    order = {**run.order, "graphs": run.graphs, "tokens": str(work / run.tokens), "out": str(out)}
     return to_its_end([str(vllm_process.ENGINE), json.dumps(order)], run, work, out)
 
 
@@ -163,8 +163,7 @@ def times(
             found |= in_turn(group, batches, work)
         for run in runs:
             failed = {k: v for k, v in first[run.contender].items() if k == "failed"}
-            made = found.get(run.contender, {"failed": "it was not started"})
-            results.append({**vars(run), "first": first[run.contender], **made, **failed})
+            results.append({**vars(run), "first": first[run.contender], **found[run.contender], **failed})
     return results
 
 

@@ -8,8 +8,10 @@ import re
 import select
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,6 +19,8 @@ from typing import Any
 ENGINE = Path(__file__).with_name("vllm_engine.py")
 # For one engine's work, and for one answer, the first of which is that it has started.
 TIMEOUT_S = 900
+# How often is it looked whether one that says nothing is still there.
+LOOK_S = 1.0
 # Of a log, what is shown where an engine failed.
 LAST_LINES = 12
 
@@ -39,6 +43,11 @@ class Run:
     def order(self) -> dict[str, Any]:
         """What every engine is started with."""
         return {"model": self.folder, "contender": self.contender, "given": json.loads(self.given)}
+
+    @property
+    def tokens(self) -> str:
+        """Name of the file with the tokens that all contenders emit."""
+        return replace(self, contender="tokens", graphs="").name
 
     @property
     def folder(self) -> str:
@@ -66,15 +75,18 @@ def to_its_end(command: Sequence[str], run: Run, work: Path, out: Path) -> dict[
     """What a process leaves in `out`; or `failed`, the end of what it wrote."""
     log = work / f"{run.name}.log"
     with log.open("w") as file:
-        code = subprocess.run(
-            # Safe paths: a tool of ours must not be found where vLLM imports somebody else's module.
-            [sys.executable, "-P", *command],
-            env=environment(run, work),
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            timeout=TIMEOUT_S,
-            check=False,
-        ).returncode
+        try:
+            code = subprocess.run(
+                # Safe paths: a tool of ours must not be found where vLLM imports somebody else's module.
+                [sys.executable, "-P", *command],
+                env=environment(run, work),
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                timeout=TIMEOUT_S,
+                check=False,
+            ).returncode
+        except subprocess.TimeoutExpired:
+            return {"failed": f"not done after {TIMEOUT_S} s; {_end_of(log)}"}
     if code or not out.exists():
         return {"failed": f"exit status {code}; {_end_of(log)}"}
     return json.loads(out.read_text())
@@ -106,7 +118,9 @@ class Engine:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._process.kill()
-        self._process.wait()
+        # Its pipes as well.
+        with suppress(BrokenPipeError):
+            self._process.communicate()
         self._answers.close()
 
     def ask(self, what: Mapping[str, Any]) -> Any:
@@ -128,9 +142,13 @@ class Engine:
         Raises:
             Died: there is none.
         """
-        # One line for one order, so nothing waits in the buffer of what is read.
-        ready, _, _ = select.select([self._answers], [], [], TIMEOUT_S)
-        if not ready or not (line := self._answers.readline()):
+        end = time.monotonic() + TIMEOUT_S
+        # One line for one order, so nothing waits in the buffer of what is read. Where it dies, a process that it
+        # forked may keep the pipe open.
+        while not select.select([self._answers], [], [], LOOK_S)[0]:
+            if self._process.poll() is not None or time.monotonic() > end:
+                raise Died(_end_of(self.log))
+        if not (line := self._answers.readline()):
             raise Died(_end_of(self.log))
         return json.loads(line)
 

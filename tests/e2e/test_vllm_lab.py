@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+import time
 
 import pytest
 from rich.console import Console
@@ -140,6 +141,22 @@ def test_an_engine_that_dies_between_two_times_is_a_failure(lab):
     results = times(["a"], [1], lab(terrazzo=None))
     assert ["terrazzo's engine failed" in line for line in failures(results)] == [True, False]
     assert "out of memory" in failures(results)[1] and screen(time_table(results)).count("failed") == 2
+
+
+def test_an_engine_that_left_a_child_behind_is_found_dead(lab, monkeypatch):
+    work = lab(terrazzo=0.0)
+    vllm_process.ENGINE.write_text("import os, sys, time\nif os.fork() == 0:\n    time.sleep(20)\nsys.exit('gone')")
+    monkeypatch.setattr(vllm_process, "LOOK_S", 0.1)
+    start = time.monotonic()
+    run, gone = Run("a", "default"), pytest.raises(vllm_process.Died, match="gone")
+    with vllm_process.Engine(run, run.order, work) as engine, gone:
+        engine.answer()
+    assert time.monotonic() - start < 15
+
+
+def test_tokens_are_those_of_engines_given_the_same():
+    one, two = Run("a", "eager"), Run("a", "eager", given='{"tensor_parallel_size": 2}')
+    assert one.tokens == Run("a", "terrazzo", "NONE").tokens != two.tokens
 
 
 def test_kernels_that_overlap_keep_the_gpu_busy_once():

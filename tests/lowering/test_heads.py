@@ -237,6 +237,26 @@ def test_q_and_k_share_what_only_their_weights_tell_apart() -> None:
     assert "tl.where(" not in loaded.plan.source
 
 
+@pytest.mark.parametrize("column", [0, HEAD, Q * HEAD - 1, Q * HEAD])
+@pytest.mark.parametrize("size", [1e20, float("inf"), float("nan")])
+def test_a_head_whose_squares_overflow_stays_alone(size: float, column: int) -> None:
+    x, w, cos, sin = (a.to(torch.bfloat16) for a in arguments())
+    w[column] *= size
+    same(normed_and_rotated, x, w, cos, sin)
+
+
+def one_key_head_first(x: Any, w: Any, cos: Any, sin: Any) -> Any:
+    qkv = x @ w.t()
+    k, q = heads(qkv[:, :HEAD], 1), heads(qkv[:, HEAD : 4 * HEAD], 3)
+    return turned(normed(k, w[0, :HEAD]), cos, sin), turned(normed(q, w[1, :HEAD]), cos, sin)
+
+
+def test_one_head_beside_several_is_normed_with_them() -> None:
+    [loaded] = same(one_key_head_first, *arguments()).plans.values()
+    [kernel] = loaded.plan.schedule.launches()
+    assert kernel.group.half == HALF
+
+
 def test_looked_up_by_position() -> None:
     x, w, cos, sin = arguments()
     cache = torch.cat([cos, sin], -1).squeeze(1)
