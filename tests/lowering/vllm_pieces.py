@@ -60,6 +60,37 @@ for name, run in {
     IR._register_fake(name, fused_add_rms_norm if name.startswith("fused") else rms_norm)
 
 
+C = torch.library.Library("terrazzo_c", "FRAGMENT")
+# As `_C::cutlass_scaled_mm`.
+C.define("scaled_mm(Tensor! out, Tensor a, Tensor b, Tensor a_scales, Tensor b_scales, Tensor? bias) -> ()")
+FP8, LARGEST = torch.float8_e4m3fn, torch.finfo(torch.float8_e4m3fn).max
+
+
+def scaled_mm(out: Tensor, a: Tensor, b: Tensor, a_scales: Tensor, b_scales: Tensor, bias: Tensor | None) -> None:
+    out.copy_((a.float() @ b.float()) * a_scales * b_scales)
+
+
+C.impl("scaled_mm", scaled_mm, "CompositeExplicitAutograd")
+
+
+class Quantised(nn.Module):
+    """A linear layer of eight-bit floats, scales by token and by column, as vLLM's native form quantises its input."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        scale = weight.float().abs().amax(1) / LARGEST
+        self.weight = nn.Parameter((weight.float() / scale[:, None]).to(FP8).t(), requires_grad=False)
+        self.scale = nn.Parameter(scale, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        most, _ = x.abs().max(dim=-1)
+        scale = (most.unsqueeze(-1).to(torch.float32) / LARGEST).clamp(min=1 / (LARGEST * 512))
+        a = (x.to(torch.float32) * scale.reciprocal()).clamp(-LARGEST, LARGEST).to(FP8)
+        out = torch.empty((a.shape[0], self.weight.shape[1]), dtype=x.dtype, device=x.device)
+        torch.ops.terrazzo_c.scaled_mm(out, a, self.weight, scale, self.scale, None)
+        return out
+
+
 class Norm(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -79,6 +110,13 @@ def rotated(x: Tensor, cos_sin: Tensor, heads: int, head: int) -> Tensor:
     left, right = x[..., :head].chunk(2, dim=-1)
     turned = torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
     return torch.cat((turned, x[..., head:]), dim=-1).reshape(shape)
+
+
+def quantised(model: Middle) -> Middle:
+    """The same with linear layers of eight-bit floats."""
+    for name, linear in model.linear.items():
+        model.linear[name] = Quantised(linear.weight)
+    return model
 
 
 class Middle(nn.Module):
@@ -126,7 +164,8 @@ def captured(model: nn.Module, *inputs: Tensor) -> tuple[fx.GraphModule, list[An
 
     def backend(graph: fx.GraphModule, _: list[Any]) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
-            found.append((graph, list(args)))
+            # Copies, as the run spoils what the piece gives away.
+            found.append((graph, [a.detach().clone() if isinstance(a, Tensor) else a for a in args]))
             return graph(*args)
 
         return run
