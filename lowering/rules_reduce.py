@@ -98,7 +98,15 @@ def total(d: Definer, node: Node) -> None:
     count = 1
     for axis in axes:
         count *= layout.shape[axis]
-    _finish(d, node, reduced, partial(_mean, count=count) if node.op.overloadpacket is aten.mean else None)
+    means = node.op.overloadpacket is aten.mean
+    asked = node.kwargs.get("dtype") or layout.dtype
+
+    def result(value: Expr) -> Expr:
+        value = _mean(value, count) if means else value
+        # Asked for in fewer bits, that is where the source casts.
+        return cast(value, asked) if asked.itemsize < layout.dtype.itemsize else value
+
+    _finish(d, node, reduced, result)
 
 
 @rule(aten.amax, aten.amin, aten.max.default, aten.min.default, aten.prod, aten.any, aten.all)

@@ -88,6 +88,8 @@ def test_every_dtype(name: str, dtype: torch.dtype) -> None:
 
 def test_dtypes_asked_for() -> None:
     same(lambda x: (x.sum(1, dtype=torch.float32), x.mean(0, dtype=torch.float64)), odd(4, 6, dtype=torch.bfloat16))
+    # Whole numbers, so that every order of adding gives the same.
+    same(lambda x: x.sum(1, dtype=torch.bfloat16).float() + 0.5, odd(4, 600, dtype=torch.int64).float() * 7, exact=True)
     same(lambda x: (x.sum(dtype=torch.int32), x.prod(dtype=torch.float32)), odd(4, dtype=torch.int64))
     same(lambda x: torch.softmax(x, 1, dtype=torch.float32), odd(4, 6, dtype=torch.bfloat16))
 
