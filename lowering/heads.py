@@ -69,8 +69,8 @@ class Heads(Composer):
         self.half = half
         row, col = self.domain(product.m, product.n // 2)
         self.natural = row * self.cols + col
-        for made in sums:
-            self._sum(made, product)
+        for reduction in sums:
+            self._sum(reduction, product)
         stores: list[Store] = []
         spans = [self._columns(name, product, half) for name in self.needed]
         for name, (first, width) in zip(self.needed, spans, strict=True):
@@ -259,7 +259,7 @@ def _either(cond: Expr, a: Expr, b: Expr, made: dict[tuple[Expr, Expr], Expr | N
             and (a.fn, a.dtype, len(a.args)) == (b.fn, b.dtype, len(b.args))
         ):
             args = [_either(cond, x, y, made) for x, y in zip(a.args, b.args, strict=True)]
-            both = None if None in args else replace(a, args=tuple(args))
+            both = None if None in args else replace(a, args=tuple(arg for arg in args if arg is not None))
         made[a, b] = both
     return made[a, b]
 
