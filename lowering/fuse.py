@@ -32,10 +32,13 @@ from .values import Contract, Empty, Extern, Item, Map, Parts, Reduce, Values
 # What one more kernel costs inside a CUDA graph beyond its bytes, in µs: the tail of one and the ramp of the next.
 LAUNCH_US = 2.0
 # Readers of one value that are no neighbours in the graph are fused for the bytes they share, if those are so many:
-# half a microsecond at an H200's bandwidth. Below it, readers that could share a launch become its segments; those that
-# could not, as only one of them reduces rows, are fused for the launch, if they share so many elements.
+# half a microsecond at an H200's bandwidth. Below it, readers that could share a launch become its segments.
 SHARED_BYTES = 2_000_000
-SHARED_ELEMENTS = 256
+# Where only one of two reduces rows they could not, and are fused for the launch: a residual is stored by the norm
+# beside it. Not where so many read the value that weighing each against each takes long, nor rows longer than a hidden
+# state: more programs do the rest faster than the one that holds such a row, whose registers would not hold both.
+MOST_READERS = 8
+LONGEST_ROW = 8192
 
 
 @dataclass(frozen=True)
@@ -93,12 +96,12 @@ class _State:
     def __init__(self, deps: Dependencies, options: Options) -> None:
         self.deps, self.options = deps, options
         self.members: dict[int, frozenset[str]] = {}
-        self.span: dict[int, tuple[int, int]] = {}
         self.version: dict[int, int] = {}
         self.graph = nx.DiGraph()
         # Groups stay here, so their identity names them.
         self.composed: dict[frozenset[str], Group | str] = {}
         self.moved: dict[int, int] = {}
+        self.elements_reduced: dict[frozenset[str], int] = {}
         self.refusals: dict[tuple[int, int], str] = {}
         self.heap: list[tuple[float, int, int, int, int]] = []
         definitions = deps.values.definitions
@@ -118,7 +121,7 @@ class _State:
             for source in reads[name]:
                 self.sharing.setdefault(source, set()).add(name)
         for number, name in enumerate(kept):
-            self.members[number], self.span[number], self.version[number] = frozenset([name]), (number, number), 0
+            self.members[number], self.version[number] = frozenset([name]), 0
             self.graph.add_node(number)
         for name in kept:
             self.graph.add_edges_from((owner[s], owner[name]) for s in reads[name] if s in owner)
@@ -178,28 +181,41 @@ class _State:
         else:
             heapq.heappush(self.heap, (-saved, a, b, self.version[a], self.version[b]))
 
-    def siblings(self, number: int) -> list[int]:
-        """Groups that read much of what this one reads, and are no neighbours of it; GEMMs keep to their own tiles."""
-        layouts = self.deps.values.layouts
-        shared = {
-            v for n in self.members[number] for v in self.reads[n] if typical(layouts[v].numel) >= SHARED_ELEMENTS
-        }
-        large = {v for v in shared if typical(layouts[v].nbytes) >= SHARED_BYTES}
+    def siblings(self, number: int) -> dict[int, float]:
+        """Groups that read what this one reads, and are no neighbours of it, with what fusing them has to save at
+        least; GEMMs keep to their own tiles."""
         near = {number, *self.graph.predecessors(number), *self.graph.successors(number)}
-        found = {self.owner[r] for v in large for r in self.sharing[v]}
-        found |= {
-            o for v in shared for r in self.sharing[v] if self.reduces(o := self.owner[r]) != self.reduces(number)
-        }
-        return [other for other in sorted(found - near) if self.product(other) is None and not self.silent(other)]
+        found: dict[int, float] = {}
+        for value in {v for n in self.members[number] for v in self.reads[n]}:
+            layout, readers = self.deps.values.layouts[value], self.sharing[value]
+            large, few = typical(layout.nbytes) >= SHARED_BYTES, len(readers) <= MOST_READERS
+            for other in {self.owner[r] for r in readers} - near if large or few else ():
+                if self.product(other) is not None or self.silent(other):
+                    continue
+                none, some = sorted((self.reduced(number), self.reduced(other)))
+                if few and none == 0 < some <= typical(layout.numel):
+                    found[other] = 0.0
+                elif large:
+                    found.setdefault(other, self.us(SHARED_BYTES) + LAUNCH_US)
+        return dict(sorted(found.items()))
+
+    def reduced(self, number: int) -> int:
+        """Elements of the rows that a group reduces: 0 where it reduces none, -1 where they are long, or no rows of
+        memory."""
+        members = self.members[number]
+        if members not in self.elements_reduced:
+            made = [d for n in members if isinstance(d := self.deps.values.definitions[n], Reduce)]
+            held = all(0 < typical(d.cols) <= LONGEST_ROW and _last(d) for d in made)
+            self.elements_reduced[members] = -1 if not held else typical(made[0].rows * made[0].cols) if made else 0
+        return self.elements_reduced[members]
 
     def consider_siblings(self, number: int) -> None:
         """Puts contractions with readers of the same memory up for choice."""
         if self.silent(number) or self.product(number) is not None:
             return
-        for other in self.siblings(number):
+        for other, least in self.siblings(number).items():
             a, b = sorted((number, other))
             saved = self.saving(a, b)
-            least = self.us(SHARED_BYTES) + LAUNCH_US if self.reduces(a) == self.reduces(b) else 0.0
             if not isinstance(saved, str) and saved >= least:
                 heapq.heappush(self.heap, (-saved, a, b, self.version[a], self.version[b]))
 
@@ -220,15 +236,10 @@ class _State:
 
     def cycle(self, a: int, b: int) -> bool:
         """Whether another path than the direct edge leads from a to b."""
-        limit = self.span[b][1]
         stack = [s for s in self.graph.successors(a) if s != b]
         seen = set(stack)
         while stack:
-            node = stack.pop()
-            # What begins after b's last value cannot lead to b.
-            if self.span[node][0] > limit:
-                continue
-            for successor in self.graph.successors(node):
+            for successor in self.graph.successors(stack.pop()):
                 if successor == b:
                     return True
                 if successor not in seen:
@@ -239,7 +250,6 @@ class _State:
     def merge(self, a: int, b: int) -> None:
         """Contracts b into a and considers the edges of the result anew."""
         self.members[a] |= self.members.pop(b)
-        self.span[a] = min(self.span[a][0], self.span[b][0]), max(self.span[a][1], self.span[b][1])
         self.version[a] += 1
         del self.version[b]
         nx.contracted_nodes(self.graph, a, b, self_loops=False, copy=False)
@@ -270,13 +280,15 @@ class _State:
         """Microseconds that so many bytes take."""
         return count / self.options.target.bandwidth_bytes_s * 1e6
 
-    def reduces(self, number: int) -> bool:
-        """Whether a group has a reduction among its members."""
-        return any(isinstance(self.deps.values.definitions[n], Reduce) for n in self.members[number])
-
     def product(self, number: int) -> str | None:
         """The matrix product among a group's members."""
         return next((n for n in self.members[number] if isinstance(self.deps.values.definitions[n], Contract)), None)
+
+
+def _last(made: Reduce) -> bool:
+    """Whether the last dimensions are reduced."""
+    kept = len(made.domain) - len(made.reduced)
+    return made.reduced == tuple(range(kept, len(made.domain)))
 
 
 def fuse(deps: Dependencies, options: Options) -> Fused:

@@ -85,7 +85,7 @@ def test_no_call_in_a_range_compiles_or_loads_a_kernel(kind, device, monkeypatch
 def test_a_range_is_planned_at_once_and_never_again(middle, device, planning):
     piece = CompiledPiece(middle.graph)
     piece.ranged(1, 40)
-    assert planning and all(size == (2, 40) or size in ((2, 16), (17, 40)) for size in planning)
+    assert planning and all(size == (2, 40) or size in ((2, 32), (33, 40)) for size in planning)
     planning.clear()
     for size in (1, 2, 7, 40):
         piece(*middle.make_inputs(size, device))
@@ -96,11 +96,11 @@ def test_a_range_is_planned_at_once_and_never_again(middle, device, planning):
 
 def test_a_call_finds_its_regime(middle, device):
     piece = CompiledPiece(middle.graph)
-    found = piece.ranged(1, 40)
-    assert [(r.lo, r.hi) for r in found] == [(1, 1), (2, 16), (17, 40)]
-    runs = [piece.at(middle.make_inputs(size, device)) for size in (1, 2, 16, 17, 40)]
+    found = piece.ranged(1, 150)
+    assert [(r.lo, r.hi) for r in found] == [(1, 1), (2, 128), (129, 150)]
+    runs = [piece.at(middle.make_inputs(size, device)) for size in (1, 2, 128, 129, 150)]
     assert runs[1] is runs[2] and runs[3] is runs[4] and len(set(runs)) == 3
-    assert piece.serving(7) is found[1].plan and piece.serving(41) is None
+    assert piece.serving(7) is found[1].plan and piece.serving(151) is None
 
 
 def test_a_size_that_has_a_plan_keeps_it(middle, device, planning):
