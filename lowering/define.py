@@ -41,7 +41,7 @@ COMPUTABLE = {
     torch.uint8,
     torch.bool,
 }
-# And what one stores and loads from this architecture on; nothing is computed in it.
+# From this architecture on kernels also load and store eight-bit floats; nothing is computed in them.
 FLOAT8, FLOAT8_ARCH = torch.float8_e4m3fn, 89
 
 

@@ -26,14 +26,14 @@ BODY_LIMIT = 600
 # kernels without it take about 400 and 1340.
 FEW_TOKENS = MOST_TOKENS
 # So many at most where heads are summed as well: a tile then holds a whole head of 128 columns, and those of 6144 are
-# 48, in two halves of K each. Qwen3-8B's piece took, with norm and rotation in a kernel of their own / in the product's
-# epilogue, 138.9 / 138.6 us at 1 token, 141.4 / 138.6 at 16, 145.0 / 147.4 at 64 (H100, torch 2.11, triton 3.6, bf16,
-# 2026-11-26).
+# 48, in two to four parts of K each. Qwen3-8B's piece took, with norm and rotation in a kernel of their own / in the
+# product's epilogue, 138.9 / 138.6 us at 1 token, 141.4 / 138.6 at 16, 145.0 / 147.4 at 64 (H100, torch 2.11, triton
+# 3.6, bf16, 2026-11-26).
 FEW_TOKENS_OF_NORMS = 32
 # From so many on our product is as fast as cuBLAS, which knows no halves of heads, and brings them together itself.
 # Pieces took, of their time with rotation (and norm) apart: Llama-3.1-8B and 3.2-1B at 2048 and 8192 tokens 0.984 to
-# 1.002 (H200, torch 2.11, triton 3.6, bf16, 2026-11-26), Qwen3-8B at 2048, 3001 and 8192 0.93, 0.96 and 0.98 (H100, the
-# same day); but from 256 to 1000 tokens up to 1.03 (H200), at 1100 to 1536 0.98 to 1.06, at 1792 0.99 to 1.01 (H100).
+# 1.002 (H200, torch 2.11, triton 3.6, bf16, 2026-11-26), Qwen3-8B at 2048, 3001 and 8192 0.92 to 0.98 (H100, the same
+# day); but from 256 to 1000 tokens up to 1.03 (H200), at 1100 to 1536 0.97 to 1.07, at 1792 0.97 to 1.01 (H100).
 MANY_TOKENS = 1793
 
 # Functions that cost more than a handful of instructions: not repeated for every element of a larger domain.

@@ -155,6 +155,7 @@ class Heads(Composer):
         probe = replace(self)
         probe.begin(product)
         probe.half, probe.probing = half, True
+        # It reads the sums that are known by now, and adds none.
         probe.sums = self.sums
         row, col = probe.domain(product.m, width // 2)
         probe.head = col.floordiv(half)
@@ -207,7 +208,7 @@ class Heads(Composer):
         return rewrite(rewrite(expr, substitution(place)), new_leaf=leaf)
 
 
-# Reads between which a merged computation chooses, at most.
+# Reads between which a merged computation chooses, at most: a norm's weight and bias, for either half.
 CHOICES = 4
 
 
@@ -266,4 +267,4 @@ def _either(cond: Expr, a: Expr, b: Expr, made: dict[tuple[Expr, Expr], Expr | N
 
 def _anywhere(read: Load) -> bool:
     """Whether a read is in range at every column, and the same for all rows."""
-    return all(isinstance(atom, (Var, Mod)) and not varies(read, ROW) for atom in read.offset.atoms())
+    return not varies(read, ROW) and all(isinstance(atom, (Var, Mod)) for atom in read.offset.atoms())

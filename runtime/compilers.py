@@ -46,7 +46,7 @@ MOST = 8
 PATIENCE_S = 300
 
 # vLLM makes a compiler for a class that is compiled and one for its base class, and only one of them ever compiles. So
-# once a user is done, the others have so long to come with something.
+# once a user is done, the others have so long to come with something: a model's graphs follow one another in seconds.
 IDLE_S = 60.0
 
 _open: Compilers | None = None
@@ -61,11 +61,12 @@ def open_for(user: Any) -> None:
     if INTERPRETED:
         return
     _users.add(user)
-    if _open is None:
-        try:
-            _open = Compilers(min(cores(), MOST))
-        except Exception as cause:  # a start without them is slower, nothing else
-            logger().info("terrazzo: no processes that compile: %s: %s", type(cause).__name__, cause)
+    with _changing:
+        if _open is None:
+            try:
+                _open = Compilers(min(cores(), MOST))
+            except Exception as cause:  # a start without them is slower, nothing else
+                logger().info("terrazzo: no processes that compile: %s: %s", type(cause).__name__, cause)
 
 
 def close_for(user: Any) -> None:

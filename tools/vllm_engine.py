@@ -105,7 +105,8 @@ def _engine(asked: dict[str, Any]) -> Any:
 
 
 def _served(asked: dict[str, Any]) -> Any:
-    """An engine as the lab's benchmark makes it, so that it finds what that one compiled."""
+    """An engine as the lab's benchmark makes it, so that it finds what that one compiled. Its cache is of a given size,
+    so it asks for little free memory otherwise, and two engines fit."""
     from vllm import LLM
 
     return LLM(

@@ -230,7 +230,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--models", default=",".join(MODELS), help="folders of $LABMODELS, comma-separated")
     parser.add_argument("--graphs", default=GRAPHS[0], help=f"of {', '.join(GRAPHS)}, comma-separated")
     parser.add_argument("--batches", type=sizes, default=BATCHES, help="decode batch sizes to time, comma-separated")
-    parser.add_argument("--apart", action="store_true", help="time one engine after the other: a GPU holds no two")
+    parser.add_argument(
+        "--apart", action="store_true", help="time one engine after the other, where a GPU cannot hold two"
+    )
     parser.add_argument("--given", type=_json, default="{}", help="what else vLLM's LLM is given, a JSON object")
     parser.add_argument("--jobs", type=int, default=2, help="engines side by side while they are only compared")
     parser.add_argument("--no-fp32", action="store_true", help="for models whose weights do not fit in fp32")

@@ -145,13 +145,15 @@ def test_an_engine_that_dies_between_two_times_is_a_failure(lab):
 
 def test_an_engine_that_left_a_child_behind_is_found_dead(lab, monkeypatch):
     work = lab(terrazzo=0.0)
-    vllm_process.ENGINE.write_text("import os, sys, time\nif os.fork() == 0:\n    time.sleep(20)\nsys.exit('gone')")
+    vllm_process.ENGINE.write_text(
+        "import os, sys\nif os.fork() == 0:\n    sys.stdin.read()\n    os._exit(0)\nsys.exit('gone')"
+    )
     monkeypatch.setattr(vllm_process, "LOOK_S", 0.1)
     start = time.monotonic()
     run, gone = Run("a", "default"), pytest.raises(vllm_process.Died, match="gone")
     with vllm_process.Engine(run, run.order, work) as engine, gone:
         engine.answer()
-    assert time.monotonic() - start < 15
+    assert time.monotonic() - start < 60
 
 
 def test_tokens_are_those_of_engines_given_the_same():
