@@ -11,8 +11,8 @@ from .affine import variables
 from .define import Definer, rule
 from .errors import Unsupported
 from .expr import Expr, apply, cast
+from .functions import register
 from .ir import Node, Ref
-from .rules_pointwise import arithmetic
 from .rules_reduce import reduce_to
 from .values import Contract, Layout, View
 
@@ -54,7 +54,7 @@ def _single(d: Definer, node: Node, name: str, x: View, w: View, layout: Layout)
 
 def _sum_of_products(d: Definer, node: Node, a: Ref, b: Ref, layout: Layout, k: int) -> Expr:
     """Each element of the product as a reduction of its own."""
-    dtype = arithmetic(layout.dtype)
+    dtype = register(layout.dtype)
     *lead, m, n, at = variables((*layout.shape, k))
     left, right = d.read(a, [*lead, m, at]), d.read(b, [*lead, at, n])
     value = apply("mul", cast(left, dtype), cast(right, dtype), dtype=dtype)
@@ -70,7 +70,7 @@ def addbmm(d: Definer, node: Node) -> None:
     layout, (count, _, k) = Layout.of(node.spec), d.layout(a).shape  # type: ignore[arg-type]
     if layout.numel * count * k > SUM_LIMIT:
         raise Unsupported(node.name, "sums over a batch are the vendor's", stage="define")
-    dtype = arithmetic(layout.dtype)
+    dtype = register(layout.dtype)
     m, n, one, at = variables((*layout.shape, count, k))
     value = apply("mul", cast(d.read(a, [one, m, at]), dtype), cast(d.read(b, [one, at, n]), dtype), dtype=dtype)
     domain = Layout.contiguous((*layout.shape, count, k), dtype, layout.device)
@@ -93,7 +93,7 @@ def addmm(d: Definer, node: Node) -> None:
 
 def _added(d: Definer, node: Node, product: Ref, layout: Layout) -> None:
     """`beta` times what is given and `alpha` times the product."""
-    dtype = arithmetic(layout.dtype)
+    dtype = register(layout.dtype)
     index = variables(layout.shape)
     alpha, beta = node.kwargs.get("alpha", 1), node.kwargs.get("beta", 1)
     value = cast(d.read(product, index), dtype)

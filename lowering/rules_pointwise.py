@@ -69,11 +69,6 @@ SIMPLE = {
 BY_PACKET = {packet: name for table in (COMPARE, LOGICAL, TESTS) for name, packet in table.items()}
 
 
-def arithmetic(dtype: torch.dtype) -> torch.dtype:
-    """The dtype a result of this dtype is computed in."""
-    return register(dtype)
-
-
 def operands(d: Definer, node: Node, args: Sequence[Any], dtype: torch.dtype) -> list[Expr]:
     """The arguments' elements at the result's index, in the dtype given."""
     index = variables(Layout.of(node.spec).shape)  # type: ignore[arg-type]
@@ -83,13 +78,13 @@ def operands(d: Definer, node: Node, args: Sequence[Any], dtype: torch.dtype) ->
 def promoted_operands(
     d: Definer, node: Node, args: Sequence[Any], common: torch.dtype, numbers: bool = False
 ) -> list[Expr]:
-    """The arguments as torch's arithmetic sees them: rounded to the common dtype, then in `arithmetic(common)`.
+    """The arguments as torch's arithmetic sees them: rounded to the common dtype, then in `register(common)`.
 
     Args:
         common: the dtype that the operands promote to.
         numbers: whether Python numbers are rounded as well; in sums and products they keep fp32's precision.
     """
-    dtype = arithmetic(common)
+    dtype = register(common)
     found = operands_as_they_are(d, node, args)
     return [
         cast(cast(value, common) if numbers or isinstance(arg, Ref) else value, dtype)
@@ -103,7 +98,7 @@ def _result(node: Node) -> torch.dtype:
 
 @rule(*SIMPLE)
 def simple(d: Definer, node: Node) -> None:
-    dtype = arithmetic(_result(node))
+    dtype = register(_result(node))
     if node.kwargs.get("rounding_mode") or len(node.args) > 2 or dtype == torch.bool and SIMPLE[node.op] == "neg":
         raise Unsupported(node.name, f"{node.target} with these arguments", stage="define")
     args = promoted_operands(d, node, node.args, _result(node))
@@ -145,7 +140,7 @@ def power(base: Expr, exponent: Any, exponent_expr: Expr) -> Expr:
 
 @rule(aten.add, aten.sub, aten.rsub)
 def additive(d: Definer, node: Node) -> None:
-    dtype = arithmetic(_result(node))
+    dtype = register(_result(node))
     a, b = promoted_operands(d, node, node.args[:2], _result(node))
     alpha = node.kwargs.get("alpha", node.args[2] if len(node.args) > 2 else 1)
     if node.op in (aten.rsub.Tensor, aten.rsub.Scalar):
@@ -160,7 +155,7 @@ def additive(d: Definer, node: Node) -> None:
 
 @rule(aten.div, aten.floor_divide)
 def divide(d: Definer, node: Node) -> None:
-    dtype = arithmetic(_result(node))
+    dtype = register(_result(node))
     a, b = promoted_operands(d, node, node.args[:2], _result(node))
     mode = node.kwargs.get("rounding_mode", node.args[2] if len(node.args) > 2 else None)
     if node.op in (aten.floor_divide.default, aten.floor_divide.Scalar):
@@ -219,7 +214,7 @@ def logical_not(d: Definer, node: Node) -> None:
 def signbit(d: Definer, node: Node) -> None:
     value = operands_as_they_are(d, node, node.args)[0]
     if value.dtype.is_floating_point:
-        value = cast(value, arithmetic(value.dtype))
+        value = cast(value, register(value.dtype))
         value = apply("copysign", const(1.0, value.dtype), value, dtype=value.dtype)
     negative = apply("lt", value, const(0, value.dtype), dtype=torch.bool)
     d.map(node, const(False, torch.bool) if value.dtype in (torch.bool, torch.uint8) else negative)
@@ -234,7 +229,7 @@ def where(d: Definer, node: Node) -> None:
 
 @rule(aten.clamp.default, aten.clamp.Tensor, aten.clamp_min, aten.clamp_max)
 def clamp(d: Definer, node: Node) -> None:
-    dtype = arithmetic(_result(node))
+    dtype = register(_result(node))
     given = [*node.args, None, None]
     low, high = given[1], given[2]
     low, high = node.kwargs.get("min", low), node.kwargs.get("max", high)
@@ -250,7 +245,7 @@ def clamp(d: Definer, node: Node) -> None:
 
 @rule(aten.gelu)
 def gelu(d: Definer, node: Node) -> None:
-    dtype = arithmetic(_result(node))
+    dtype = register(_result(node))
     value = operands(d, node, node.args[:1], dtype)[0]
     half = const(0.5, dtype)
     if node.kwargs.get("approximate", "none") == "tanh":

@@ -12,8 +12,9 @@ import torch
 from .affine import Affine, variables
 from .define import Definer, rule
 from .expr import Expr, apply, cast, const
+from .functions import register
 from .ir import Node, Ref
-from .rules_pointwise import arithmetic, truth
+from .rules_pointwise import truth
 from .values import Layout
 
 aten = torch.ops.aten
@@ -93,7 +94,7 @@ def total(d: Definer, node: Node) -> None:
         if node.op not in (aten.sum.default, aten.mean.default)
         else tuple(range(len(layout.shape)))
     )
-    dtype = arithmetic(node.spec.dtype)  # type: ignore[union-attr]
+    dtype = register(node.spec.dtype)  # type: ignore[union-attr]
     reduced = reduce_to(d, node, f"{node.name}_total", "sum", cast(value, dtype), layout, axes)
     count = 1
     for axis in axes:
@@ -126,7 +127,7 @@ def extreme(d: Definer, node: Node) -> None:
     if kind in ("any", "all"):
         value = truth(value)
     elif kind == "prod":
-        value = cast(value, arithmetic(node.spec.dtype))  # type: ignore[union-attr]
+        value = cast(value, register(node.spec.dtype))  # type: ignore[union-attr]
     elif value.dtype == torch.bool:
         kind = "any" if kind == "max" else "all"
     _finish(d, node, reduce_to(d, node, f"{node.name}_of", kind, value, layout, axes))
@@ -193,7 +194,7 @@ def _spread(
     d: Definer, node: Node, layout: Layout, value: Expr, axes: tuple[int, ...]
 ) -> tuple[Ref, Ref, int, torch.dtype]:
     """Sum of squared distances from the mean, in two passes over registers (no cancellation), and the plain sum."""
-    dtype = arithmetic(layout.dtype)
+    dtype = register(layout.dtype)
     value = cast(value, dtype)
     sums = reduce_to(d, node, f"{node.name}_total", "sum", value, layout, axes)
     count = 1

@@ -9,8 +9,9 @@ from .affine import Affine, Indirect, contiguous_strides, linear, variables
 from .define import Definer, at_flat, rule
 from .errors import Unsupported
 from .expr import Expr, apply, cast, const
+from .functions import register
 from .ir import Node, Ref
-from .rules_pointwise import arithmetic, truth
+from .rules_pointwise import truth
 from .values import Layout
 
 aten = torch.ops.aten
@@ -22,7 +23,7 @@ KINDS = {aten.cumsum: "running_sum", aten.cumprod: "running_prod"}
 def running(d: Definer, node: Node) -> None:
     layout, source = Layout.of(node.spec), d.layout(node.args[0])  # type: ignore[arg-type]
     index = variables(source.shape)
-    dtype = arithmetic(layout.dtype)
+    dtype = register(layout.dtype)
     value = cast(cast(d.read(node.args[0], index), layout.dtype), dtype)
     if not source.shape:
         d.map(node, value)

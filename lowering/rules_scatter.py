@@ -16,8 +16,9 @@ from .affine import Affine, Indirect, bounded, variables
 from .define import Definer, at_flat, rule
 from .errors import Unsupported
 from .expr import Expr, all_of, apply, cast, const, index, only_where
+from .functions import register
 from .ir import Node, Ref
-from .rules_pointwise import arithmetic, operands_as_they_are, promoted
+from .rules_pointwise import operands_as_they_are, promoted
 from .rules_reduce import reduce_to
 from .rules_shape import in_range, wrapped_value
 from .values import Layout
@@ -109,7 +110,7 @@ class _Scatter:
         if self.count == 0 or 0 in self.given:
             d.map(node, kept)
             return
-        dtype = arithmetic(self.layout.dtype)
+        dtype = register(self.layout.dtype)
         hit, place = self.hit()
         neutral = _neutral(kind, dtype)
         value = only_where(hit, cast(self.read(place), dtype), neutral)
@@ -250,7 +251,7 @@ class _IndexPut:
         self.d.map(self.node, only_where(written, value, self.d.read(self.target, at)))
 
     def accumulate(self) -> None:
-        dtype = arithmetic(self.layout.dtype)
+        dtype = register(self.layout.dtype)
         # A sum of bools is whether any holds.
         kind = "any" if dtype == torch.bool else "sum"
         domain = variables((*self.shape, self.count))
@@ -274,8 +275,8 @@ def bucketize(d: Definer, node: Node) -> None:
     *lead, count = d.layout(bounds).shape
     at = variables((*layout.shape, count))
     dtype = promoted(d, [bounds, values])
-    bound = cast(d.read(bounds, [*(at[: len(lead)] if lead else ()), at[-1]]), arithmetic(dtype))
-    value = cast(d.read(values, at[:-1]) if isinstance(values, Ref) else d.number(values), arithmetic(dtype))
+    bound = cast(d.read(bounds, [*(at[: len(lead)] if lead else ()), at[-1]]), register(dtype))
+    value = cast(d.read(values, at[:-1]) if isinstance(values, Ref) else d.number(values), register(dtype))
     # NaN lies behind every bound.
     behind = apply("bitwise_not", apply("gt" if right else "ge", bound, value, dtype=torch.bool), dtype=torch.bool)
     if layout.numel == 0 or count == 0:

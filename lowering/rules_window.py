@@ -13,8 +13,8 @@ from .affine import Affine, bounded, variables
 from .define import Definer, rule
 from .errors import Unsupported
 from .expr import Expr, all_of, apply, cast, const, index, only_where
+from .functions import register
 from .ir import Node, Ref
-from .rules_pointwise import arithmetic
 from .rules_reduce import reduce_to
 from .rules_shape import in_range
 from .values import Layout
@@ -175,7 +175,7 @@ def avg_pool(d: Definer, node: Node) -> None:
     rank = 2 if node.op is aten.avg_pool2d.default else 3
     pool = _Average.of(given, rank)
     windows = _sliding(layout.shape, source.shape, pool.kernel, pool.stride, pool.padding, [1] * rank)
-    dtype = arithmetic(layout.dtype)
+    dtype = register(layout.dtype)
     total = _reduced(d, node, "total", "sum", windows.read(d, given["self"], dtype, const(0, dtype)), layout, windows)
     at = variables(layout.shape)
     d.map(node, _divided(d.read(total, at), pool.count(at[-rank:], source.shape[-rank:])))
@@ -201,7 +201,7 @@ def avg_pool_backward(d: Definer, node: Node) -> None:
         if pool.stride[i] > 1:
             checks.append(apply("eq", index(distance.mod(pool.stride[i])), const(0, WORD), dtype=torch.bool))
     windows = Windows(domain, tuple(place), all_of(checks))
-    dtype = arithmetic(layout.dtype)
+    dtype = register(layout.dtype)
     share = _divided(cast(d.read(given["grad"], place), dtype), pool.count(place[lead:], layout.shape[lead:]))
     total = _reduced(d, node, "total", "sum", windows.choose(share, const(0, dtype)), layout, windows)
     d.map(node, d.read(total, variables(layout.shape)))
@@ -214,7 +214,7 @@ def adaptive_avg_pool(d: Definer, node: Node) -> None:
     if 0 in (*source.shape, *layout.shape):
         raise Unsupported(node.name, "pooling nothing", stage="define")
     windows, extents = _spread(layout.shape, source.shape, rank)
-    dtype = arithmetic(layout.dtype)
+    dtype = register(layout.dtype)
     total = _reduced(d, node, "total", "sum", windows.read(d, node.args[0], dtype, const(0, dtype)), layout, windows)
     d.map(node, _divided(d.read(total, variables(layout.shape)), _product([index(e) for e in extents])))
 
@@ -231,7 +231,7 @@ def adaptive_avg_pool_backward(d: Definer, node: Node) -> None:
     counts = []
     for at, size, count in zip(windows.place[-rank:], layout.shape[-rank:], results[-rank:], strict=True):
         counts.append(index((at * size + size + count - 1).floordiv(count) - (at * size).floordiv(count)))
-    dtype = arithmetic(layout.dtype)
+    dtype = register(layout.dtype)
     share = _divided(cast(d.read(grad, windows.place), dtype), _product(counts))
     total = _reduced(d, node, "total", "sum", windows.choose(share, const(0, dtype)), layout, windows)
     d.map(node, d.read(total, variables(layout.shape)))
@@ -264,7 +264,7 @@ def adaptive_max_pool(d: Definer, node: Node) -> None:
 
 def _largest(d: Definer, node: Node, value: Any, source: Layout, layout: Layout, windows: Windows, rank: int) -> None:
     """The largest of each window and where in the source it stands: the first of equals, but the last NaN."""
-    dtype = arithmetic(layout.dtype)
+    dtype = register(layout.dtype)
     low = const(-math.inf, dtype) if dtype.is_floating_point else const(torch.iinfo(dtype).min, dtype)
     seen = windows.read(d, value, dtype, low)
     largest = _reduced(d, node, "of", "max", seen, layout, windows)

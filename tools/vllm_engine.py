@@ -33,6 +33,7 @@ from typing import Any, TextIO
 import torch
 
 from terrazzo.lowering.errors import UserError
+from terrazzo.tools.vllm_turns import PREFILL
 
 NEW_TOKENS = 64
 PROMPTS = (5, 11, 16, 23, 32, 57, 64, 100, 128, 199, 256, 333, 400, 512, 611, 700)
@@ -126,7 +127,7 @@ def _served(asked: dict[str, Any]) -> Any:
 
 def _time_ms(engine: Any, what: str) -> float:
     """Milliseconds of a decode step of so many requests, or of a prefill of 2048 tokens."""
-    if what == "prefill2048":
+    if what == PREFILL:
         run = _requests(engine, 1, 2048, 1)
         run()
         return statistics.median(_ms(run) for _ in range(PREFILLS))
@@ -137,7 +138,7 @@ def _busy_us(engine: Any, what: str) -> float:
     """For how many microseconds of the same the GPU is busy; not a number where other processes keep it so."""
     if engine.llm_engine.vllm_config.parallel_config.world_size > 1:
         return float("nan")
-    if what == "prefill2048":
+    if what == PREFILL:
         return _recorded(_requests(engine, 1, 2048, 1))
     return _per_step(lambda new: _recorded(_requests(engine, int(what), PROMPT, new)), RECORDED_STEPS)
 
