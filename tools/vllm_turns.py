@@ -15,7 +15,7 @@ from terrazzo.tools.vllm_process import Died, Engine, Run
 ROUNDS = 7
 PREFILL = "prefill2048"
 # Cache of keys and values of a timed engine: enough for 128 requests, beside 61 GB of weights.
-KV_GIB = 8
+KV_GIB = 4
 
 
 def in_turn(runs: Sequence[Run], batches: Sequence[int], work: Path) -> dict[str, dict[str, Any]]:
