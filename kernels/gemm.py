@@ -164,7 +164,7 @@ class Measured:
 Table = Mapping[tuple[int, int, str], Mapping[int, Measured]]
 
 
-def measured(config: Any, rows: str, source: str, elsewhere: bool = False) -> Table:
+def measured(config: Any, rows: str, source: str) -> Table:
     """Read a table of measurements: a header, then a row of N, K, kind, m, the config's fields, us and, where it
     ran beside, cuBLAS us.
 
@@ -172,7 +172,6 @@ def measured(config: Any, rows: str, source: str, elsewhere: bool = False) -> Ta
         config: the family's `Config`; its fields are ints or bools, in the order of the columns.
         rows: the table as text.
         source: on what the times were taken, and when.
-        elsewhere: that was another device than the table is for (see `Measured`).
     """
     table: dict[tuple[int, int, str], dict[int, Measured]] = {}
     types: list[Callable[[int], Any]] = [type(getattr(config, field.name, 0)) for field in fields(config)]
@@ -186,7 +185,7 @@ def measured(config: Any, rows: str, source: str, elsewhere: bool = False) -> Ta
             )
         made = config(*(make(int(value)) for make, value in zip(types, values, strict=False)))
         line = table.setdefault((int(n), int(k), kind), {})
-        line[int(m)] = Measured(made, float(times[0]), float(times[1]) if len(times) > 1 else nan, source, elsewhere)
+        line[int(m)] = Measured(made, float(times[0]), float(times[1]) if len(times) > 1 else nan, source)
     return table
 
 

@@ -8,7 +8,7 @@ from functools import cache
 from math import ceil
 
 from .gemm import GemmProblem, Measured, Table, joined, measured, nearest, row_of
-from .gemm_persistent_rows import AGAIN_H100, BETWEEN_H100, BETWEEN_H200, CARRIED_H200, POWERS
+from .gemm_persistent_rows import AGAIN_H100, AGAIN_H200, BETWEEN_H100, BETWEEN_H200, POWERS
 from .target import Target
 
 # The m that CONFIGS' rows share, on one device or another; some have rows at others as well.
@@ -74,7 +74,7 @@ CONFIGS: dict[str, Table] = {
     "h200": joined(
         _POWERS,
         measured(Config, BETWEEN_H200, "NVIDIA H200, torch 2.11, triton 3.6, bf16, 2026-11-26"),
-        measured(Config, CARRIED_H200, "NVIDIA H100 80GB, torch 2.11, triton 3.6, bf16, 2026-11-26", elsewhere=True),
+        measured(Config, AGAIN_H200, "NVIDIA H200, torch 2.11, triton 3.6, bf16, 2026-11-26, again"),
     ),
     "h100": joined(
         _POWERS,
