@@ -6,9 +6,10 @@
 `given` is what vLLM's `LLM` gets besides.
 
 The second says in how many seconds it started, in a line of JSON to the open file number 5, and then answers lines that
-it reads: `{"time": "8"}` with the milliseconds of a decode step of 8 requests, `{"time": "prefill2048"}`, and `"busy"`
-instead of `"time"` with the microseconds that the GPU is busy: while any kernel runs, so that one that starts before
-the one before it has ended is not counted twice, as it is in a sum of durations.
+it reads: `{"time": "8"}` with the milliseconds of a decode step of 8 requests, `{"time": "prefill2048"}`, `{"time":
+"loop"}` with those of a loop of Python that has nothing to do with vLLM, and `"busy"` instead of `"time"` with the
+microseconds that the GPU is busy: while any kernel runs, so that one that starts before the one before it has ended is
+not counted twice, as it is in a sum of durations. `{"cores": [0, 1]}` moves the process and its children there.
 
 For log-probabilities, weights are drawn here, the same for every engine: vLLM's own dummies are so small that every
 token is as likely as every other. The engine named `eager` decodes greedily and leaves its tokens in the file `tokens`;
@@ -26,20 +27,20 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 
 from terrazzo.lowering.errors import UserError
-from terrazzo.tools.vllm_turns import PREFILL
+from terrazzo.tools.vllm_turns import LOOP, PREFILL
 
 NEW_TOKENS = 64
 PROMPTS = (5, 11, 16, 23, 32, 57, 64, 100, 128, 199, 256, 333, 400, 512, 611, 700)
 WAIT_S = 300
-# Prefills of one answer, of which it is the median.
-PREFILLS = 3
+# Prefills and loops of one answer, of which it is the median.
+PREFILLS, LOOPS = 3, 5
 # Tokens of a prompt before decode steps, and how many more of them the longer of two runs decodes than the shorter: for
 # a time, and where every kernel is recorded.
 PROMPT, STEPS, RECORDED_STEPS = 32, 48, 16
@@ -75,9 +76,25 @@ def serve(asked: dict[str, Any], orders: Iterable[str], answers: TextIO) -> None
     engine = _served(asked)
     print(json.dumps({"init_s": time.perf_counter() - start}), file=answers, flush=True)
     for line in orders:
-        order = json.loads(line)
-        answer = _time_ms(engine, order["time"]) if "time" in order else _busy_us(engine, order["busy"])
-        print(json.dumps(answer), file=answers, flush=True)
+        print(json.dumps(_answer(engine, json.loads(line))), file=answers, flush=True)
+
+
+def _answer(engine: Any, order: dict[str, Any]) -> float | None:
+    if "cores" in order:
+        return _move(order["cores"])
+    return _time_ms(engine, order["time"]) if "time" in order else _busy_us(engine, order["busy"])
+
+
+def _move(cores: list[int]) -> None:
+    """This process and its children to these cores, threads that exist included."""
+    import psutil  # vLLM needs it
+
+    here = psutil.Process()
+    for process in (here, *here.children(recursive=True)):
+        for thread in process.threads():
+            # It may have ended meanwhile.
+            with suppress(ProcessLookupError):
+                os.sched_setaffinity(thread.id, cores)
 
 
 def _engine(asked: dict[str, Any]) -> Any:
@@ -126,12 +143,21 @@ def _served(asked: dict[str, Any]) -> Any:
 
 
 def _time_ms(engine: Any, what: str) -> float:
-    """Milliseconds of a decode step of so many requests, or of a prefill of 2048 tokens."""
+    """Milliseconds of a decode step of so many requests, of a prefill of 2048 tokens, or of the loop."""
+    if what == LOOP:
+        return statistics.median(_ms(_loop) for _ in range(LOOPS))
     if what == PREFILL:
         run = _requests(engine, 1, 2048, 1)
         run()
         return statistics.median(_ms(run) for _ in range(PREFILLS))
     return _per_step(lambda new: _ms(_requests(engine, int(what), PROMPT, new)), STEPS)
+
+
+def _loop() -> None:
+    """What the host is measured by: Python that allocates nothing."""
+    at = 0
+    while at < 200_000:
+        at += 1
 
 
 def _busy_us(engine: Any, what: str) -> float:

@@ -13,8 +13,9 @@ agree   16 prompts of 5 to 700 tokens, 64 tokens each: vLLM without compilation 
         fp32, and how often another token was the likeliest. Fails where terrazzo is further away than vLLM's default by
         more than a tenth, in the mean over all steps.
 time    a first start of each contender, then a second of both, which stay and are timed in turn: decode steps at
-        several batch sizes, prefill of 2048 tokens, how long the GPU is busy meanwhile. `--apart` times one engine
-        after the other, where a GPU does not hold two. Only after the same model agreed, unless `--time` alone is
+        several batch sizes, prefill of 2048 tokens, how long the GPU is busy meanwhile, and a loop of Python that says
+        whether both had the same of their host. `--apart` times one engine after the other, where a GPU does not hold
+        two. Only after the same model agreed, unless `--time` alone is
         asked for.
 """
 
@@ -38,7 +39,7 @@ from terrazzo.lowering.errors import UserError
 from terrazzo.tools import vllm_process
 from terrazzo.tools.command import exit_status, sizes
 from terrazzo.tools.vllm_process import Run, to_its_end
-from terrazzo.tools.vllm_turns import KV_GIB, PREFILL, in_turn
+from terrazzo.tools.vllm_turns import KV_GIB, LOOP, PREFILL, in_turn
 
 MODELS = ("llama-3.1-8b", "llama-3.2-1b", "qwen3-8b", "qwen3-30b-a3b")
 GRAPHS = ("FULL_AND_PIECEWISE", "PIECEWISE", "NONE")
@@ -194,11 +195,11 @@ def agreement_table(results: Sequence[dict[str, Any]]) -> Table:
 
 def time_table(results: Sequence[dict[str, Any]]) -> Table:
     """One row per model and contender: ms of a decode step and of a prefill, how long the GPU is busy, s to start."""
-    columns = list(dict.fromkeys(what for r in results for what in r.get("ms", {})))
+    columns = list(dict.fromkeys(what for r in results for what in r.get("ms", {}) if what != LOOP))
     made = Table(title="ms / of it with the GPU busy, default's / ours; start in s", title_justify="left")
     made.add_column("model", no_wrap=True)
     made.add_column("contender", no_wrap=True)
-    for column in (*(c if c == PREFILL else f"B={c}" for c in columns), "first start", "compiling", "second"):
+    for column in (*(c if c == PREFILL else f"B={c}" for c in columns), LOOP, "first start", "compiling", "second"):
         made.add_column(column, justify="right", no_wrap=True)
     for r in results:
         if "failed" in r:
@@ -206,6 +207,7 @@ def time_table(results: Sequence[dict[str, Any]]) -> Table:
             continue
         row = [f"{r['ms'][c]:.2f} / {r['busy_us'][c] / 1e3:.2f}" for c in columns]
         row = [f"{text}, {r['ratio'][c]:.2f}" if "ratio" in r else text for c, text in zip(columns, row, strict=True)]
+        row.append(f"{r['ms'][LOOP]:.2f}")
         first, second = r["first"], r["init_s"]
         row += [f"{first['init_s']:.1f}", f"{first['compilation_time']:.1f}", f"{second:.1f}"]
         made.add_row(r["model"], r["contender"], *row)

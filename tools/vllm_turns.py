@@ -1,8 +1,9 @@
-"""vLLM's engines timed in turn on one GPU: what a process gets of its host differs from minute to minute, and so both
-see the same of it."""
+"""vLLM's engines timed in turn on one GPU and on the same cores: what a process gets of its host differs from minute to
+minute and from core to core, and so both see the same of it."""
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -14,6 +15,10 @@ from terrazzo.tools.vllm_process import Died, Engine, Run
 
 ROUNDS = 7
 PREFILL = "prefill2048"
+# A loop of Python, by which to tell whether the engines had the same of their host.
+LOOP = "loop"
+# Cores that the engines share while they are timed.
+CORES = 4
 # Cache of keys and values of a timed engine: enough for 128 requests, beside 61 GB of weights.
 KV_GIB = 4
 
@@ -28,8 +33,9 @@ def in_turn(runs: Sequence[Run], batches: Sequence[int], work: Path) -> dict[str
 
     Returns:
         Per contender: init_s; ms, of decode steps by the number of requests and of a prefill of 2048 tokens, medians
-        over rounds; busy_us, for how long the GPU is busy meanwhile; and for all but the first ratio, the median of
-        each round's time of the first contender over its own. Or `failed`, the end of what the engine wrote.
+        over rounds, and of a loop of Python beside them; busy_us, for how long the GPU is busy meanwhile; and for all
+        but the first ratio, the median of each round's time of the first contender over its own. Or `failed`, the end
+        of what the engine wrote.
     """
     asked = [*map(str, batches), PREFILL]
     times: dict[tuple[str, str], list[float]] = defaultdict(list)
@@ -44,8 +50,10 @@ def in_turn(runs: Sequence[Run], batches: Sequence[int], work: Path) -> dict[str
                 return _failed(runs, run.contender, reason)
             engines[run.contender] = engine
         try:
+            for name, engine in engines.items():
+                engine.ask({"cores": sorted(os.sched_getaffinity(0))[:CORES]})
             for number in range(ROUNDS):
-                for what in asked:
+                for what in (*asked, LOOP):
                     for name in list(engines)[:: -1 if number % 2 else 1]:
                         times[name, what].append(engines[name].ask({"time": what}))
             for name, engine in engines.items():
@@ -54,9 +62,9 @@ def in_turn(runs: Sequence[Run], batches: Sequence[int], work: Path) -> dict[str
             return _failed(runs, name, reason)
     first = runs[0].contender
     for name, one in found.items():
-        one["ms"] = {what: median(times[name, what]) for what in asked}
+        one["ms"] = {what: median(times[name, what]) for what in (*asked, LOOP)}
         if name != first:
-            one["ratio"] = {what: median(_ratios(times, first, name, what)) for what in asked}
+            one["ratio"] = {what: median(_ratios(times, first, name, what)) for what in (*asked, LOOP)}
     return found
 
 
