@@ -54,7 +54,9 @@ def measured_problem(m: int, n: int, k: int, kind: str) -> GemmProblem:
     if kind in ("head", "norm"):
         half = 64 if n % 128 == 0 else 32
         return replace(one, halves=half, part=2 * half if kind == "norm" else 0)
-    return replace(one, part=32 if kind == "sum" else 0)
+    # As wide as lowering/hoist.py cuts rows.
+    width = 32 if m <= 64 else next((width for width in (32, 64) if n <= 64 * width), 128)
+    return replace(one, part=width if kind == "sum" else 0)
 
 
 def label(problem: GemmProblem) -> str:

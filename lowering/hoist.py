@@ -37,10 +37,13 @@ from .values import Contract, Definition, Extern, Item, Layout, Map, Parts, Redu
 # of its rows in registers, and the first stores x' beside x. Middle pieces of Llama-3.1-8B, Llama-3.2-1B (64 narrow
 # parts a row) and Qwen3-8B took (H100, torch 2.11, triton 3.6, bf16, 2026-11-25, one run) 0.98, 0.95 and 0.98 of the
 # time with norms at 1 and 16 tokens, 0.98, 0.96 and 0.98 at 32, 0.99, 0.97 and 0.99 at 64; at 128 with narrow parts
-# 1.05, 0.97 and 1.05, with few (2026-11-26, with configs measured so) 0.98, 0.98 and 0.98.
-MOST_TOKENS, MOST_TOKENS_OF_FEW_PARTS, FEW_PARTS = 64, 128, 64
-# Columns of a part: of as narrow a tile as computes what is summed, or of one twice as wide where parts have to be few.
-NARROW, WIDE = 32, 64
+# 1.05, 0.97 and 1.05, with few (2026-11-26, with configs measured so) 0.98, 0.98 and 0.98. Mistral-Nemo-12B and
+# Qwen3-14B, whose 5120 columns are 40 parts of 128, took 0.97 and 0.99 at 128 (H200, 2026-11-26, both tuned). Longer
+# rows were not tried.
+MOST_TOKENS, MOST_TOKENS_OF_FEW_PARTS, FEW_PARTS, MOST_COLUMNS = 64, 128, 64, 5120
+# Columns of a part: of as narrow a tile as computes what is summed, or of a wider one where parts have to be few.
+WIDTHS = (32, 64, 128)
+NARROW = WIDTHS[0]
 
 
 @dataclass(frozen=True)
@@ -112,14 +115,14 @@ def _scaled(name: str, products: Sequence[Definition], values: Values) -> Scaled
         return None
     if any(not _out_of_a_product(expr, rows, cols, values) for expr in (total.expr, rest)):
         return None
-    if rows > MOST_TOKENS and (rows > MOST_TOKENS_OF_FEW_PARTS or cols > FEW_PARTS * WIDE or cols % WIDE):
+    if rows > MOST_TOKENS and (rows > MOST_TOKENS_OF_FEW_PARTS or cols > MOST_COLUMNS or cols % _width(rows, cols)):
         return None
     return Scaled(made, scale, rest, total, tuple(products))  # type: ignore[arg-type]
 
 
 def _width(rows: int, cols: int) -> int:
     """Columns of a part."""
-    return WIDE if cols > FEW_PARTS * NARROW and rows > MOST_TOKENS else NARROW
+    return NARROW if rows <= MOST_TOKENS else next(width for width in WIDTHS if cols <= FEW_PARTS * width)
 
 
 def _takes(made: Definition, operand: str, rows: int, cols: int) -> bool:

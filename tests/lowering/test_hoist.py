@@ -211,7 +211,8 @@ def test_where_it_would_not_be_right_or_not_pay_it_stays(args: list[torch.Tensor
 
 
 @pytest.mark.parametrize(
-    ("tokens", "width", "found"), [(64, 2080, True), (65, 2080, False), (65, 2112, True), (65, 4160, False)]
+    ("tokens", "width", "found"),
+    [(64, 2080, True), (65, 2080, False), (65, 2112, True), (65, 4160, False), (65, 4224, True), (65, 5248, False)],
 )
 def test_of_rows_of_many_parts_fewer_are_held_in_registers(tokens: int, width: int, found: bool) -> None:
     args = given(tokens, width=width)
