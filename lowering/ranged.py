@@ -23,14 +23,15 @@ from itertools import pairwise
 from typing import Any
 
 from .emit import Plan
-from .group import FEW_TOKENS, FEW_TOKENS_OF_NORMS, MANY_TOKENS
+from .group import FEW_TOKENS, MANY_TOKENS
 from .size import NAME, Span, Undecided
 
 # The parts into which planning may cut a range.
 LIMIT = 12
 # Sizes at which fusion is asked: decode, mixed batches, prefill. What one kernel more or less saves lies between them.
 # Those at which products of heads are cut anyway, so that no plan is made for either side only to be found alike.
-ASKED = (FEW_TOKENS_OF_NORMS, FEW_TOKENS, MANY_TOKENS - 1)
+# Among the sizes of decode a launch outweighs what is moved, so that none is asked.
+ASKED = (FEW_TOKENS, MANY_TOKENS - 1)
 
 Make = Callable[[Any], Plan]
 
