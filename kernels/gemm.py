@@ -5,7 +5,7 @@
 A paired problem has two accumulators from one x tile: columns `n` and `n + pair_offset` of W (gate and up of a GLU).
 A problem with `halves` has heads of 2 * halves columns, whose halves belong together (a rotation): it is computed as
 one product, and the epilogue gets the halves as its two accumulators, element beside element. Where it sums columns (a
-norm of each head, parts of a row's sum), tiles hold `part` of them at least.
+norm of each head, parts of a row's sum), tiles hold `summed` of them at least.
 Sums are fp32; fp32 operands are multiplied in IEEE precision unless the problem allows TF32.
 The tokens `m` are a run-time argument of every kernel: `GemmProblem.m` only chooses the config.
 """
@@ -54,7 +54,7 @@ class GemmProblem:
         rounds: the sums may be rounded to the operands' dtype before the epilogue, as eager rounds them there.
         w_given: W is an argument of the piece, so there before its first kernel; no kernel of the piece writes it.
         w_steady: and a parameter of which the caller promises that it is there before any plan runs (`Options.steady`).
-        part: columns whose sums the epilogue leaves (`functions.store_sums`) or uses (`sum_of_heads`), and that every
+        summed: columns whose sums the epilogue leaves (`functions.store_sums`) or uses (`sum_of_heads`), and that every
             tile therefore has to hold; 0: none.
         bare: cuBLAS was chosen for it together with what follows, which is a kernel of its own.
     """
@@ -77,7 +77,7 @@ class GemmProblem:
     rounds: bool = False
     w_given: bool = False
     w_steady: bool = False
-    part: int = 0
+    summed: int = 0
     bare: bool = False
 
     @property
@@ -107,8 +107,8 @@ class GemmProblem:
         if self.paired:
             return "pair"
         if self.halves:
-            return "norm" if self.part else "head"
-        return "sum" if self.part else "one"
+            return "norm" if self.summed else "head"
+        return "sum" if self.summed else "one"
 
     @property
     def accumulators(self) -> int:
@@ -216,7 +216,7 @@ def row_of(table: Table, problem: GemmProblem) -> Mapping[int, Measured]:
     row: dict[int, Measured] = {}
     for kind in kinds:
         row |= table.get((problem.n, problem.k, kind), {})
-    return {m: hit for m, hit in row.items() if hit.config.block_n >= problem.part} if problem.part else row
+    return {m: hit for m, hit in row.items() if hit.config.block_n >= problem.summed} if problem.summed else row
 
 
 def lookup(table: Table, buckets: tuple[int, ...], problem: GemmProblem) -> Measured | None:

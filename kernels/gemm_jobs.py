@@ -41,7 +41,7 @@ def job_configs(
         problems.append(GemmProblem(m, 5120, 3584, dtype, layout, paired, offset, allow_tf32=allow_tf32))
     for m, (n, k, halves) in product(buckets, ((6144, 4096, 64), (3072, 2048, 32))):
         problems.append(GemmProblem(m, n, k, torch.bfloat16, halves=halves))
-        problems.append(replace(problems[-1], part=2 * halves))
+        problems.append(replace(problems[-1], summed=2 * halves))
     asked += [(problem, Target.named("b200" if arch >= 100 else "h200")) for problem in problems]
     yield from dict.fromkeys((p, choose(p, target)[0]) for p, target in asked if supports(p) is None)
 
@@ -53,23 +53,23 @@ def measured_problem(m: int, n: int, k: int, kind: str) -> GemmProblem:
         return replace(one, paired=True, pair_offset=n)
     if kind in ("head", "norm"):
         half = 64 if n % 128 == 0 else 32
-        return replace(one, halves=half, part=2 * half if kind == "norm" else 0)
+        return replace(one, halves=half, summed=2 * half if kind == "norm" else 0)
     # As wide as lowering/hoist.py cuts rows.
     width = 32 if m <= 64 else next((width for width in (32, 64) if n <= 64 * width), 128)
-    return replace(one, part=width if kind == "sum" else 0)
+    return replace(one, summed=width if kind == "sum" else 0)
 
 
 def label(problem: GemmProblem) -> str:
     """Name a problem in a few characters; with its config unique among `job_configs`."""
     dtype = "tf32" if problem.allow_tf32 else type_name(problem.dtype)
     kind = " paired" if problem.paired else f" halves {problem.halves}" if problem.halves else ""
-    kind += (" normed" if problem.halves else f" parts of {problem.part}") if problem.part else ""
+    kind += (" normed" if problem.halves else f" parts of {problem.summed}") if problem.summed else ""
     return f"{problem.n}x{problem.k} {problem.layout}{kind} {dtype} m<={problem.m}"
 
 
 def sample(problem: GemmProblem) -> Any:
     """The epilogue that a job is compiled with."""
-    if problem.halves and problem.part:
+    if problem.halves and problem.summed:
         return norm_sample
     return silu_mul_sample if problem.paired or problem.halves else store_sample
 

@@ -2,8 +2,8 @@
 
 Schedule: one program per multiprocessor walks over output tiles [BLOCK_M, BLOCK_N]; both operands arrive by TMA;
 groups of `group_m` rows of tiles are walked column by column, so that a group's x tiles and the current W tile stay in
-L2. `flatten` makes tile and depth loop one pipeline: the next tile's loads fly during the epilogue. `parts` runs the
-epilogue on halves or quarters of the columns, each of which needs as much less shared memory. `tail_n` computes the
+L2. `flatten` makes tile and depth loop one pipeline: the next tile's loads fly during the epilogue. In `runs` the
+epilogue takes halves or quarters of the columns, each of which needs as much less shared memory. `tail_n` computes the
 tiles that are left over from whole waves as narrower ones, where these then are one for each program at most.
 Bytes: x and W once if a group fits in L2, y once. FLOPs: 2 * M * N * K per accumulator.
 Paired problems (GLU) keep two accumulators of the same x tile, so neither half of the wide product is written; both
@@ -61,7 +61,7 @@ def choose(problem: GemmProblem, target: Target) -> tuple[Config, str]:
         if same != problem.m:
             how = f"; at {same} tokens, which fill as many tiles of {TILE_ROWS}"
         if config != row[same].config:
-            how += f"; the epilogue is wider than the measured one: {config.parts} parts"
+            how += f"; the epilogue is wider than the measured one: {config.runs} runs"
         return config, row[same].why + how
     known = list(_measured_at(problem, target))
     tried = known or list(_candidates(problem, target))
@@ -95,7 +95,7 @@ def _measured_at(problem: GemmProblem, target: Target) -> Mapping[Config, Sequen
     kind = (
         problem.paired,
         problem.halves,
-        problem.part,
+        problem.summed,
         problem.dtype,
         problem.layout,
         problem.batch,
@@ -190,24 +190,24 @@ def smem_bytes(problem: GemmProblem, config: Config) -> int:
     if not config.flatten:
         return pipeline
     # As compiled for a 128x256 tile: 32 KB for 2-byte results, of the whole tile or of either half; 4-byte ones whole.
-    area = config.block_m * max(config.block_n, config.extra_n) // config.parts
+    area = config.block_m * max(config.block_n, config.extra_n) // config.runs
     return pipeline + (32768 if (problem.epilogue_itemsize or problem.dtype.itemsize) == 2 else area * 4)
 
 
 def _fitted(problem: GemmProblem, config: Config, target: Target) -> Config:
-    """The config as the problem's epilogue needs it: in parts that keep registers, with as many stages as then fit.
+    """The config as the problem's epilogue needs it: in runs that keep registers, with as many stages as then fit.
 
     Compiled for sm_90 with a residual added and fp32 stored, a 128x256 tile keeps 24, 488 and 32 bytes a thread in
-    local memory in 1, 2 and 4 parts; only the last leaves room for four stages when flattened.
+    local memory in 1, 2 and 4 runs; only the last leaves room for four stages when flattened.
     """
     if (problem.epilogue_itemsize or problem.dtype.itemsize) > 2 and config.block_m * config.block_n >= 128 * 256:
-        config = replace(config, parts=4)
+        config = replace(config, runs=4)
     elif problem.halves and config.block_m * config.block_n >= 128 * 256:
         # A rotation in one part keeps 56 bytes a thread in local memory.
-        config = replace(config, parts=max(config.parts, 2))
-    if problem.part:
+        config = replace(config, runs=max(config.runs, 2))
+    if problem.summed:
         # A part of the epilogue sums whole heads.
-        config = replace(config, parts=min(config.parts, config.block_n // problem.part))
+        config = replace(config, runs=min(config.runs, config.block_n // problem.summed))
     while smem_bytes(problem, config) > target.smem_bytes and config.stages > 2:
         config = replace(config, stages=config.stages - 1)
     return config
@@ -220,14 +220,14 @@ def _candidates(problem: GemmProblem, target: Target) -> Iterable[Config]:
         yield Config(64, 64, 32, 2, 8)
         return
     if problem.paired:
-        large = Config(128, 128, 64, 4, 8, flatten=True, parts=2)
+        large = Config(128, 128, 64, 4, 8, flatten=True, runs=2)
         tiles = [Config(64, 32, 128, 6, 4), Config(64, 64, 64, 8, 4), Config(128, 64, 64, 6, 8), large]
         tiles += [replace(large, tail_n=narrow) for narrow in (64, 32)]
     else:
-        large = Config(128, 256, 64, 4, 8, flatten=True, parts=2)
+        large = Config(128, 256, 64, 4, 8, flatten=True, runs=2)
         tiles = [Config(64, 64, 128, 6, 4), Config(64, 128, 64, 8, 4), Config(128, 128, 64, 6, 8)]
         tiles += [Config(128, 128, 64, 5, 8, extra_n=64), large]
-        tiles += [replace(large, parts=1, tail_n=narrow) for narrow in (128, 64)]
+        tiles += [replace(large, runs=1, tail_n=narrow) for narrow in (128, 64)]
     for config in tiles:
         config = replace(config, block_k=config.block_k * 2 // problem.dtype.itemsize)
         if not _holds_heads(problem, config):
@@ -255,7 +255,7 @@ def gemm_persistent_kernel(
     TAIL_N: tl.constexpr,
     GROUP_M: tl.constexpr,
     FLATTEN: tl.constexpr,
-    PARTS: tl.constexpr,
+    RUNS: tl.constexpr,
     HALVES: tl.constexpr,
     PAIRED: tl.constexpr,
     KN: tl.constexpr,
@@ -279,7 +279,7 @@ def gemm_persistent_kernel(
         m0, n0 = tile_origin(tile, tiles_m, TILES_N, GROUP_M, BLOCK_M, WIDTH)
         compute_tile(
             x_desc, w_desc, second_desc, m0, n0, m_size, t,
-            N, K, PAIR_OFFSET, BLOCK_M, BLOCK_N, EXTRA_N, BLOCK_K, STAGES, PARTS, HALVES, PAIRED, KN, PDL, PRECISION,
+            N, K, PAIR_OFFSET, BLOCK_M, BLOCK_N, EXTRA_N, BLOCK_K, STAGES, RUNS, HALVES, PAIRED, KN, PDL, PRECISION,
             EPILOGUE,
         )  # fmt: skip
     if TAIL_N > 0:
@@ -305,7 +305,7 @@ def _constexprs(problem: GemmProblem, config: Config, epilogue: Any, pdl: bool) 
         "TAIL_N": config.tail_n,
         "GROUP_M": config.group_m,
         "FLATTEN": config.flatten,
-        "PARTS": config.parts,
+        "RUNS": config.runs,
         "HALVES": problem.halves,
         "PAIRED": problem.paired,
         "KN": problem.layout == "kn",
@@ -361,7 +361,7 @@ def prepare(epilogue: Any, config: Config, problem: GemmProblem, *, pdl: bool = 
     """Fix everything that does not change between calls.
 
     Args:
-        epilogue: `@triton.jit` body `(acc, acc2, m, n, mask, t)`; accumulators are [BLOCK_M, BLOCK_N / parts].
+        epilogue: `@triton.jit` body `(acc, acc2, m, n, mask, t)`; accumulators are [BLOCK_M, BLOCK_N / runs].
         config: from `choose`.
         problem: sizes and strides; `m` is only a hint.
         pdl: let the successor start before the first epilogue; start before the predecessor has ended and wait for it

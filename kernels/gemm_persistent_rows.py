@@ -235,9 +235,9 @@ BETWEEN_H200 = """
 14336  4096 pair  160   64 128  64   5   4   8   1   0   1   0   0    85.2    68.0
 14336  4096 pair 3072  128 128  64   4   8   8   1   1   2   0   0  1044.7  1038.8
 """
-# The same on an H200, in one run: 2741 timings by `--families gemm_persistent --m 192,257,320,333,384,448,512,640,768,1000,
-# 2048,3001`. cuBLAS in a quarter of the turns, and beyond 448 tokens, where the power limit makes the clock, ours by
-# their ratio to cuBLAS beside them. A config that stood here stays where no other took 2 % less.
+# The same on an H200, in one run: 2741 timings by `--families gemm_persistent --m 192,257,320,333,384,448,512,640,768,
+# 1000,2048,3001`. cuBLAS in a quarter of the turns, and beyond 448 tokens, where the power limit makes the clock, ours
+# by their ratio to cuBLAS beside them. A config that stood here stays where no other took 2 % less.
 AGAIN_H200 = """
     N     K kind    m   bm  bn  bk  st  wp  gm  ps  fl  pt  ex  tl      us  cuBLAS
  2048  2048  one  192   64  64 128   6   4   8   1   0   1   0   0     7.6     7.8

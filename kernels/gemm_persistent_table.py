@@ -26,7 +26,7 @@ class Config:
         group_m: rows of tiles walked together.
         programs_per_sm: resident programs per multiprocessor.
         flatten: one pipeline over tiles and depth.
-        parts: runs of columns that the epilogue takes one after the other; 1, 2 or 4.
+        runs: runs of columns that the epilogue takes one after the other; 1, 2 or 4.
         extra_n: columns beside those, of accumulators of their own, so that a tile may be 128 + 64 wide.
         tail_n: columns of the tiles into which those beyond whole waves are cut, where each program gets one at most;
             0 cuts none. Divides block_n.
@@ -40,7 +40,7 @@ class Config:
     group_m: int = 8
     programs_per_sm: int = 1
     flatten: bool = False
-    parts: int = 1
+    runs: int = 1
     extra_n: int = 0
     tail_n: int = 0
 
@@ -60,7 +60,7 @@ class Config:
         return self.block_n // self.tail_n if self.tail_n else 1
 
     def __str__(self) -> str:
-        how = f"{' flatten' if self.flatten else ''}{f' in {self.parts} parts' if self.parts > 1 else ''}"
+        how = f"{' flatten' if self.flatten else ''}{f' in {self.runs} runs' if self.runs > 1 else ''}"
         how += f" tail {self.tail_n}" if self.tail_n else ""
         columns = f"{self.block_n}+{self.extra_n}" if self.extra_n else f"{self.block_n}"
         tile = f"{self.block_m}x{columns}x{self.block_k}"
@@ -104,7 +104,7 @@ def vendor_us(problem: GemmProblem, target: Target) -> float | None:
     row = row_of(table, problem)
     if not row and not problem.paired and problem.n % 2 == 0:
         # Beside a pair, cuBLAS computed the whole product.
-        row = row_of(table, replace(problem, n=problem.n // 2, paired=True, part=0))
+        row = row_of(table, replace(problem, n=problem.n // 2, paired=True, summed=0))
     if not row:
         return None
     below = max((m for m in row if m <= problem.m), default=None)

@@ -270,7 +270,7 @@ def alike(problem: GemmProblem, target: Target) -> Config:
     """
     sms, itemsize = target.sm_count, problem.dtype.itemsize
     block_m, block_n, tokens_first = _tile(problem, sms)
-    block_n = max(block_n, problem.part)
+    block_n = max(block_n, problem.summed)
     tiles = ceil(problem.n / block_n) * ceil(max(problem.m, 1) / block_m)
     # Tiles of 128 tokens are large: deep ones would leave a ring of two or three.
     shallow = block_m > 64 and (problem.paired or block_n > 64 or problem.k > DEEP_K)
@@ -303,19 +303,19 @@ def _tile(problem: GemmProblem, sms: int) -> tuple[int, int, bool]:
         return max(8, triton.next_power_of_2(m)), 64, False
     if m <= 64:
         return 64, 32 if programs(32) <= sms else 64, True
-    if problem.part > 64:
+    if problem.summed > 64:
         # As 5120 columns, 4096 to 17408 deep, were fastest where each tile sums 128 of them.
         return (128, 128, True) if problem.k > DEEP_K else (64, 128, False)
     if programs(128) <= sms < programs(64):
         return 128, 128, True
-    if programs(64) * _parts(problem) >= ENOUGH * sms:
+    if programs(64) * _most_splits(problem) >= ENOUGH * sms:
         return 128, 64, not problem.paired
-    return 64, 32 if problem.part <= 32 and 2 * programs(32) <= sms else 64, True
+    return 64, 32 if problem.summed <= 32 and 2 * programs(32) <= sms else 64, True
 
 
-def _parts(problem: GemmProblem) -> int:
+def _most_splits(problem: GemmProblem) -> int:
     """Parts that K of a tile of 128 tokens is worth, at the most."""
-    if problem.part > 64:
+    if problem.summed > 64:
         return 4
     return 2 if problem.k > DEEP_K else 1
 
@@ -324,7 +324,7 @@ def _splits(problem: GemmProblem, block_m: int, tiles: int, steps: int, sms: int
     """Parts of K: as many as leave all programs there at once, and each enough to do."""
     few = problem.m <= 8
     if block_m > 64:
-        most, enough = _parts(problem), steps
+        most, enough = _most_splits(problem), steps
     else:
         most, enough = 4, steps // (4 if few else 8 if problem.m <= 32 else 16)
     # The fewest tokens may have two programs a multiprocessor, as their tiles of x are small.

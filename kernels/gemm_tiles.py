@@ -97,18 +97,18 @@ def apart(both):
 
 
 @triton.jit
-def run_epilogue(acc, acc2, m, own, n0, N: tl.constexpr, t, PARTS: tl.constexpr, EPILOGUE: tl.constexpr):
-    """The epilogue over rows m, of which `own` are this tile's, and columns n0 … of both accumulators, in `PARTS` runs
+def run_epilogue(acc, acc2, m, own, n0, N: tl.constexpr, t, RUNS: tl.constexpr, EPILOGUE: tl.constexpr):
+    """The epilogue over rows m, of which `own` are this tile's, and columns n0 … of both accumulators, in `RUNS` runs
     of columns: each needs registers and shared memory only for itself."""
-    if PARTS == 1:
+    if RUNS == 1:
         n = n0 + tl.arange(0, acc.shape[1])[None, :]
         EPILOGUE(acc, acc2, m, n, own & (n < N), t)
     else:
         HALF: tl.constexpr = acc.shape[1] // 2
         left, right = apart(acc)
         left2, right2 = apart(acc2)
-        run_epilogue(left, left2, m, own, n0, N, t, PARTS // 2, EPILOGUE)
-        run_epilogue(right, right2, m, own, n0 + HALF, N, t, PARTS // 2, EPILOGUE)
+        run_epilogue(left, left2, m, own, n0, N, t, RUNS // 2, EPILOGUE)
+        run_epilogue(right, right2, m, own, n0 + HALF, N, t, RUNS // 2, EPILOGUE)
 
 
 @triton.jit
@@ -128,7 +128,7 @@ def compute_tile(
     EXTRA_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
-    PARTS: tl.constexpr,
+    RUNS: tl.constexpr,
     HALVES: tl.constexpr,
     PAIRED: tl.constexpr,
     KN: tl.constexpr,
@@ -151,9 +151,9 @@ def compute_tile(
     m = tl.minimum(m, m_size - 1)
     # Columns of heads are counted in their first halves.
     ACROSS: tl.constexpr = 2 if HALVES > 0 else 1
-    run_epilogue(acc, acc2, m, own, n0 // ACROSS, N // ACROSS, t, PARTS, EPILOGUE)
+    run_epilogue(acc, acc2, m, own, n0 // ACROSS, N // ACROSS, t, RUNS, EPILOGUE)
     if EXTRA_N > 0:
-        run_epilogue(beside, beside2, m, own, n0 + BLOCK_N, N, t, PARTS, EPILOGUE)
+        run_epilogue(beside, beside2, m, own, n0 + BLOCK_N, N, t, RUNS, EPILOGUE)
 
 
 def w_descriptor(w: torch.Tensor, problem: GemmProblem, block_n: int, block_k: int) -> TensorDescriptor:

@@ -122,7 +122,7 @@ class Group:
         return loads(*(r.expr for r in self.reductions), *(s.expr for s in self.stores))
 
     @property
-    def part(self) -> int:
+    def summed(self) -> int:
         """Columns of the product that a tile has to hold at least, because it sums them; 0 where it sums none."""
         return max((*(2 * r.half for r in self.reductions), *(s.summed for s in self.stores)), default=0)
 

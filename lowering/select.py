@@ -318,7 +318,7 @@ def gemm_problem(
         rounds=product.rounded,
         w_given=given,
         w_steady=steady,
-        part=group.part,
+        summed=group.summed,
         bare=bare,
     )
 

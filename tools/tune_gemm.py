@@ -106,9 +106,9 @@ def persistent_space(problem: GemmProblem) -> Iterable[gemm_persistent.Config]:
         yield config(64, 128 // half, 128, 4, 4)
         yield config(64, 64 // half, 128, 6, 4)
         yield config(128, 64, 64, 4, 4, programs_per_sm=2)
-    for flatten, parts in ((False, 1), (True, 1), (True, 2)):
-        yield config(128, 256 // half, 64, 3, 8, flatten=flatten, parts=parts)
-        yield config(128, 256 // half, 64, 4, 8, flatten=flatten, parts=parts)
+    for flatten, runs in ((False, 1), (True, 1), (True, 2)):
+        yield config(128, 256 // half, 64, 3, 8, flatten=flatten, runs=runs)
+        yield config(128, 256 // half, 64, 4, 8, flatten=flatten, runs=runs)
     yield config(128, 256 // half, 64, 3, 8, group_m=16)
     yield config(128, 256 // half, 64, 3, 8, group_m=16, flatten=True)
     yield config(256, 128 // half, 64, 4, 8)
@@ -121,7 +121,7 @@ def persistent_space(problem: GemmProblem) -> Iterable[gemm_persistent.Config]:
     # Narrower tiles in a last wave that would be mostly empty, and other widths.
     for narrow in (64 // half, 128 // half):
         yield config(128, 256 // half, 64, 4, 8, tail_n=narrow)
-        yield config(128, 256 // half, 64, 4, 8, flatten=True, parts=half, tail_n=narrow)
+        yield config(128, 256 // half, 64, 4, 8, flatten=True, runs=half, tail_n=narrow)
         yield config(64, 256 // half, 64, 5, 4, tail_n=narrow)
     yield config(128, 128 // half, 64, 6, 8, tail_n=64 // half)
     if problem.paired:
@@ -130,7 +130,7 @@ def persistent_space(problem: GemmProblem) -> Iterable[gemm_persistent.Config]:
             yield config(rows, 64, 64, 5, warps, extra_n=16)
             yield config(rows, 64, 64, 4, warps, extra_n=32)
         yield config(64, 128, 64, 4, 4, extra_n=32)
-        yield config(128, 128, 64, 3, 8, extra_n=16, flatten=True, parts=2)
+        yield config(128, 128, 64, 3, 8, extra_n=16, flatten=True, runs=2)
         yield config(128, 64, 64, 4, 8, extra_n=32, flatten=True)
     else:
         yield config(128, 128, 64, 4, 8, extra_n=64)

@@ -83,7 +83,7 @@ def stream_space(problem: GemmProblem, target: Target) -> Iterator[gemm_stream.C
         shapes = [(m, n, False, k, s) for m, ns in tiles for n in ns for k in (64, 128) for s in (1, 2)]
         shapes += [(m, n, True, k, s) for m, _ in tiles for n in (32, 64, 128) for k in (64, 128) for s in (1, 2)]
         shapes += [(128, 128, True, 64, s) for s in (3, 4) if whole > 64]
-    shapes = [(m, max(n, problem.part), tokens_first, k, split) for m, n, tokens_first, k, split in shapes]
+    shapes = [(m, max(n, problem.summed), tokens_first, k, split) for m, n, tokens_first, k, split in shapes]
     for (m, n, tokens_first, k, split), warps, resident in itertools.product(dict.fromkeys(shapes), (4, 8), (1, 2)):
         tiles_of_w = -(-problem.n // n) * -(-problem.m // m)
         programs, rows = tiles_of_w * split, m if tokens_first else n

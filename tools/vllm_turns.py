@@ -46,12 +46,12 @@ def in_turn(runs: Sequence[Run], batches: Sequence[int], work: Path) -> dict[str
             engine = open_engines.enter_context(Engine(run, {**run.order, "kv_gib": KV_GIB}, work))
             try:
                 found[run.contender] = engine.answer()
+                # Its start had all of them.
+                engine.ask({"cores": sorted(os.sched_getaffinity(0))[:CORES]})
             except Died as reason:
                 return _failed(runs, run.contender, reason)
             engines[run.contender] = engine
         try:
-            for name, engine in engines.items():
-                engine.ask({"cores": sorted(os.sched_getaffinity(0))[:CORES]})
             for number in range(ROUNDS):
                 for what in (*asked, LOOP):
                     for name in list(engines)[:: -1 if number % 2 else 1]:

@@ -119,7 +119,7 @@ def test_another_kind_serves_where_its_own_was_not_measured() -> None:
     # A tile narrower than what its sums are over cannot.
     row = gemm_stream.CONFIGS["h200"][2048, 8192, "sum"]
     for m, part, expected in ((64, 32, row[64]), (64, 0, row[64]), (64, 64, None)):
-        problem = GemmProblem(m, 2048, 8192, torch.bfloat16, part=part)
+        problem = GemmProblem(m, 2048, 8192, torch.bfloat16, summed=part)
         hit = gemm_stream.measurement(problem, H200)
         assert hit == expected
 
@@ -177,7 +177,7 @@ def test_the_rule_gives_tiles_that_can_be(kind: str, target: Target) -> None:
         for m in (0, 1, 8, 16, 33, 64, 65, 128):
             part = 0 if kind != "sum" else 32 if m <= 64 or n <= 2048 else 64 if n <= 4096 else 128
             problem = GemmProblem(
-                m, n, 1024, torch.bfloat16, paired=kind == "pair", pair_offset=n * (kind == "pair"), part=part
+                m, n, 1024, torch.bfloat16, paired=kind == "pair", pair_offset=n * (kind == "pair"), summed=part
             )
             config = gemm_stream.alike(problem, target)
             assert config.block_n >= part and gemm_stream.smem_bytes(problem, config) <= target.smem_bytes

@@ -27,8 +27,8 @@ TOKENS_FIRST = gemm_stream.Config(64, 32, 64, 3, 4, 2, tokens_first=True)
 TALL = gemm_stream.Config(128, 64, 128, 2, 4, 1)
 TALL_TOKENS = gemm_stream.Config(128, 32, 64, 3, 4, 2, tokens_first=True)
 PERSISTENT = gemm_persistent.Config(64, 64, 64, 3, 4, group_m=2)
-FLAT = gemm_persistent.Config(64, 128, 64, 2, 4, flatten=True, parts=2)
-QUARTERS = gemm_persistent.Config(64, 128, 64, 2, 4, flatten=True, parts=4)
+FLAT = gemm_persistent.Config(64, 128, 64, 2, 4, flatten=True, runs=2)
+QUARTERS = gemm_persistent.Config(64, 128, 64, 2, 4, flatten=True, runs=4)
 BESIDE = gemm_persistent.Config(64, 64, 64, 3, 4, extra_n=32)
 # Four programs in the interpreter: whole waves are multiples of four tiles.
 TAIL = gemm_persistent.Config(64, 64, 64, 3, 4, programs_per_sm=4, tail_n=32)
@@ -217,7 +217,7 @@ def test_two_accumulators_side_by_side(size: tuple[int, int, int], layout: str, 
 
 
 @pytest.mark.parametrize("layout", ["nk", "kn"])
-@pytest.mark.parametrize("config", [BESIDE, replace(BESIDE, extra_n=16, flatten=True, parts=2)])
+@pytest.mark.parametrize("config", [BESIDE, replace(BESIDE, extra_n=16, flatten=True, runs=2)])
 def test_pairs_side_by_side(config: Any, layout: str, device: torch.device) -> None:
     # N ends in the first part of a tile, in the second, or with it, each before the other half of the pair begins.
     for n in (40, 72, 64 + config.extra_n, 200):
@@ -227,7 +227,7 @@ def test_pairs_side_by_side(config: Any, layout: str, device: torch.device) -> N
 
 @pytest.mark.parametrize("paired", [False, True], ids=["one", "pair"])
 @pytest.mark.parametrize("layout", ["nk", "kn"])
-@pytest.mark.parametrize("config", [replace(TAIL, tail_n=16), replace(TAIL, flatten=True, parts=2, group_m=1)])
+@pytest.mark.parametrize("config", [replace(TAIL, tail_n=16), replace(TAIL, flatten=True, runs=2, group_m=1)])
 def test_narrower_tiles_at_the_end(config: Any, layout: str, paired: bool, device: torch.device) -> None:
     # In the interpreter 1, 2, 3, 4, 5, 6 and 7 tiles: only narrower ones, whole ones only, a wave of whole ones with
     # narrower after it or, where they would be too many, whole ones again. N ends within a narrower tile.

@@ -96,8 +96,8 @@ def run(family: ModuleType, config: Any, problem: GemmProblem, device: torch.dev
 def test_tiles_of_whole_heads(
     family: ModuleType, config: Any, size: tuple[int, int, int], device: torch.device
 ) -> None:
-    parts = getattr(config, "parts", 1)
-    halves = 16 if config.block_n // parts >= 32 else 8
+    runs = getattr(config, "runs", 1)
+    halves = 16 if config.block_n // runs >= 32 else 8
     run(family, config, GemmProblem(*size, torch.float16, halves=halves), device)
 
 
@@ -126,16 +126,16 @@ def normed_heads(problem: GemmProblem, device: torch.device, family: ModuleType,
 def test_tiles_sum_their_heads(
     family: ModuleType, config: Any, size: tuple[int, int, int], device: torch.device
 ) -> None:
-    parts = getattr(config, "parts", 1)
-    halves = 16 if config.block_n // parts >= 32 else 8
-    normed_heads(GemmProblem(*size, torch.float16, halves=halves, part=2 * halves), device, family, config)
+    runs = getattr(config, "runs", 1)
+    halves = 16 if config.block_n // runs >= 32 else 8
+    normed_heads(GemmProblem(*size, torch.float16, halves=halves, summed=2 * halves), device, family, config)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("m", [1, 16, 33, 64, 128, 1100, 2048])
 @pytest.mark.parametrize(("n", "k", "halves"), [(6144, 4096, 64), (3072, 2048, 32), (2560, 2048, 64)])
 def test_heads_are_summed_by_what_is_chosen(m: int, n: int, k: int, halves: int, device: torch.device) -> None:
-    problem = GemmProblem(m, n, k, torch.bfloat16, halves=halves, part=2 * halves, rounds=True)
+    problem = GemmProblem(m, n, k, torch.bfloat16, halves=halves, summed=2 * halves, rounds=True)
     for family in (gemm_stream, gemm_skinny, gemm_persistent):
         if family.supports(problem) is None:
             normed_heads(problem, device, family, family.choose(problem, Target.current())[0])
@@ -181,11 +181,11 @@ def test_configs_hold_whole_heads(m: int, halves: int, dtype: torch.dtype) -> No
                 config, _ = family.choose(problem, H200)
                 assert config.block_n % (2 * halves) == 0 and getattr(config, "tail_n", 0) % (2 * halves) == 0
                 assert not getattr(config, "extra_n", 0)
-        summed = replace(problem, part=2 * halves)
+        summed = replace(problem, summed=2 * halves)
         for family in (gemm_stream, gemm_skinny, gemm_persistent, gemm_simple):
             if family.supports(summed) is None:
                 config, _ = family.choose(summed, H200)
-                assert config.block_n // getattr(config, "parts", 1) >= 2 * halves, (family.__name__, str(config))
+                assert config.block_n // getattr(config, "runs", 1) >= 2 * halves, (family.__name__, str(config))
 
 
 def test_stored_the_other_way_is_refused_by_the_stream() -> None:
