@@ -81,7 +81,8 @@ def serve(asked: dict[str, Any], orders: Iterable[str], answers: TextIO) -> None
 
 def _answer(engine: Any, order: dict[str, Any]) -> float | None:
     if "cores" in order:
-        return _move(order["cores"])
+        _move(order["cores"])
+        return None
     return _time_ms(engine, order["time"]) if "time" in order else _busy_us(engine, order["busy"])
 
 
