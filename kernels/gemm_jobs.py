@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .functions import sum_of_heads
+from .functions import store_sums, sum_of_heads
 from .gemm import GemmProblem, Table, type_name
 from .target import Target
 
@@ -69,8 +69,8 @@ def label(problem: GemmProblem) -> str:
 
 def sample(problem: GemmProblem) -> Any:
     """The epilogue that a job is compiled with."""
-    if problem.halves and problem.summed:
-        return norm_sample
+    if problem.summed:
+        return norm_sample if problem.halves else SUMS[problem.summed]
     return silu_mul_sample if problem.paired or problem.halves else store_sample
 
 
@@ -88,6 +88,32 @@ def silu_mul_sample(acc, acc2, m, n, mask, t):
     up = acc2.to(dtype).to(tl.float32)
     act = (gate / (1 + tl.exp(-gate))).to(dtype).to(tl.float32)
     tl.store(t[0] + m.to(tl.int64) * 4096 + n, (act * up).to(dtype), mask=mask)
+
+
+@triton.jit
+def _sums_sample(acc, m, n, mask, t, WIDTH: tl.constexpr):
+    """The sample of parts of 4096 columns: the sums, and over their memory the accumulator."""
+    PARTS: tl.constexpr = 4096 // WIDTH
+    store_sums(t[0] + m.to(tl.int64) * PARTS, acc, n, mask, WIDTH, PARTS)
+    store_sample(acc, acc, m, n, mask, t)
+
+
+@triton.jit
+def sums_of_32_sample(acc, acc2, m, n, mask, t):
+    _sums_sample(acc, m, n, mask, t, 32)
+
+
+@triton.jit
+def sums_of_64_sample(acc, acc2, m, n, mask, t):
+    _sums_sample(acc, m, n, mask, t, 64)
+
+
+@triton.jit
+def sums_of_128_sample(acc, acc2, m, n, mask, t):
+    _sums_sample(acc, m, n, mask, t, 128)
+
+
+SUMS = {32: sums_of_32_sample, 64: sums_of_64_sample, 128: sums_of_128_sample}
 
 
 @triton.jit

@@ -4,7 +4,7 @@ order of `Config`, its time in us and cuBLAS's in the same run. gemm_persistent_
 # Each row is the best at exactly that m of what `tools/tune_gemm.py` tried; between them `choose` weighs the rows of an
 # N and K by the waves that their configs need.
 POWERS = """
-    N     K kind    m   bm  bn  bk  st  wp  gm  ps  fl  pt  ex  tl      us  cuBLAS
+    N     K kind    m   bm  bn  bk  st  wp  gm  ps  fl  ru  ex  tl      us  cuBLAS
  2048  2048  one  128   64  64 128   6   4   8   1   0   1   0   0     6.0     6.8
  2048  2048  one  256   64  64 128   6   4   8   1   0   1   0   0     6.2     6.3
  2048  2048  one  512   64 128 128   4   4   8   1   0   1   0   0     8.5     8.7
@@ -72,7 +72,7 @@ POWERS = """
 # the median, and the best of the configs that stood here for N and K: 630 timings by `--known` at sizes of which those
 # are left here that AGAIN_H200 does not have.
 BETWEEN_H100 = """
-    N     K kind    m   bm  bn  bk  st  wp  gm  ps  fl  pt  ex  tl      us  cuBLAS
+    N     K kind    m   bm  bn  bk  st  wp  gm  ps  fl  ru  ex  tl      us  cuBLAS
  2048  2048  one  136   64  64 128   6   4   8   1   0   1   0   0     8.5     7.1
  2048  2048  one  160   64  64 128   6   4   8   1   0   1   0   0     7.6     7.1
  2048  8192  one  136   64 128  64   8   4   8   1   0   1   0   0    24.6    19.5
@@ -122,7 +122,7 @@ BETWEEN_H100 = """
 # of the turns. None for 4096 columns at 257: ours take 0.96 to 0.98 of cuBLAS's time there, and the piece of 8B
 # takes 0.99 of its own with cuBLAS's.
 AGAIN_H100 = """
-    N     K kind    m   bm  bn  bk  st  wp  gm  ps  fl  pt  ex  tl      us  cuBLAS
+    N     K kind    m   bm  bn  bk  st  wp  gm  ps  fl  ru  ex  tl      us  cuBLAS
  2048  2048  one  192   64  64 128   6   4   8   1   0   1   0   0     7.3     8.1
  2048  2048  one  257   64  64 128   4   4   8   1   0   1  32   0     9.0     7.3
  2048  2048  one  320   64 128  64   8   4   8   1   0   1   0   0     8.5     7.3
@@ -203,7 +203,7 @@ AGAIN_H100 = """
 14336  4096 pair 3001  128 128  64   4   8   8   1   1   2   0  64  1026.9   951.9
 """
 BETWEEN_H200 = """
-    N     K kind    m   bm  bn  bk  st  wp  gm  ps  fl  pt  ex  tl      us  cuBLAS
+    N     K kind    m   bm  bn  bk  st  wp  gm  ps  fl  ru  ex  tl      us  cuBLAS
  2048  2048  one  136   64  64 128   6   4   8   1   0   1   0   0     8.1     8.3
  2048  2048  one  160   64  64 128   6   4   8   1   0   1   0   0     6.8     6.6
  2048  2048  one 3072   64 256  64   5   4   8   1   0   1   0   0    39.8    36.9
@@ -237,9 +237,10 @@ BETWEEN_H200 = """
 """
 # The same on an H200, in one run: 2741 timings by `--families gemm_persistent --m 192,257,320,333,384,448,512,640,768,
 # 1000,2048,3001`. cuBLAS in a quarter of the turns, and beyond 448 tokens, where the power limit makes the clock, ours
-# by their ratio to cuBLAS beside them. A config that stood here stays where no other took 2 % less.
+# by their ratio to cuBLAS beside them. A config that stood here stays where no other took 2 % less, at powers of two
+# with the times that it had.
 AGAIN_H200 = """
-    N     K kind    m   bm  bn  bk  st  wp  gm  ps  fl  pt  ex  tl      us  cuBLAS
+    N     K kind    m   bm  bn  bk  st  wp  gm  ps  fl  ru  ex  tl      us  cuBLAS
  2048  2048  one  192   64  64 128   6   4   8   1   0   1   0   0     7.6     7.8
  2048  2048  one  257   64  64 128   4   4   8   1   0   1  32   0     8.9     7.0
  2048  2048  one  320   64 128  64   8   4   8   1   0   1   0   0     8.5     6.9

@@ -78,6 +78,7 @@ def choose(problem: GemmProblem, target: Target) -> tuple[Config, str]:
         config = replace(config, block_n=64)
     if not whole_heads(problem, config.block_n):
         config = replace(config, block_n=2 * problem.halves, block_m=min(config.block_m, 64))
+    config = replace(config, block_n=max(config.block_n, problem.summed))
     largest = bound == CONFIGS[-1][0]
     return config, "the tile for the most tokens" if largest else f"the tile for up to {bound} tokens"
 

@@ -82,6 +82,8 @@ def supports(problem: GemmProblem) -> str | None:
         return f"{problem.m} tokens; beyond {MOST_TOKENS} reading W is no longer the cost"
     if problem.halves > WIDEST_HALVES:
         return f"heads of {2 * problem.halves} columns are wider than its tiles"
+    if problem.paired and problem.summed > 64:
+        return f"two accumulators of the {problem.summed} columns that are summed spill registers"
     if problem.dtype == torch.float32 and not problem.allow_tf32 and (problem.m > 16 or problem.halves > 32):
         return f"{problem.m} tokens in fp32: an IEEE product of this tile spills registers"
     return tma_obstacle(problem)
@@ -150,7 +152,7 @@ def _candidates(problem: GemmProblem, target: Target) -> Iterable[Config]:
     whole = 16 if ieee else min(128, max(16, triton.next_power_of_2(problem.m)))
     depths = (32,) if ieee else (64, 128) if problem.dtype.itemsize == 2 else (32, 64)
     for block_m, block_n, block_k, split_k in product({whole, min(whole, 64)}, (64, 128), depths, (1, 2, 3, 4, 6, 8)):
-        if not whole_heads(problem, block_n):
+        if not whole_heads(problem, block_n) or block_n < problem.summed:
             continue
         if block_n == 128 and (ieee or block_m * problem.accumulators >= 128):
             continue

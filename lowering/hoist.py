@@ -38,8 +38,8 @@ from .values import Contract, Definition, Extern, Item, Layout, Map, Parts, Redu
 # parts a row) and Qwen3-8B took (H100, torch 2.11, triton 3.6, bf16, 2026-11-25, one run) 0.98, 0.95 and 0.98 of the
 # time with norms at 1 and 16 tokens, 0.98, 0.96 and 0.98 at 32, 0.99, 0.97 and 0.99 at 64; at 128 with narrow parts
 # 1.05, 0.97 and 1.05, with few (2026-11-26, with configs measured so) 0.98, 0.98 and 0.98. Mistral-Nemo-12B and
-# Qwen3-14B, whose 5120 columns are 40 parts of 128, took 0.97 and 0.99 at 128 (H200, 2026-11-26, both tuned). Longer
-# rows were not tried.
+# Qwen3-14B, whose 5120 columns are 40 parts of 128, took 0.97 and 0.99 at 128 (H200, 2026-11-26, both tuned). Other
+# rows of more than 4096, and these on another card, were not tried.
 MOST_TOKENS, MOST_TOKENS_OF_FEW_PARTS, FEW_PARTS, MOST_COLUMNS = 64, 128, 64, 5120
 # Columns of a part: of as narrow a tile as computes what is summed, or of a wider one where parts have to be few.
 WIDTHS = (32, 64, 128)

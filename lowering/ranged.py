@@ -23,15 +23,15 @@ from itertools import pairwise
 from typing import Any
 
 from .emit import Plan
-from .group import FEW_TOKENS, MANY_TOKENS
+from .group import FEW_TOKENS, FEW_TOKENS_OF_NORMS, MANY_TOKENS
 from .size import NAME, Span, Undecided
 
 # The parts into which planning may cut a range.
 LIMIT = 12
 # Sizes at which fusion is asked: decode, mixed batches, prefill. What one kernel more or less saves lies between them.
 # Those at which products of heads are cut anyway, so that no plan is made for either side only to be found alike.
-# Among the sizes of decode a launch outweighs what is moved, so that none is asked.
-ASKED = (FEW_TOKENS, MANY_TOKENS - 1)
+# Not where products have cut off the sizes of decode: among those a launch outweighs what is moved.
+ASKED = (FEW_TOKENS_OF_NORMS, FEW_TOKENS, MANY_TOKENS - 1)
 
 Make = Callable[[Any], Plan]
 
@@ -63,7 +63,7 @@ def regimes(make: Make, lo: int, hi: int) -> tuple[Regime, ...]:
     """
     found: list[Regime] = []
     for part in _decided(make, lo, hi, LIMIT):
-        inside = [bound for bound in ASKED if part.lo <= bound < part.hi]
+        inside = [bound for bound in ASKED if part.lo <= bound < part.hi and part.hi > FEW_TOKENS]
         if part.plan is None or not inside:
             found.append(part)
             continue

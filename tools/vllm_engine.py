@@ -91,11 +91,13 @@ def _move(cores: list[int]) -> None:
     import psutil  # vLLM needs it
 
     here = psutil.Process()
-    for process in (here, *here.children(recursive=True)):
-        for thread in process.threads():
-            # It may have ended meanwhile.
-            with suppress(ProcessLookupError):
-                os.sched_setaffinity(thread.id, cores)
+    # Twice: a thread that one not moved yet makes meanwhile is where that one was.
+    for process in (here, *here.children(recursive=True)) * 2:
+        # Processes and threads may have ended meanwhile.
+        with suppress(psutil.NoSuchProcess):
+            for thread in process.threads():
+                with suppress(ProcessLookupError):
+                    os.sched_setaffinity(thread.id, cores)
 
 
 def _engine(asked: dict[str, Any]) -> Any:

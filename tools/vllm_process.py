@@ -50,6 +50,11 @@ class Run:
         return replace(self, contender="tokens", graphs="").name
 
     @property
+    def gpus(self) -> int:
+        """How many share each layer."""
+        return int(json.loads(self.given).get("tensor_parallel_size", 1))
+
+    @property
     def folder(self) -> str:
         """Of the model's configuration."""
         return str(Path(os.environ["LABMODELS"]) / self.model)

@@ -17,7 +17,8 @@ ROUNDS = 7
 PREFILL = "prefill2048"
 # A loop of Python, by which to tell whether the engines had the same of their host.
 LOOP = "loop"
-# Cores that the engines share while they are timed.
+# Cores that the engines share while they are timed, for each GPU: the processes of several wait for one another by
+# looking again and again.
 CORES = 4
 # Cache of keys and values of a timed engine: enough for 128 requests, beside 61 GB of weights.
 KV_GIB = 4
@@ -47,7 +48,7 @@ def in_turn(runs: Sequence[Run], batches: Sequence[int], work: Path) -> dict[str
             try:
                 found[run.contender] = engine.answer()
                 # Its start had all of them.
-                engine.ask({"cores": sorted(os.sched_getaffinity(0))[:CORES]})
+                engine.ask({"cores": sorted(os.sched_getaffinity(0))[: CORES * run.gpus]})
             except Died as reason:
                 return _failed(runs, run.contender, reason)
             engines[run.contender] = engine

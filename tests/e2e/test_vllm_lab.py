@@ -6,11 +6,12 @@ import io
 import json
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
-from terrazzo.tools import vllm_lab, vllm_process
+from terrazzo.tools import vllm_engine, vllm_lab, vllm_process
 from terrazzo.tools.vllm_engine import busy_us
 from terrazzo.tools.vllm_lab import agree, agreement_table, failures, further, time_table, times
 from terrazzo.tools.vllm_process import Run, environment
@@ -166,6 +167,40 @@ def test_an_engine_that_left_a_child_behind_is_found_dead(lab, monkeypatch):
 def test_tokens_are_those_of_engines_given_the_same():
     one, two = Run("a", "eager"), Run("a", "eager", given='{"tensor_parallel_size": 2}')
     assert one.tokens == Run("a", "terrazzo", "NONE").tokens != two.tokens
+
+
+def test_engines_of_several_gpus_get_more_cores():
+    assert Run("a", "eager").gpus == 1 and Run("a", "eager", given='{"tensor_parallel_size": 2}').gpus == 2
+
+
+def test_an_engine_and_its_children_move_to_their_cores(monkeypatch):
+    class Process:
+        """Has two threads, or ended meanwhile."""
+
+        def __init__(self, pid=1):
+            self.pid = pid
+
+        def children(self, recursive):
+            return [Process(2), Process(3)] if recursive else []
+
+        def threads(self):
+            if self.pid == 2:
+                raise Gone
+            return [SimpleNamespace(id=10 * self.pid), SimpleNamespace(id=10 * self.pid + 1)]
+
+    class Gone(Exception):
+        pass
+
+    def affinity(thread, cores):
+        if thread == 11:
+            raise ProcessLookupError
+        moved[thread] = cores
+
+    moved = {}
+    monkeypatch.setitem(sys.modules, "psutil", SimpleNamespace(Process=Process, NoSuchProcess=Gone))
+    monkeypatch.setattr("os.sched_setaffinity", affinity)
+    vllm_engine._move([4, 5])
+    assert moved == {10: [4, 5], 30: [4, 5], 31: [4, 5]}
 
 
 def test_kernels_that_overlap_keep_the_gpu_busy_once():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from math import ceil
 
@@ -12,7 +13,7 @@ from terrazzo.kernels import gemm_persistent, gemm_simple, gemm_skinny, gemm_str
 from terrazzo.kernels.gemm import GemmProblem, lookup, measured, pick, reference, tma_obstacle
 from terrazzo.kernels.gemm_jobs import measured_problem, silu_mul_sample, store_sample
 from terrazzo.kernels.gemm_persistent_table import vendor_us
-from terrazzo.kernels.target import Target
+from terrazzo.kernels.target import NAMED, Target
 from terrazzo.lowering.errors import Unsupported
 
 H200 = Target.named("h200")
@@ -182,6 +183,17 @@ def test_the_rule_gives_tiles_that_can_be(kind: str, target: Target) -> None:
             config = gemm_stream.alike(problem, target)
             assert config.block_n >= part and gemm_stream.smem_bytes(problem, config) <= target.smem_bytes
             assert config.stages > 1 and (config.warps == 4 or config.block_m == 128)
+
+
+@pytest.mark.parametrize("target", NAMED.values(), ids=NAMED)
+def test_tiles_hold_what_their_epilogue_sums(target: Target) -> None:
+    for m, width, n in itertools.product((8, 64, 65, 128), (32, 64, 128), (2048, 4224, 4608, 5120)):
+        for k, itemsize in ((512, 2), (4096, 2), (4096, 8), (14336, 2)):
+            problem = GemmProblem(m, n, k, torch.bfloat16, summed=width, epilogue_itemsize=itemsize)
+            family, config, why = pick(problem, target)
+            assert config.block_n >= width, (family, str(config), why)
+            pair = replace(problem, paired=True, pair_offset=n)
+            assert pick(pair, target)[1].block_n >= width
 
 
 def test_every_split_has_a_step_and_a_grid_holds_any_n() -> None:
