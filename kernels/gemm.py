@@ -143,6 +143,7 @@ class Measured:
         us: its time.
         vendor_us: cuBLAS (`F.linear`, without the epilogue) in the same run; NaN where it did not run beside.
         source: on what, and when.
+        kind: of the product.
         elsewhere: on another device; `us` is what this one is then expected to take.
     """
 
@@ -150,14 +151,16 @@ class Measured:
     us: float
     vendor_us: float
     source: str = ""
+    kind: str = ""
     elsewhere: bool = False
 
-    @property
-    def why(self) -> str:
+    def why(self, problem: GemmProblem) -> str:
+        """What was measured, in words."""
         beside = "" if isnan(self.vendor_us) else f", cuBLAS {self.vendor_us:.1f} us"
         if self.elsewhere:
             return f"{self.us:.1f} us{beside} by what was measured on another device ({self.source})"
-        return f"measured {self.us:.1f} us{beside} ({self.source})"
+        other = "" if self.kind in ("", problem.kind) else " with another epilogue"
+        return f"measured {self.us:.1f} us{other}{beside} ({self.source})"
 
 
 # (n, k, kind) -> largest m of the bucket -> what won there.
@@ -185,7 +188,7 @@ def measured(config: Any, rows: str, source: str) -> Table:
             )
         made = config(*(make(int(value)) for make, value in zip(types, values, strict=False)))
         line = table.setdefault((int(n), int(k), kind), {})
-        line[int(m)] = Measured(made, float(times[0]), float(times[1]) if len(times) > 1 else nan, source)
+        line[int(m)] = Measured(made, float(times[0]), float(times[1]) if len(times) > 1 else nan, source, kind)
     return table
 
 
@@ -306,6 +309,8 @@ def pick(problem: GemmProblem, target: Target) -> tuple[str, Any, str]:
 
 def _lack(family: str, target: Target) -> str | None:
     """What a family needs of a device and this one does not have, or None."""
+    if family == "gemm_vendor" and target.arch < 90:
+        return f"on sm_{target.arch} cuBLAS was never timed beside gemm_simple"
     if family != "gemm_simple" and target.arch < 90:
         # Tensor descriptors are TMA only from Hopper on.
         return f"sm_{target.arch} has no TMA"

@@ -62,7 +62,7 @@ def choose(problem: GemmProblem, target: Target) -> tuple[Config, str]:
             how = f"; at {same} tokens, which fill as many tiles of {TILE_ROWS}"
         if config != row[same].config:
             how += f"; the epilogue is wider than the measured one: {config.runs} runs"
-        return config, row[same].why + how
+        return config, row[same].why(problem) + how
     known = list(_measured_at(problem, target))
     tried = known or list(_candidates(problem, target))
     config = min(tried, key=lambda c: estimate_us(problem, c, target))

@@ -71,7 +71,7 @@ def supports(problem: GemmProblem) -> str | None:
 def choose(problem: GemmProblem, target: Target) -> tuple[Config, str]:
     """Return the config for the problem and why: the measured one, else what the measured ones have in common."""
     if (hit := measurement(problem, target)) is not None:
-        return hit.config, hit.why
+        return hit.config, hit.why(problem)
     config = alike(problem, target)
     us = estimate_us(problem, config, target)
     return config, f"estimated {us:.1f} us, no measurement for this N, K and m: a tile as those of the measured ones"

@@ -113,7 +113,8 @@ def test_a_device_gets_its_own_rows_before_those_of_another() -> None:
     ours, theirs = (gemm_stream.measurement(only, target) for target in (H200, h100))
     assert ours is not None and theirs is not None and theirs.config == ours.config
     assert theirs.us == pytest.approx(ours.us * H200.bandwidth_bytes_s / h100.bandwidth_bytes_s)
-    assert "on another device" in theirs.why and "measured 12.0 us" in ours.why
+    assert "on another device" in theirs.why(only) and "measured 12.0 us (" in ours.why(only)
+    assert "measured 12.0 us with another epilogue (" in ours.why(replace(only, summed=32))
 
 
 def test_another_kind_serves_where_its_own_was_not_measured() -> None:
