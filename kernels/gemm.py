@@ -150,8 +150,8 @@ class Measured:
     config: Any
     us: float
     vendor_us: float
-    source: str = ""
-    kind: str = ""
+    source: str
+    kind: str
     elsewhere: bool = False
 
     def why(self, problem: GemmProblem) -> str:
@@ -159,7 +159,7 @@ class Measured:
         beside = "" if isnan(self.vendor_us) else f", cuBLAS {self.vendor_us:.1f} us"
         if self.elsewhere:
             return f"{self.us:.1f} us{beside} by what was measured on another device ({self.source})"
-        other = "" if self.kind in ("", problem.kind) else " with another epilogue"
+        other = "" if self.kind == problem.kind else " with another epilogue"
         return f"measured {self.us:.1f} us{other}{beside} ({self.source})"
 
 
@@ -358,6 +358,18 @@ def halves_apart(acc, HALF: tl.constexpr, AXIS: tl.constexpr):
     else:
         heads = acc.reshape(rows // (2 * HALF), 2, HALF, cols).permute(0, 2, 3, 1)
         return heads.reshape(rows // 2, cols, 2).split()
+
+
+# Widths of the parts in which rows' sums are left, and up to how many tokens a row may be any number of them: beyond,
+# every tile of the product that sums them holds FEW_PARTS for each of its rows at the most.
+PART_WIDTHS = (32, 64, 128)
+MANY_PARTS_TOKENS, FEW_PARTS = 64, 64
+
+
+def part_width(rows: int, cols: int) -> int:
+    """Columns of a part: of as narrow a tile as computes what is summed, or of a wider one where parts are few."""
+    narrow, *_, wide = PART_WIDTHS
+    return narrow if rows <= MANY_PARTS_TOKENS else next((w for w in PART_WIDTHS if cols <= FEW_PARTS * w), wide)
 
 
 def whole_heads(problem: GemmProblem, columns: int) -> bool:

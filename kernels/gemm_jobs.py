@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .functions import store_sums, sum_of_heads
-from .gemm import GemmProblem, Table, type_name
+from .gemm import GemmProblem, Table, part_width, type_name
 from .target import Target
 
 
@@ -54,9 +54,7 @@ def measured_problem(m: int, n: int, k: int, kind: str) -> GemmProblem:
     if kind in ("head", "norm"):
         half = 64 if n % 128 == 0 else 32
         return replace(one, halves=half, summed=2 * half if kind == "norm" else 0)
-    # As wide as lowering/hoist.py cuts rows.
-    width = 32 if m <= 64 else next((width for width in (32, 64) if n <= 64 * width), 128)
-    return replace(one, summed=width if kind == "sum" else 0)
+    return replace(one, summed=part_width(m, n) if kind == "sum" else 0)
 
 
 def label(problem: GemmProblem) -> str:

@@ -26,6 +26,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ..kernels.gemm import MANY_PARTS_TOKENS, PART_WIDTHS, part_width
 from .affine import contiguous_strides, delinearize, substitution, variables
 from .define import at_flat
 from .depend import direct_reads
@@ -40,10 +41,7 @@ from .values import Contract, Definition, Extern, Item, Layout, Map, Parts, Redu
 # 1.05, 0.97 and 1.05, with few (2026-11-26, with configs measured so) 0.98, 0.98 and 0.98. Mistral-Nemo-12B and
 # Qwen3-14B, whose 5120 columns are 40 parts of 128, took 0.97 and 0.99 at 128 (H200, 2026-11-26, both tuned). Other
 # rows of more than 4096, and these on another card, were not tried.
-MOST_TOKENS, MOST_TOKENS_OF_FEW_PARTS, FEW_PARTS, MOST_COLUMNS = 64, 128, 64, 5120
-# Columns of a part: of as narrow a tile as computes what is summed, or of a wider one where parts have to be few.
-WIDTHS = (32, 64, 128)
-NARROW = WIDTHS[0]
+MOST_TOKENS, MOST_TOKENS_OF_FEW_PARTS, MOST_COLUMNS = MANY_PARTS_TOKENS, 128, 5120
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,7 @@ def _scaled(name: str, products: Sequence[Definition], values: Values) -> Scaled
         return None
     shape = made.layout.shape
     rows, cols = math.prod(shape[:-1]), shape[-1]
-    if isinstance(cols, Size) or cols % NARROW or not all(_takes(p, name, rows, cols) for p in products):
+    if isinstance(cols, Size) or cols % PART_WIDTHS[0] or not all(_takes(p, name, rows, cols) for p in products):
         return None
     if not all(map(alike, made.layout.stride, contiguous_strides(shape))):
         return None
@@ -115,14 +113,9 @@ def _scaled(name: str, products: Sequence[Definition], values: Values) -> Scaled
         return None
     if any(not _out_of_a_product(expr, rows, cols, values) for expr in (total.expr, rest)):
         return None
-    if rows > MOST_TOKENS and (rows > MOST_TOKENS_OF_FEW_PARTS or cols > MOST_COLUMNS or cols % _width(rows, cols)):
+    if rows > MOST_TOKENS and (rows > MOST_TOKENS_OF_FEW_PARTS or cols > MOST_COLUMNS or cols % part_width(rows, cols)):
         return None
     return Scaled(made, scale, rest, total, tuple(products))  # type: ignore[arg-type]
-
-
-def _width(rows: int, cols: int) -> int:
-    """Columns of a part."""
-    return NARROW if rows <= MOST_TOKENS else next(width for width in WIDTHS if cols <= FEW_PARTS * width)
 
 
 def _takes(made: Definition, operand: str, rows: int, cols: int) -> bool:
@@ -254,7 +247,7 @@ def _without(values: Values, gone: set[str]) -> Values:
 
 def _parts(total: Reduce) -> Parts:
     """The sums over a part's columns of what is summed."""
-    width = _width(total.rows, total.cols)
+    width = part_width(total.rows, total.cols)
     domain = (total.rows, total.cols // width, width)
     row, part, col = variables(domain)
     place = at_flat(row * total.cols + part * width + col, total.domain)

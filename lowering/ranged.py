@@ -63,8 +63,8 @@ def regimes(make: Make, lo: int, hi: int) -> tuple[Regime, ...]:
     """
     found: list[Regime] = []
     for part in _decided(make, lo, hi, LIMIT):
-        inside = [bound for bound in ASKED if part.lo <= bound < part.hi and part.hi > FEW_TOKENS]
-        if part.plan is None or not inside:
+        inside = [bound for bound in ASKED if part.lo <= bound < part.hi]
+        if part.plan is None or part.hi <= FEW_TOKENS or not inside:
             found.append(part)
             continue
         for alike in _alike(

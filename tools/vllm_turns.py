@@ -39,6 +39,7 @@ def in_turn(runs: Sequence[Run], batches: Sequence[int], work: Path) -> dict[str
         of what the engine wrote.
     """
     asked = [*map(str, batches), PREFILL]
+    timed = [*asked, LOOP]
     times: dict[tuple[str, str], list[float]] = defaultdict(list)
     found: dict[str, dict[str, Any]] = {}
     with ExitStack() as open_engines:
@@ -54,7 +55,7 @@ def in_turn(runs: Sequence[Run], batches: Sequence[int], work: Path) -> dict[str
             engines[run.contender] = engine
         try:
             for number in range(ROUNDS):
-                for what in (*asked, LOOP):
+                for what in timed:
                     for name in list(engines)[:: -1 if number % 2 else 1]:
                         times[name, what].append(engines[name].ask({"time": what}))
             for name, engine in engines.items():
@@ -63,9 +64,9 @@ def in_turn(runs: Sequence[Run], batches: Sequence[int], work: Path) -> dict[str
             return _failed(runs, name, reason)
     first = runs[0].contender
     for name, one in found.items():
-        one["ms"] = {what: median(times[name, what]) for what in (*asked, LOOP)}
+        one["ms"] = {what: median(times[name, what]) for what in timed}
         if name != first:
-            one["ratio"] = {what: median(_ratios(times, first, name, what)) for what in (*asked, LOOP)}
+            one["ratio"] = {what: median(_ratios(times, first, name, what)) for what in timed}
     return found
 
 
