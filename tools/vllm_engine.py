@@ -3,7 +3,7 @@
     python tools/vllm_engine.py '{"model": DIR, "contender": "eager", "given": {}, "tokens": FILE, "out": FILE}'
     python tools/vllm_engine.py '{"model": DIR, "contender": "terrazzo", "given": {}, "kv_gib": 8, "answers": 5}'
 
-`given` is what vLLM's `LLM` gets besides.
+`given` is what vLLM's `LLM` gets besides, or instead.
 
 The second says in how many seconds it started, in a line of JSON to the open file number 5, and then answers lines that
 it reads: `{"time": "8"}` with the milliseconds of a decode step of 8 requests, `{"time": "prefill2048"}`, `{"time":
@@ -103,26 +103,26 @@ def _move(cores: list[int]) -> None:
 def _engine(asked: dict[str, Any]) -> Any:
     from vllm import LLM
 
-    options: dict[str, Any] = {"enforce_eager": True} if asked["contender"] in ("eager", "fp32") else {}
+    options: dict[str, Any] = {
+        "model": asked["model"],
+        "load_format": "dummy",
+        "skip_tokenizer_init": True,
+        "dtype": "float32" if asked["contender"] == "fp32" else "bfloat16",
+        "max_model_len": 2048,
+        "max_num_batched_tokens": 1024,
+        "max_num_seqs": 16,
+        "enable_prefix_caching": False,
+        "async_scheduling": False,
+        "kv_cache_memory_bytes": 4 << 30,
+        "gpu_memory_utilization": 0.05,
+        "seed": 0,
+        "logits_processors": ["terrazzo.tools.vllm_forcing:Forcing"],
+    }
+    if asked["contender"] in ("eager", "fp32"):
+        options["enforce_eager"] = True
     if asked.get("graphs"):
         options["compilation_config"] = {"cudagraph_mode": asked["graphs"]}
-    return LLM(
-        model=asked["model"],
-        load_format="dummy",
-        skip_tokenizer_init=True,
-        dtype="float32" if asked["contender"] == "fp32" else "bfloat16",
-        max_model_len=2048,
-        max_num_batched_tokens=1024,
-        max_num_seqs=16,
-        enable_prefix_caching=False,
-        async_scheduling=False,
-        kv_cache_memory_bytes=4 << 30,
-        gpu_memory_utilization=0.05,
-        seed=0,
-        logits_processors=["terrazzo.tools.vllm_forcing:Forcing"],
-        **options,
-        **asked["given"],
-    )
+    return LLM(**options | asked["given"])
 
 
 def _served(asked: dict[str, Any]) -> Any:
@@ -130,19 +130,19 @@ def _served(asked: dict[str, Any]) -> Any:
     so it asks for little free memory otherwise, and two engines fit."""
     from vllm import LLM
 
-    return LLM(
-        model=asked["model"],
-        load_format="dummy",
-        skip_tokenizer_init=True,
-        dtype="bfloat16",
-        max_model_len=4096,
-        enable_prefix_caching=False,
-        kv_cache_memory_bytes=int(asked["kv_gib"]) << 30,
-        gpu_memory_utilization=0.05,
-        disable_log_stats=True,
-        seed=0,
-        **asked["given"],
-    )
+    options: dict[str, Any] = {
+        "model": asked["model"],
+        "load_format": "dummy",
+        "skip_tokenizer_init": True,
+        "dtype": "bfloat16",
+        "max_model_len": 4096,
+        "enable_prefix_caching": False,
+        "kv_cache_memory_bytes": int(asked["kv_gib"]) << 30,
+        "gpu_memory_utilization": 0.05,
+        "disable_log_stats": True,
+        "seed": 0,
+    }
+    return LLM(**options | asked["given"])
 
 
 def _time_ms(engine: Any, what: str) -> float:

@@ -35,8 +35,8 @@ def in_turn(runs: Sequence[Run], batches: Sequence[int], work: Path) -> dict[str
     Returns:
         Per contender: init_s; ms, of decode steps by the number of requests and of a prefill of 2048 tokens, medians
         over rounds, and of a loop of Python beside them; busy_us, for how long the GPU is busy meanwhile; and for all
-        but the first ratio, the median of each round's time of the first contender over its own. Or `failed`, the end
-        of what the engine wrote.
+        but the first ratios, each round's time of the first contender over its own, and ratio, their median. Or
+        `failed`, the end of what the engine wrote.
     """
     asked = [*map(str, batches), PREFILL]
     timed = [*asked, LOOP]
@@ -66,7 +66,8 @@ def in_turn(runs: Sequence[Run], batches: Sequence[int], work: Path) -> dict[str
     for name, one in found.items():
         one["ms"] = {what: median(times[name, what]) for what in timed}
         if name != first:
-            one["ratio"] = {what: median(_ratios(times, first, name, what)) for what in timed}
+            one["ratios"] = {what: _ratios(times, first, name, what) for what in timed}
+            one["ratio"] = {what: median(each) for what, each in one["ratios"].items()}
     return found
 
 

@@ -95,6 +95,25 @@ def test_what_others_compile_is_found_here_under_its_key(tmp_path):
     assert hits == [True] * done
 
 
+CALLED = """
+import importlib, pkgutil
+import terrazzo.kernels
+from triton.runtime.jit import JITCallable
+
+names = [module.name for module in pkgutil.iter_modules(terrazzo.kernels.__path__, "terrazzo.kernels.")]
+modules = map(importlib.import_module, names)
+functions = {name: f for module in modules for name, f in vars(module).items() if isinstance(f, JITCallable)}
+keys = [f.cache_key for f in functions.values()]
+print(json.dumps([len(keys), [name for name, f in functions.items() if f.used_global_vals]]))
+"""
+
+
+def test_no_key_depends_on_which_was_asked_for_first(tmp_path):
+    # Triton takes a callee's globals into its caller's key, but only those of callees that have a key by then.
+    found, reading = said(alone(CALLED, tmp_path))
+    assert found > 50 and reading == []
+
+
 OTHER_KEY = """
 def otherwise(source, *more):
     # As if the function were another over there.
