@@ -1,7 +1,8 @@
 """Plans for every size of a range: a few regimes, each one plan with the number of tokens as a run-time integer.
 
 Enters: a way to make a plan for a number (an integer, or a `Size` that stands for a span), and the range. Leaves:
-`Regime`s that cover it, in order. Where they begin and end:
+`Regime`s that cover it, one after the other, so that the kernels of one compile while the next is planned. Where they
+begin and end:
 
 - Where planning must know the size: it then cuts the span at the size at which its answer changes (`Undecided`). A
   part of one size gets the exact plan; a part in which no cut helps gets none, with the reason, and its sizes are
@@ -54,38 +55,40 @@ class Regime:
         return f"{self.lo}" if self.lo == self.hi else f"{self.lo}-{self.hi}"
 
 
-def regimes(make: Make, lo: int, hi: int) -> tuple[Regime, ...]:
-    """The regimes of a range.
+def regimes(make: Make, lo: int, hi: int) -> Iterator[Regime]:
+    """The regimes of a range, each as soon as it is certain; the largest sizes first, whose kernels compile longest.
 
     Args:
         make: the plan for an integer or a `Size`; raises `Undecided` where a `Size` does not say enough.
         lo, hi: the range, both included.
     """
-    found: list[Regime] = []
     for part in _decided(make, lo, hi, LIMIT):
         inside = [bound for bound in ASKED if part.lo <= bound < part.hi]
         if part.plan is None or part.hi <= FEW_TOKENS or not inside:
-            found.append(part)
+            yield part
             continue
-        for alike in _alike(
-            [r for a, b in pairwise([part.lo - 1, *inside, part.hi]) for r in _decided(make, a + 1, b, LIMIT)]
-        ):
+        spans = pairwise([part.lo - 1, *inside, part.hi])
+        found = sorted((r for a, b in spans for r in _decided(make, a + 1, b, LIMIT)), key=lambda r: r.lo)
+        for alike in reversed(list(_alike(found))):
             first, last = alike[0], alike[-1]
-            whole = (first.lo, last.hi) == (part.lo, part.hi)
-            found += [part] if whole else alike if len(alike) == 1 else _decided(make, first.lo, last.hi, LIMIT)
-    return tuple(found)
+            if (first.lo, last.hi) == (part.lo, part.hi):
+                yield part
+            elif len(alike) == 1:
+                yield first
+            else:
+                yield from _decided(make, first.lo, last.hi, LIMIT)
 
 
 def _decided(make: Make, lo: int, hi: int, cuts: int) -> Iterator[Regime]:
-    """A span, cut wherever planning has to know on which side a size lies."""
+    """A span, cut wherever planning has to know on which side a size lies; the largest sizes first."""
     try:
         yield Regime(lo, hi, make(Span(lo, hi, hi).size()))
     except Undecided as why:
         if why.cut is None or not cuts:
             yield Regime(lo, hi, None, why.fact)
             return
-        yield from _decided(make, lo, why.cut - 1, cuts - 1)
         yield from _decided(make, why.cut, hi, cuts - 1)
+        yield from _decided(make, lo, why.cut - 1, cuts - 1)
     except (TypeError, RuntimeError) as why:
         # Python and torch take no `Size`: whoever gave them one needs the number itself.
         yield Regime(lo, hi, None, f"a stage needs the size as a plain number: {why}")

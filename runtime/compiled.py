@@ -195,13 +195,13 @@ class CompiledPiece:
         try:
             lowered = self._shared(self.examples.values)
             own, names = self._alignment(lowered, misaligned)
-            found = lowered.regimes(*self._range, names)
-            served = [(made.plan, made.call, r.lo, r.hi) for r, made in found if made is not None]
             key = *self._range, names
-            if not lowered.options.target.interpreted:
-                if key not in lowered.warming:
-                    lowered.warming[key] = Warming(served, self._device(), names)
-                self._warming = misaligned, lowered.warming[key]
+            warming = lowered.warming.get(key) or Warming(self._device(), names)
+            if lowered.options.target.interpreted:
+                found = lowered.regimes(*key)
+            else:
+                found = lowered.regimes(*key, warming.begin)
+                lowered.warming[key], self._warming = warming, (misaligned, warming)
             runs = [None if loaded is None else self._bound(loaded, own) for _, loaded in found]
             made = _Regimes([r.hi for r, _ in found], runs, tuple(r for r, _ in found))
         except (Unsupported, *UNCOMPILED) as cause:
@@ -338,7 +338,7 @@ class CompiledPiece:
         try:
             if facts.foreign:
                 # Ops that run as themselves must not read memory that nobody filled.
-                warm([(loaded.plan, loaded.call, 0, 0)], self._device(), unaligned)
+                warm(loaded.plan, loaded.call, self._device(), unaligned)
             else:
                 with compiling_together(asked()):
                     run(*trial)

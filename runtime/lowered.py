@@ -5,7 +5,7 @@ A `Lowered` makes each plan once, whichever of its pieces asks first; who its te
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,8 @@ from .stored import from_json, to_json
 from .warm import Warming
 
 Runner = Callable[..., Any]
+# Told of a plan, its call, and the smallest and the largest size that it serves.
+Told = Callable[[Plan, Runner, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -99,15 +101,22 @@ class Lowered:
         title = f"Piece of {len(self.graph.graph.nodes)} nodes, sizes {said}."
         return make_plan(traced, own, self.options, title=title, misaligned=misaligned)
 
-    def regimes(self, lo: int, hi: int, misaligned: frozenset[str]) -> tuple[tuple[Regime, Loaded | None], ...]:
-        """The plans that serve a range, for these alignments."""
+    def regimes(
+        self, lo: int, hi: int, misaligned: frozenset[str], told: Told = lambda *_: None
+    ) -> tuple[tuple[Regime, Loaded | None], ...]:
+        """The plans that serve a range, for these alignments; `told` of each before the next one is made."""
         asked = lo, hi, misaligned
         if asked not in self.ranges:
-            found = self._kept(*asked) or self._made(*asked)
-            self.ranges[asked] = tuple((r, Loaded(r.plan, load(r.plan)) if r.plan else None) for r in found)
+            found: list[tuple[Regime, Loaded | None]] = []
+            for regime in self._kept(*asked) or self._made(*asked):
+                loaded = Loaded(regime.plan, load(regime.plan)) if regime.plan else None
+                found.append((regime, loaded))
+                if loaded is not None:
+                    told(loaded.plan, loaded.call, regime.lo, regime.hi)
+            self.ranges[asked] = tuple(sorted(found, key=lambda entry: entry[0].lo))
         return self.ranges[asked]
 
-    def _made(self, lo: int, hi: int, misaligned: frozenset[str]) -> tuple[Regime, ...]:
+    def _made(self, lo: int, hi: int, misaligned: frozenset[str]) -> Iterator[Regime]:
         """The regimes, planned and, where there is a shelf, kept."""
 
         def make(size: Whole) -> Plan:
@@ -115,12 +124,14 @@ class Lowered:
                 return self.loaded((size,), misaligned).plan
             return self.planned((size,), f"{size.span.lo} to {size.span.hi}", misaligned)
 
-        found = regimes(make, lo, hi)
+        found: list[Regime] = []
+        for regime in regimes(make, lo, hi):
+            found.append(regime)
+            yield regime
         if self.shelf is not None and self.digest is not None:
             said = to_json(found)
             if said is not None:
                 self.shelf.write(self._key(lo, hi, misaligned), said)
-        return found
 
     def _kept(self, lo: int, hi: int, misaligned: frozenset[str]) -> tuple[Regime, ...] | None:
         """The regimes as another process kept them."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from ..kernels import workspace
-from ..kernels.launch import noting
+from ..kernels.launch import Kernel, noting
 from ..kernels.together import Compiling
 from ..lowering.emit import Plan
 from ..lowering.facts import Argument, Facts
@@ -34,9 +34,6 @@ log = logging.getLogger("terrazzo")
 META = torch.device("meta")
 
 
-Served = Iterable[tuple[Plan, Callable[..., Any], int, int]]
-
-
 class Warming:
     """What plans launch at any size of their ranges, being compiled in the background.
 
@@ -44,25 +41,29 @@ class Warming:
     of its plan are compiled at the plan's first calls.
 
     Args:
-        served: plans, each with its call and its smallest and largest size.
-        device: where they will run.
+        device: where the plans will run.
         misaligned: inputs whose memory does not start at a multiple of 16 bytes.
     """
 
-    def __init__(self, served: Served, device: torch.device, misaligned: Collection[str] = ()) -> None:
-        self._device = device
-        with noting() as self._noted, torch.no_grad():
-            for plan, call, lo, hi in served:
-                try:
-                    for size in telling(plan.facts, lo, hi):
-                        call(*hollow(plan.facts, size, misaligned))
-                except Exception as cause:
-                    if not plan.facts.foreign:
-                        raise
-                    said = "a plan with %d ops as themselves compiles its kernels at its first calls: %s: %s"
-                    log.info(said, plan.facts.foreign, type(cause).__name__, cause)
-        self._compiling = Compiling(self._noted, asked())
+    def __init__(self, device: torch.device, misaligned: Collection[str] = ()) -> None:
+        self._device, self._misaligned = device, misaligned
+        self._noted: list[tuple[Kernel, tuple]] = []
+        self._compiling: list[Compiling] = []
         self._cause: Exception | None = None
+
+    def begin(self, plan: Plan, call: Callable[..., Any], lo: int, hi: int) -> None:
+        """Begin to compile what a plan launches from its smallest to its largest size."""
+        with noting() as noted, torch.no_grad():
+            try:
+                for size in telling(plan.facts, lo, hi):
+                    call(*hollow(plan.facts, size, self._misaligned))
+            except Exception as cause:
+                if not plan.facts.foreign:
+                    raise
+                said = "a plan with %d ops as themselves compiles its kernels at its first calls: %s: %s"
+                log.info(said, plan.facts.foreign, type(cause).__name__, cause)
+        self._noted += noted
+        self._compiling.append(Compiling(noted, asked()))
 
     def finish(self) -> None:
         """Wait for all of them and load them; further calls do nothing more.
@@ -71,21 +72,24 @@ class Warming:
             triton.CompilationError and its kin: a kernel does not compile. Further calls raise it again.
         """
         if self._cause is None and self._noted:
-            self._compiling.wait()
+            for compiling in self._compiling:
+                compiling.wait()
             try:
                 for kernel, args in self._noted:
                     kernel.precompile(*args)
             except Exception as cause:
                 self._cause = cause
-            self._noted = []
+            self._noted, self._compiling = [], []
             workspace.reserve(self._device, META)
         if self._cause is not None:
             raise self._cause
 
 
-def warm(served: Served, device: torch.device, misaligned: Collection[str] = ()) -> None:
-    """Compile and load what these plans launch, as `Warming` says, now."""
-    Warming(served, device, misaligned).finish()
+def warm(plan: Plan, call: Callable[..., Any], device: torch.device, misaligned: Collection[str] = ()) -> None:
+    """Compile and load what a plan for single sizes launches, as `Warming` says, now."""
+    warming = Warming(device, misaligned)
+    warming.begin(plan, call, 0, 0)
+    warming.finish()
 
 
 @contextmanager

@@ -181,7 +181,7 @@ def planner(name: str, kind: str) -> tuple[Callable[[Any], Plan], Options]:
 @cache
 def published(name: str, kind: str = "middle") -> tuple[Regime, ...]:
     make, _ = planner(name, kind)
-    return regimes(make, 1, 16384)
+    return tuple(sorted(regimes(make, 1, 16384), key=lambda regime: regime.lo))
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -194,7 +194,7 @@ def test_an_op_that_needs_memory_leaves_its_plans_kernels_to_the_first_calls(cap
         raise RuntimeError("no data on the meta device")
 
     plan = compiled.Plan("", facts)
-    warm([(plan, call, 1, 4)], torch.device("cpu"))
+    warm(plan, call, torch.device("cpu"))
     assert "1 ops as themselves" in caplog.text and "no data on the meta device" in caplog.text
     with pytest.raises(RuntimeError, match="no data"):
-        warm([(compiled.Plan("", Facts((), (), None, 1, 0, (), 1)), call, 1, 4)], torch.device("cpu"))
+        warm(compiled.Plan("", Facts((), (), None, 1, 0, (), 1)), call, torch.device("cpu"))
