@@ -40,8 +40,9 @@ from ..kernels.together import Ahead, cores
 from .load import origin
 from .vllm_compat import logger
 
-# With fifteen the 60 binaries of an 8B model would be there 0.14 s earlier (simulated with the time of each on a CPU).
-MOST = 8
+# With eight the last of an 8B model's 65 binaries would be there 0.5 to 0.9 s later, with fifteen 0 to 0.2 s earlier
+# (simulated with the times of planning and of each binary on a CPU, 2026-11-27; docs/perf-log.md).
+MOST = 12
 # Kernels take seconds; a worker that says nothing for so long is not waited for.
 PATIENCE_S = 300
 

@@ -157,6 +157,22 @@ def test_a_size_at_which_planning_decides_otherwise_begins_a_regime() -> None:
     assert piece.plans or all(r.plan for r in found)
 
 
+def test_each_regime_comes_before_the_next_is_planned_the_largest_sizes_first() -> None:
+    planned: list[tuple[int, int]] = []
+
+    def make(size: Any) -> Any:
+        lo, hi = (size, size) if isinstance(size, int) else (size.span.lo, size.span.hi)
+        planned.append((lo, hi))
+        for cut in (9, 3):
+            if lo < cut <= hi:
+                raise Undecided("the size", cut)
+        return object()
+
+    came = [((r.lo, r.hi), [*planned]) for r in regimes(make, 1, 20)]
+    assert [at for at, _ in came] == [(9, 20), (3, 8), (1, 2)]
+    assert [before[-1] for _, before in came] == [(9, 20), (3, 8), (1, 2)]
+
+
 # Published models, planned for an H200, not run: with measured products, without, and with experts as themselves.
 MODELS = ("llama-3.1-8b", "gpt2", "mixtral-8x7b")
 

@@ -94,6 +94,17 @@ def test_a_range_is_planned_at_once_and_never_again(middle, device, planning):
     assert planning == [41]
 
 
+def test_a_regime_is_told_of_before_the_next_is_planned(middle, planning):
+    piece = CompiledPiece(middle.graph)
+    one = piece._shared(piece.examples.values)
+    told = []
+    found = one.regimes(1, 150, frozenset(), lambda plan, call, lo, hi: told.append((lo, hi, len(planning))))
+    assert [(r.lo, r.hi) for r, _ in found] == [(1, 1), (2, 128), (129, 150)]
+    assert [at[:2] for at in told] == [(129, 150), (2, 128), (1, 1)] and told[0][2] < told[1][2] < told[2][2]
+    # An equal piece asks again: what was told of once is on its way.
+    assert one.regimes(1, 150, frozenset(), lambda *_: pytest.fail("told twice")) is found
+
+
 def test_a_call_finds_its_regime(middle, device):
     piece = CompiledPiece(middle.graph)
     found = piece.ranged(1, 150)
