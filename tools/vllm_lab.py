@@ -39,7 +39,7 @@ from terrazzo.lowering.errors import UserError
 from terrazzo.tools import vllm_process
 from terrazzo.tools.command import exit_status, sizes
 from terrazzo.tools.vllm_process import Run, to_its_end
-from terrazzo.tools.vllm_turns import KV_GIB, LOOP, PREFILL, in_turn
+from terrazzo.tools.vllm_turns import KV_GIB, LOOP, PREFILL, ROUNDS, in_turn
 
 MODELS = ("llama-3.1-8b", "llama-3.2-1b", "qwen3-8b", "qwen3-30b-a3b")
 GRAPHS = ("FULL_AND_PIECEWISE", "PIECEWISE", "NONE")
@@ -140,7 +140,12 @@ def further(results: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def times(
-    models: Sequence[str], batches: Sequence[int], work: Path, apart: bool = False, given: str = "{}"
+    models: Sequence[str],
+    batches: Sequence[int],
+    work: Path,
+    apart: bool = False,
+    given: str = "{}",
+    rounds: int = ROUNDS,
 ) -> list[dict[str, Any]]:
     """How fast each contender starts, decodes and prefills.
 
@@ -150,6 +155,7 @@ def times(
         work: where logs and caches are.
         apart: one engine after the other, instead of both in turn.
         given: as for `agree`.
+        rounds: as for `in_turn`.
 
     Returns:
         Per model and contender: first, what the lab's benchmark says of a start with empty caches, and what
@@ -161,7 +167,7 @@ def times(
         first = {run.contender: _first_start(run, work) for run in runs}
         found: dict[str, dict[str, Any]] = {}
         for group in [[run] for run in runs] if apart else [runs]:
-            found |= in_turn(group, batches, work)
+            found |= in_turn(group, batches, work, rounds)
         for run in runs:
             failed = {k: v for k, v in first[run.contender].items() if k == "failed"}
             results.append({**vars(run), "first": first[run.contender], **found[run.contender], **failed})
@@ -236,6 +242,9 @@ def _arguments() -> argparse.Namespace:
         "--apart", action="store_true", help="time one engine after the other, where a GPU cannot hold two"
     )
     parser.add_argument("--given", type=_json, default="{}", help="what else vLLM's LLM is given, a JSON object")
+    parser.add_argument(
+        "--rounds", type=int, default=ROUNDS, help="over all that is timed; more where the host decides"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="engines side by side while they are only compared")
     parser.add_argument("--no-fp32", action="store_true", help="for models whose weights do not fit in fp32")
     parser.add_argument("--work", type=Path, help="folder for logs and caches; by default one that goes away")
@@ -263,7 +272,7 @@ def main() -> int:
             found["agree"] = agree(models, graphs, options.jobs, work, options.resume, exact, options.given)
         wrong = failures(found.get("agree", [])) + further(found.get("agree", []))
         if (both and not wrong) or (options.time and not options.agree):
-            found["time"] = times(models, options.batches, work, options.apart, options.given)
+            found["time"] = times(models, options.batches, work, options.apart, options.given, options.rounds)
             wrong += failures(found["time"])
     _report(found, wrong, options.json)
     return int(bool(wrong))

@@ -24,13 +24,16 @@ CORES = 4
 KV_GIB = 4
 
 
-def in_turn(runs: Sequence[Run], batches: Sequence[int], work: Path) -> dict[str, dict[str, Any]]:
+def in_turn(
+    runs: Sequence[Run], batches: Sequence[int], work: Path, rounds: int = ROUNDS
+) -> dict[str, dict[str, Any]]:
     """Engines that exist at the same time, each idle while another one is timed.
 
     Args:
         runs: the engines; they have to fit on the GPU together.
         batches: numbers of requests that decode at once.
         work: where logs and caches are.
+        rounds: over all sizes, each contender first in every other one.
 
     Returns:
         Per contender: init_s; ms, of decode steps by the number of requests and of a prefill of 2048 tokens, medians
@@ -54,7 +57,7 @@ def in_turn(runs: Sequence[Run], batches: Sequence[int], work: Path) -> dict[str
                 return _failed(runs, run.contender, reason)
             engines[run.contender] = engine
         try:
-            for number in range(ROUNDS):
+            for number in range(rounds):
                 for what in timed:
                     for name in list(engines)[:: -1 if number % 2 else 1]:
                         times[name, what].append(engines[name].ask({"time": what}))

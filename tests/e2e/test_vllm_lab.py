@@ -140,6 +140,11 @@ def test_times_are_taken_in_turn_and_shown_side_by_side(lab):
     assert "65.00 / 4.50" in shown and "52.00 / 4.50, 1.25" in shown and shown.count("61.0") == 2
 
 
+def test_rounds_are_as_many_as_asked_for_and_kept_one_by_one(lab):
+    _, ours = times(["a"], [1], lab(terrazzo=0.0), rounds=3)
+    assert ours["ratios"]["1"] == [1.25] * 3
+
+
 def test_times_one_engine_after_the_other(lab):
     results = times(["a"], [1], lab(terrazzo=0.0), apart=True)
     assert all(r["ms"]["1"] > 0 and "ratio" not in r for r in results) and "1.25" not in screen(time_table(results))
