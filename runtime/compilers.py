@@ -40,7 +40,7 @@ from ..kernels.together import Ahead, cores
 from .load import origin
 from .vllm_compat import logger
 
-# With eight the last of an 8B model's 65 binaries would be there 0.5 to 0.9 s later, with fifteen 0 to 0.2 s earlier
+# With eight the last of an 8B model's 65 binaries would be there 0.5 to 0.9 s later, with fifteen 0 to 0.3 s earlier
 # (simulated with the times of planning and of each binary on a CPU, 2026-11-27; docs/perf-log.md).
 MOST = 12
 # Kernels take seconds; a worker that says nothing for so long is not waited for.

@@ -50,7 +50,8 @@ class Lowered:
         digest, shelf: the fingerprint, and where plans for ranges are kept under it; either may be missing.
         symbolic, refusal: the trace for all sizes, or why there is none; neither until it was tried.
         plans: by sizes and misaligned inputs.
-        ranges, warming: the regimes of each range and misaligned inputs; their kernels, compiled or being compiled.
+        ranges, warming, lost: the regimes of each range and misaligned inputs; their kernels, compiled or being
+            compiled; or why there are none.
     """
 
     graph: fx.GraphModule
@@ -63,6 +64,7 @@ class Lowered:
     plans: dict[tuple[Any, ...], Loaded] = field(default_factory=dict)
     ranges: dict[tuple[Any, ...], tuple[tuple[Regime, Loaded | None], ...]] = field(default_factory=dict)
     warming: dict[tuple[Any, ...], Warming] = field(default_factory=dict)
+    lost: dict[tuple[Any, ...], Unsupported] = field(default_factory=dict)
 
     def traced(self) -> Trace:
         """The trace for all sizes; a piece that cannot be traced is not tried twice."""
@@ -104,15 +106,22 @@ class Lowered:
     def regimes(
         self, lo: int, hi: int, misaligned: frozenset[str], told: Told = lambda *_: None
     ) -> tuple[tuple[Regime, Loaded | None], ...]:
-        """The plans that serve a range, for these alignments; `told` of each before the next one is made."""
+        """The plans that serve a range, for these alignments; `told` of each before the next one is made. A range that
+        cannot be planned is not tried twice."""
         asked = lo, hi, misaligned
+        if asked in self.lost:
+            raise self.lost[asked]
         if asked not in self.ranges:
             found: list[tuple[Regime, Loaded | None]] = []
-            for regime in self._kept(*asked) or self._made(*asked):
-                loaded = Loaded(regime.plan, load(regime.plan)) if regime.plan else None
-                found.append((regime, loaded))
-                if loaded is not None:
-                    told(loaded.plan, loaded.call, regime.lo, regime.hi)
+            try:
+                for regime in self._kept(*asked) or self._made(*asked):
+                    loaded = Loaded(regime.plan, load(regime.plan)) if regime.plan else None
+                    found.append((regime, loaded))
+                    if loaded is not None:
+                        told(loaded.plan, loaded.call, regime.lo, regime.hi)
+            except Unsupported as cause:
+                self.lost[asked] = cause
+                raise
             self.ranges[asked] = tuple(sorted(found, key=lambda entry: entry[0].lo))
         return self.ranges[asked]
 

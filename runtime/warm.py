@@ -52,35 +52,46 @@ class Warming:
         self._cause: Exception | None = None
 
     def begin(self, plan: Plan, call: Callable[..., Any], lo: int, hi: int) -> None:
-        """Begin to compile what a plan launches from its smallest to its largest size."""
-        with noting() as noted, torch.no_grad():
-            try:
-                for size in telling(plan.facts, lo, hi):
-                    call(*hollow(plan.facts, size, self._misaligned))
-            except Exception as cause:
-                if not plan.facts.foreign:
-                    raise
-                said = "a plan with %d ops as themselves compiles its kernels at its first calls: %s: %s"
-                log.info(said, plan.facts.foreign, type(cause).__name__, cause)
-        self._noted += noted
-        self._compiling.append(Compiling(noted, asked()))
+        """Begin to compile what a plan launches from its smallest to its largest size. What goes wrong is `finish`'s to
+        raise: other plans are still being made."""
+        if self._cause is not None:
+            return
+        try:
+            with noting() as noted, torch.no_grad():
+                self._run(plan, call, lo, hi)
+            self._compiling.append(Compiling(noted, asked()))
+            self._noted += noted
+        except Exception as cause:
+            self._cause = cause
+
+    def _run(self, plan: Plan, call: Callable[..., Any], lo: int, hi: int) -> None:
+        """Call a plan at every size that tells something."""
+        try:
+            for size in telling(plan.facts, lo, hi):
+                call(*hollow(plan.facts, size, self._misaligned))
+        except Exception as cause:
+            if not plan.facts.foreign:
+                raise
+            said = "a plan with %d ops as themselves compiles its kernels at its first calls: %s: %s"
+            log.info(said, plan.facts.foreign, type(cause).__name__, cause)
 
     def finish(self) -> None:
         """Wait for all of them and load them; further calls do nothing more.
 
         Raises:
-            triton.CompilationError and its kin: a kernel does not compile. Further calls raise it again.
+            triton.CompilationError and its kin: a kernel does not compile. And what a plan raised in `begin`. Further
+            calls raise it again.
         """
+        for compiling in self._compiling:
+            compiling.wait()
         if self._cause is None and self._noted:
-            for compiling in self._compiling:
-                compiling.wait()
             try:
                 for kernel, args in self._noted:
                     kernel.precompile(*args)
             except Exception as cause:
                 self._cause = cause
-            self._noted, self._compiling = [], []
             workspace.reserve(self._device, META)
+        self._noted, self._compiling = [], []
         if self._cause is not None:
             raise self._cause
 

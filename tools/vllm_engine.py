@@ -3,7 +3,8 @@
     python tools/vllm_engine.py '{"model": DIR, "contender": "eager", "given": {}, "tokens": FILE, "out": FILE}'
     python tools/vllm_engine.py '{"model": DIR, "contender": "terrazzo", "given": {}, "kv_gib": 8, "answers": 5}'
 
-`given` is what vLLM's `LLM` gets besides, or instead.
+`given` is what vLLM's `LLM` gets besides, or instead, but for what makes a contender what it is: fp32, no compilation,
+kinds of graphs, the tokens it has to emit.
 
 The second says in how many seconds it started, in a line of JSON to the open file number 5, and then answers lines that
 it reads: `{"time": "8"}` with the milliseconds of a decode step of 8 requests, `{"time": "prefill2048"}`, `{"time":
@@ -107,7 +108,7 @@ def _engine(asked: dict[str, Any]) -> Any:
         "model": asked["model"],
         "load_format": "dummy",
         "skip_tokenizer_init": True,
-        "dtype": "float32" if asked["contender"] == "fp32" else "bfloat16",
+        "dtype": "bfloat16",
         "max_model_len": 2048,
         "max_num_batched_tokens": 1024,
         "max_num_seqs": 16,
@@ -116,13 +117,17 @@ def _engine(asked: dict[str, Any]) -> Any:
         "kv_cache_memory_bytes": 4 << 30,
         "gpu_memory_utilization": 0.05,
         "seed": 0,
-        "logits_processors": ["terrazzo.tools.vllm_forcing:Forcing"],
     }
+    options |= asked["given"]
+    # What makes it this contender.
+    options["logits_processors"] = ["terrazzo.tools.vllm_forcing:Forcing"]
     if asked["contender"] in ("eager", "fp32"):
         options["enforce_eager"] = True
+    if asked["contender"] == "fp32":
+        options["dtype"] = "float32"
     if asked.get("graphs"):
-        options["compilation_config"] = {"cudagraph_mode": asked["graphs"]}
-    return LLM(**options | asked["given"])
+        options["compilation_config"] = options.get("compilation_config", {}) | {"cudagraph_mode": asked["graphs"]}
+    return LLM(**options)
 
 
 def _served(asked: dict[str, Any]) -> Any:

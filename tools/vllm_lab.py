@@ -65,7 +65,7 @@ def agree(
         work: where each leaves its results.
         known: an engine whose results are there is not run again.
         exact: with an engine in fp32, whose weights take twice the memory.
-        given: what else vLLM's `LLM` is given, as JSON.
+        given: what vLLM's `LLM` is given besides or instead (see vllm_engine.py), as JSON.
 
     Returns:
         Per model, contender and kind of graphs: max_difference and mean_difference from eager and mean_from_fp32 (nats;
@@ -231,6 +231,13 @@ def _json(text: str) -> str:
     return text
 
 
+def _rounds(text: str) -> int:
+    """A number of rounds, as the `type` of an argument."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of rounds")
+    return int(text)
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--agree", action="store_true", help="only whether they agree")
@@ -241,9 +248,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--apart", action="store_true", help="time one engine after the other, where a GPU cannot hold two"
     )
-    parser.add_argument("--given", type=_json, default="{}", help="what else vLLM's LLM is given, a JSON object")
     parser.add_argument(
-        "--rounds", type=int, default=ROUNDS, help="over all that is timed; more where the host decides"
+        "--given", type=_json, default="{}", help="what vLLM's LLM is given besides or instead, a JSON object"
+    )
+    parser.add_argument(
+        "--rounds", type=_rounds, default=ROUNDS, help="over all that is timed; more where the host decides"
     )
     parser.add_argument("--jobs", type=int, default=2, help="engines side by side while they are only compared")
     parser.add_argument("--no-fp32", action="store_true", help="for models whose weights do not fit in fp32")

@@ -38,7 +38,7 @@ def in_turn(
     Returns:
         Per contender: init_s; ms, of decode steps by the number of requests and of a prefill of 2048 tokens, medians
         over rounds, and of a loop of Python beside them; busy_us, for how long the GPU is busy meanwhile; and for all
-        but the first ratios, each round's time of the first contender over its own, and ratio, their median. Or
+        but the first contender `ratios`, each round's time of the first over its own, and `ratio`, their median. Or
         `failed`, the end of what the engine wrote.
     """
     asked = [*map(str, batches), PREFILL]

@@ -102,16 +102,16 @@ from triton.runtime.jit import JITCallable
 
 names = [module.name for module in pkgutil.iter_modules(terrazzo.kernels.__path__, "terrazzo.kernels.")]
 modules = map(importlib.import_module, names)
-functions = {name: f for module in modules for name, f in vars(module).items() if isinstance(f, JITCallable)}
-keys = [f.cache_key for f in functions.values()]
-print(json.dumps([len(keys), [name for name, f in functions.items() if f.used_global_vals]]))
+functions = {id(f): f for module in modules for f in vars(module).values() if isinstance(f, JITCallable)}.values()
+keys = [f.cache_key for f in functions]
+print(json.dumps([len(keys), [f"{f.fn.__module__}.{f.fn.__name__}" for f in functions if f.used_global_vals]]))
 """
 
 
 def test_no_key_depends_on_which_was_asked_for_first(tmp_path):
     # Triton takes a callee's globals into its caller's key, but only those of callees that have a key by then.
     found, reading = said(alone(CALLED, tmp_path))
-    assert found > 50 and reading == []
+    assert found > 80 and reading == []
 
 
 OTHER_KEY = """

@@ -179,6 +179,27 @@ def test_a_piece_that_cannot_be_lowered_says_so_once(middle, device, monkeypatch
     assert piece.summary().startswith("runs as the graph it was: ")
 
 
+def test_a_range_of_which_a_part_cannot_be_planned_is_tried_once(middle, device, monkeypatch, caplog):
+    tried, make_plan = [], lowered.make_plan
+
+    def refuse(traced, binding, *args, **more):
+        tried.append(binding)
+        if any(not isinstance(size, int) and size.span.hi <= 128 for size in binding.values()):
+            raise Unsupported("node mul_3", "it is unlucky with few tokens", stage="define")
+        return make_plan(traced, binding, *args, **more)
+
+    monkeypatch.setattr(lowered, "make_plan", refuse)
+    caplog.set_level(logging.WARNING, "terrazzo")
+    for planned in (True, False):
+        tried.clear()
+        piece = CompiledPiece(middle.graph)
+        (found,) = piece.ranged(2, 150)
+        assert found.plan is None and "few tokens" in found.why and bool(tried) == planned
+        for size in (4, 140):
+            args = middle.make_inputs(size, device)
+            assert torch.equal(piece(*args)[-1], middle.graph(*args)[-1])
+
+
 def test_the_summary_names_regimes(middle):
     piece = CompiledPiece(middle.graph)
     piece.ranged(17, 40)

@@ -16,7 +16,7 @@ from terrazzo.runtime import compiled, lowered
 from terrazzo.runtime.cache import Shelf
 from terrazzo.runtime.compiled import CompiledPiece
 from terrazzo.runtime.stored import from_json, to_json
-from terrazzo.runtime.warm import hollow, telling, warm
+from terrazzo.runtime.warm import Warming, hollow, telling, warm
 from terrazzo.tools.models import pieces
 from terrazzo.tools.models.fakes import TensorSpec, with_fakes
 
@@ -196,5 +196,12 @@ def test_an_op_that_needs_memory_leaves_its_plans_kernels_to_the_first_calls(cap
     plan = compiled.Plan("", facts)
     warm(plan, call, torch.device("cpu"))
     assert "1 ops as themselves" in caplog.text and "no data on the meta device" in caplog.text
+    # Told of more meanwhile, and asked twice.
+    warming = Warming(torch.device("cpu"))
+    for _ in range(2):
+        warming.begin(compiled.Plan("", Facts((), (), None, 1, 0, (), 1)), call, 1, 4)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no data"):
+            warming.finish()
     with pytest.raises(RuntimeError, match="no data"):
         warm(compiled.Plan("", Facts((), (), None, 1, 0, (), 1)), call, torch.device("cpu"))
