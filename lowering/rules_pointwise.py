@@ -247,14 +247,15 @@ def clamp(d: Definer, node: Node) -> None:
 def gelu(d: Definer, node: Node) -> None:
     dtype = register(_result(node))
     value = operands(d, node, node.args[:1], dtype)[0]
-    half = const(0.5, dtype)
     if node.kwargs.get("approximate", "none") == "tanh":
+        # (1 + tanh(z)) / 2 is sigmoid(2 z), which costs less, and less of which cancels.
         cube = apply("mul", apply("mul", value, value, dtype=dtype), value, dtype=dtype)
         inner = apply("add", value, apply("mul", cube, const(0.044715, dtype), dtype=dtype), dtype=dtype)
-        curve = apply("tanh", apply("mul", inner, const(math.sqrt(2 / math.pi), dtype), dtype=dtype), dtype=dtype)
+        twice = apply("mul", inner, const(2 * math.sqrt(2 / math.pi), dtype), dtype=dtype)
+        gate = apply("sigmoid", twice, dtype=dtype)
     else:
         curve = apply("erf", apply("mul", value, const(math.sqrt(0.5), dtype), dtype=dtype), dtype=dtype)
-    gate = apply("mul", half, apply("add", curve, const(1.0, dtype), dtype=dtype), dtype=dtype)
+        gate = apply("mul", const(0.5, dtype), apply("add", curve, const(1.0, dtype), dtype=dtype), dtype=dtype)
     d.map(node, apply("mul", value, gate, dtype=dtype))
 
 
