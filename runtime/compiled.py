@@ -196,10 +196,10 @@ class CompiledPiece:
             lowered = self._shared(self.examples.values)
             own, names = self._alignment(lowered, misaligned)
             key = *self._range, names
-            warming = lowered.warming.get(key) or Warming(self._device(), names)
             if lowered.options.target.interpreted:
                 found = lowered.regimes(*key)
             else:
+                warming = lowered.warming.get(key) or Warming(self._device(), names)
                 found = lowered.regimes(*key, warming.begin)
                 lowered.warming[key], self._warming = warming, (misaligned, warming)
             runs = [None if loaded is None else self._bound(loaded, own) for _, loaded in found]

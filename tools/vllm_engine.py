@@ -104,21 +104,14 @@ def _move(cores: list[int]) -> None:
 def _engine(asked: dict[str, Any]) -> Any:
     from vllm import LLM
 
-    options: dict[str, Any] = {
-        "model": asked["model"],
-        "load_format": "dummy",
-        "skip_tokenizer_init": True,
-        "dtype": "bfloat16",
-        "max_model_len": 2048,
-        "max_num_batched_tokens": 1024,
-        "max_num_seqs": 16,
-        "enable_prefix_caching": False,
-        "async_scheduling": False,
-        "kv_cache_memory_bytes": 4 << 30,
-        "gpu_memory_utilization": 0.05,
-        "seed": 0,
-    }
-    options |= asked["given"]
+    options = _options(
+        asked,
+        max_model_len=2048,
+        max_num_batched_tokens=1024,
+        max_num_seqs=16,
+        async_scheduling=False,
+        kv_cache_memory_bytes=4 << 30,
+    )
     # What makes it this contender.
     options["logits_processors"] = ["terrazzo.tools.vllm_forcing:Forcing"]
     if asked["contender"] in ("eager", "fp32"):
@@ -135,19 +128,22 @@ def _served(asked: dict[str, Any]) -> Any:
     so it asks for little free memory otherwise, and two engines fit."""
     from vllm import LLM
 
-    options: dict[str, Any] = {
+    cache = int(asked["kv_gib"]) << 30
+    return LLM(**_options(asked, max_model_len=4096, kv_cache_memory_bytes=cache, disable_log_stats=True))
+
+
+def _options(asked: dict[str, Any], **own: Any) -> dict[str, Any]:
+    """What both kinds of engines get, what is an engine's own, and what is given."""
+    both = {
         "model": asked["model"],
         "load_format": "dummy",
         "skip_tokenizer_init": True,
         "dtype": "bfloat16",
-        "max_model_len": 4096,
         "enable_prefix_caching": False,
-        "kv_cache_memory_bytes": int(asked["kv_gib"]) << 30,
         "gpu_memory_utilization": 0.05,
-        "disable_log_stats": True,
         "seed": 0,
     }
-    return LLM(**options | asked["given"])
+    return both | own | asked["given"]
 
 
 def _time_ms(engine: Any, what: str) -> float:
