@@ -27,6 +27,8 @@ from .target import Target
 from .tma import TMA_ALIGNMENT_BYTES
 
 KINDS = ("one", "pair", "head", "norm", "sum")
+# Operands, by Triton's names.
+TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8e4nv"}
 FAMILIES = ("gemm_stream", "gemm_skinny", "gemm_persistent", "gemm_simple", "gemm_vendor")
 
 
@@ -38,7 +40,7 @@ class GemmProblem:
         m: tokens the config is chosen for; kernels take the real number at run time.
         n: output columns of one accumulator.
         k: length of the sums.
-        dtype: of both operands: float32, float16 or bfloat16.
+        dtype: of both operands: float32, float16, bfloat16 or float8_e4m3fn.
         layout: "nk" (W is [N, K]) or "kn" (W is [K, N]).
         paired: two accumulators, columns `n` and `n + pair_offset` of W.
         pair_offset: distance of the second accumulator's columns, in columns of W.
@@ -237,8 +239,8 @@ def tma_obstacle(problem: GemmProblem) -> str | None:
     """Return why TMA cannot read these operands, or None when it can."""
     if problem.batch != 1:
         return f"batch is {problem.batch}; the descriptors are two-dimensional"
-    if problem.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"dtype {problem.dtype} is not float32, float16 or bfloat16"
+    if problem.dtype not in TYPES:
+        return f"dtype {problem.dtype} is not one of {', '.join(TYPES.values())}"
     if not problem.aligned:
         return f"a base pointer is not a multiple of {TMA_ALIGNMENT_BYTES} bytes"
     if problem.layout == "kn" and problem.dtype == torch.float32 and problem.allow_tf32:
@@ -389,4 +391,4 @@ def w_block(problem: GemmProblem, block_n: int, block_k: int) -> list[int]:
 
 def type_name(dtype: torch.dtype) -> str:
     """Triton's name of an operand's dtype."""
-    return {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
+    return TYPES[dtype]

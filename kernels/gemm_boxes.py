@@ -22,7 +22,7 @@ from .tma import descriptor
 @cache
 def layout(box: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
     """Of a box in shared memory."""
-    kind = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}[dtype]
+    kind = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float8_e4m3fn: gl.float8e4nv}[dtype]
     return gl.NVMMASharedLayout.get_default_for(list(box), kind)
 
 

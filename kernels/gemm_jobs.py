@@ -35,7 +35,7 @@ def job_configs(
         for m in row
     ]
     problems = []
-    kinds = ((torch.bfloat16, False), (torch.float32, True), (torch.float32, False))
+    kinds = ((torch.bfloat16, False), (torch.float32, True), (torch.float32, False), (torch.float8_e4m3fn, False))
     for m, layout, paired, (dtype, allow_tf32) in product(buckets, ("nk", "kn"), (False, True), kinds):
         offset = 5120 if paired else 0
         problems.append(GemmProblem(m, 5120, 3584, dtype, layout, paired, offset, allow_tf32=allow_tf32))

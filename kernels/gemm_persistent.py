@@ -42,6 +42,8 @@ def supports(problem: GemmProblem) -> str | None:
     """Return why this family cannot do the problem, or None."""
     if problem.m <= (128 if problem.dtype.itemsize == 2 else 64):
         return f"{problem.m} tokens: reading W is the cost, and the families for few tokens do nothing else"
+    if problem.dtype.itemsize == 1:
+        return "it does not multiply eight-bit floats"
     if problem.dtype == torch.float32 and not problem.allow_tf32 and problem.paired:
         return "a pair of fp32 accumulators in IEEE precision spills registers"
     if problem.dtype == torch.float32 and not problem.allow_tf32 and problem.halves > 32:

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from .functions import sum_of_parts
-from .gemm import GemmProblem, halves_apart, reference, type_name, whole_heads
+from .gemm import TYPES, GemmProblem, halves_apart, reference, type_name, whole_heads
 from .gemm_jobs import sample
 from .jobs import CompileJob
 from .launch import Kernel
@@ -61,8 +61,8 @@ CONFIGS: tuple[tuple[int, Config, Config], ...] = (
 
 def supports(problem: GemmProblem) -> str | None:
     """Return why this family cannot do the problem, or None."""
-    if problem.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"dtype {problem.dtype} is not float32, float16 or bfloat16"
+    if problem.dtype not in TYPES:
+        return f"dtype {problem.dtype} is not one of {', '.join(TYPES.values())}"
     return None
 
 
@@ -70,9 +70,10 @@ def choose(problem: GemmProblem, target: Target) -> tuple[Config, str]:
     """Return the config for the problem and why."""
     if target.interpreted:
         m, n, k = (max(16, triton.next_power_of_2(size)) for size in (problem.m, problem.n, problem.k))
+        k = max(k, 32 // problem.dtype.itemsize)
         return Config(min(m, 128), min(n, 256), min(k, 256), 1, 4), "interpreter: few programs, large tiles"
     bound, half, full = next(row for row in CONFIGS if problem.m <= row[0])
-    config = half if problem.dtype.itemsize == 2 else full
+    config = full if problem.dtype.itemsize == 4 else half
     if problem.paired and config.block_n == 128:
         # Two accumulators of 128x128 spill 120 bytes a thread on sm_80.
         config = replace(config, block_n=64)
@@ -98,7 +99,7 @@ def estimate_us(problem: GemmProblem, config: Config, target: Target) -> float:
     tiles = tiles_m * ceil(problem.n / config.block_n) * problem.batch
     waves = ceil(tiles / (target.sm_count * 2))
     flops = 2 * config.block_m * config.block_n * problem.k * problem.accumulators * 2
-    half = problem.dtype.itemsize == 2 or problem.allow_tf32
+    half = problem.dtype.itemsize <= 2 or problem.allow_tf32
     compute_us = waves * flops / (SM_FLOPS if half else SM_FLOPS_FP32) * 1e6
     bytes_us = problem.bytes_moved * (1 + 0.1 * (tiles_m - 1)) / (LOAD_SHARE * target.bandwidth_bytes_s) * 1e6
     return FIXED_US + max(compute_us, bytes_us)

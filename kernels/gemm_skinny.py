@@ -80,6 +80,8 @@ def supports(problem: GemmProblem) -> str | None:
     """Return why this family cannot do the problem, or None."""
     if problem.m > MOST_TOKENS:
         return f"{problem.m} tokens; beyond {MOST_TOKENS} reading W is no longer the cost"
+    if problem.dtype.itemsize == 1:
+        return "it does not multiply eight-bit floats"
     if problem.halves > WIDEST_HALVES:
         return f"heads of {2 * problem.halves} columns are wider than its tiles"
     if problem.paired and problem.summed > 64:

@@ -59,8 +59,10 @@ def supports(problem: GemmProblem) -> str | None:
     """Return why this family cannot do the problem, or None."""
     if problem.m > MOST_TOKENS:
         return f"{problem.m} tokens; beyond {MOST_TOKENS} reading W is no longer the cost"
-    if problem.dtype not in (torch.float16, torch.bfloat16):
-        return f"dtype {problem.dtype} is not float16 or bfloat16"
+    if problem.dtype not in (torch.float16, torch.bfloat16, torch.float8_e4m3fn):
+        return f"dtype {problem.dtype} is not float16, bfloat16 or float8_e4m3fn"
+    if problem.dtype.itemsize == 1 and problem.layout == "kn":
+        return "tensor cores take eight-bit floats along depth only; W is stored the other way"
     if problem.epilogue_itemsize > 4:
         return "the epilogue moves 8-byte elements, and numbers of that size cannot be written in a Gluon body"
     if problem.halves and problem.layout == "kn":
@@ -185,7 +187,8 @@ def gemm_stream_kernel(
 
     ROWS: gl.constexpr = BLOCK_M if TOKENS_FIRST else BLOCK_N
     COLS: gl.constexpr = BLOCK_N if TOKENS_FIRST else BLOCK_M
-    sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, COLS, 16])
+    DEPTH: gl.constexpr = 256 // x_desc.dtype.primitive_bitwidth
+    sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, COLS, DEPTH])
     acc = gl.zeros([ROWS, COLS], gl.float32, sums)
     acc2 = acc
     slot = 0

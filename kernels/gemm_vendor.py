@@ -57,6 +57,8 @@ def supports(problem: GemmProblem) -> str | None:
     """Return why this family cannot do the problem, or why it is not asked, or None."""
     if problem.m <= 128:
         return f"{problem.m} tokens: reading W is the cost, and kernels of ours that overlap do it faster"
+    if problem.dtype.itemsize == 1:
+        return "it does not multiply eight-bit floats"
     if problem.dtype == torch.float32:
         return "fp32 is multiplied in the precision that the problem asks for by kernels of ours"
     if not (problem.plain or problem.rounds):

@@ -32,7 +32,7 @@ def traffic(group: Group, values: Values) -> int:
     total += sum(typical(values.layouts[name].nbytes) for name in {s.value for s in group.stores})
     if group.contract is not None:
         product = group.contract
-        total += typical(product.m * product.k + product.k * group.columns) * product.layout.dtype.itemsize
+        total += typical(product.m * product.k + product.k * group.columns) * product.a.layout.dtype.itemsize
     if group.foreign is not None:
         read_whole = [values.layouts[b] for b in map(values.base, group.foreign.reads) if b in values.layouts]
         total += sum(typical(layout.nbytes) for layout in read_whole)

@@ -27,6 +27,8 @@ from .writes import writing
 
 Rule = Callable[["Definer", Node], None]
 RULES: dict[Any, Rule] = {}
+# Of ops that write their arguments, of projects that need not be installed: by the name of the op that is wrapped.
+NAMED: dict[str, Rule] = {}
 
 # Dtypes a kernel computes with; anything else runs as the op itself.
 COMPUTABLE = {
@@ -58,6 +60,16 @@ def rule(*ops: Any) -> Callable[[Rule], Rule]:
     return register
 
 
+def rule_named(name: str) -> Callable[[Rule], Rule]:
+    """Registers a lowering rule for the calls (`writes.py`) of an op that writes its arguments, by its name."""
+
+    def register(fn: Rule) -> Rule:
+        NAMED[name] = fn
+        return fn
+
+    return register
+
+
 def rules() -> dict[Any, Rule]:
     """Every lowering rule, by op."""
     from . import (  # noqa: F401  (they register themselves)
@@ -84,7 +96,8 @@ def define(trace: Trace, options: Options) -> Values:
         Unsupported: torch itself gives a result of the piece two shapes.
     """
     rules()
-    definer = Definer(trace, COMPUTABLE | ({FLOAT8} if options.target.arch >= FLOAT8_ARCH else set()))
+    computable = COMPUTABLE | ({FLOAT8} if options.target.arch >= FLOAT8_ARCH else set())
+    definer = Definer(trace, computable, options.target.arch)
     for node in trace.nodes:
         definer.node(node)
     return definer.finish()
@@ -93,8 +106,8 @@ def define(trace: Trace, options: Options) -> Values:
 class Definer:
     """Collects definitions while `define` walks the trace; the rules' view of the piece."""
 
-    def __init__(self, trace: Trace, computable: Collection[torch.dtype]) -> None:
-        self.trace, self.computable = trace, computable
+    def __init__(self, trace: Trace, computable: Collection[torch.dtype], arch: int) -> None:
+        self.trace, self.computable, self.arch = trace, computable, arch
         self.definitions: dict[str, Definition] = {}
         self.views: dict[str, View] = {}
         self.layouts: dict[str, Layout] = {}
@@ -118,12 +131,13 @@ class Definer:
             self.extern(node, "complex numbers are not computed by kernels")
         elif _is_view(node):
             self._view(node, node.args[0].name, node.spec)
-        elif (why := self._refusal(node)) is not None:
+        elif (why := self._refusal(node, lowered := RULES.get(node.op) or _named(node))) is not None:
             self.extern(node, why)
         else:
+            assert lowered is not None
             size = len(self.definitions)
             try:
-                RULES[node.op](self, node)
+                lowered(self, node)
             except Unsupported as refusal:
                 for name in list(self.definitions)[size:]:
                     del self.definitions[name], self.layouts[name]
@@ -134,8 +148,8 @@ class Definer:
         layout = self.layouts.get(node.args[0].name)
         return any(s is not None and s.dtype.is_complex for s in (*specs, layout))
 
-    def _refusal(self, node: Node) -> str | None:
-        if node.op not in RULES:
+    def _refusal(self, node: Node, lowered: Rule | None) -> str | None:
+        if lowered is None:
             call = writing(node)
             return f"no lowering rule for {op_name(node.op if call is None else call.op)}"
         if any(isinstance(leaf, Scalar) for leaf in iter_leaves((node.args, dict(node.kwargs)))):
@@ -300,6 +314,12 @@ def at_flat(flat: Affine, shape: Sequence[int]) -> tuple[Affine, ...]:
     from .affine import contiguous_strides
 
     return delinearize(flat, shape, contiguous_strides(shape))
+
+
+def _named(node: Node) -> Rule | None:
+    """The rule for what a node calls, by name."""
+    call = writing(node)
+    return None if call is None else NAMED.get(call.op.name().removesuffix(".default"))
 
 
 def is_number(value: Any) -> bool:

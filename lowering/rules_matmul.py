@@ -8,13 +8,16 @@ from dataclasses import replace
 import torch
 
 from .affine import variables
-from .define import Definer, rule
+from .define import FLOAT8, Definer, at_flat, rule, rule_named
 from .errors import Unsupported
 from .expr import Expr, apply, cast
 from .functions import register
-from .ir import Node, Ref
+from .group import FEW_TOKENS
+from .ir import Node, Ref, Spec
 from .rules_reduce import reduce_to
+from .size import alike
 from .values import Contract, Layout, View
+from .writes import writing
 
 aten = torch.ops.aten
 
@@ -105,3 +108,50 @@ def _added(d: Definer, node: Node, product: Ref, layout: Layout) -> None:
             added = apply("mul", added, cast(d.number(beta), dtype), dtype=dtype)
         value = apply("add", value, added, dtype=dtype)
     d.map(node, value)
+
+
+# TMA reads rows whose strides are multiples of so many bytes.
+ROW_BYTES = 16
+
+
+@rule_named("_C::cutlass_scaled_mm")
+def cutlass_scaled_mm(d: Definer, node: Node) -> None:
+    """vLLM's product of eight-bit floats: fp32 sums times a scale for each row of the first operand (or one for all) and
+    one for each column of the second (or one), plus a bias, rounded once. For few tokens, where reading W is the cost.
+
+    Source: vLLM 0.22.1, `vllm/_custom_ops.py`, and its kernels' epilogue: a_scale * (b_scale * sums) + bias.
+    """
+    call = writing(node)
+    assert call is not None
+    place, given = call.written.get("out"), call.given
+    a, b = d.view(given["a"]), d.view(given["b"])
+    if d.arch != 90:
+        raise Unsupported(node.name, f"eight-bit products are tuned for sm_90, not sm_{d.arch}", stage="define")
+    if a.layout.dtype != FLOAT8 or b.layout.dtype != FLOAT8 or place is None or place[1] is not None:
+        raise Unsupported(node.name, "it is no product of eight-bit floats into memory of its own", stage="define")
+    (m, k), n = a.layout.shape, b.layout.shape[1]
+    if m > FEW_TOKENS:
+        raise Unsupported(node.name, f"for more than {FEW_TOKENS} tokens its own kernel is taken", stage="define")
+    if a.layout.stride[1] != 1 or b.layout.stride[0] != 1 or k % ROW_BYTES or a.offset or b.offset:
+        raise Unsupported(node.name, "its operands' rows do not lie along the depth", stage="define")
+    position = len(call.op._schema.returns) or 1
+    out = node.spec[position] if isinstance(node.spec, tuple) else None
+    if not isinstance(out, Spec):
+        raise Unsupported(node.name, "what it writes has no shape", stage="define")
+    layout = Layout.of(out)
+    sums = Layout.contiguous((m, n), torch.float32, layout.device)
+    product = f"{node.name}_sums"
+    d.put(Contract(product, sums, a, b, m, n, k, node.source, rounded=False))
+    row, col = variables(layout.shape)
+    value = d.read(Ref(product), (row, col))
+    for scales, at, count in ((given["b_scales"], col, n), (given["a_scales"], row, m)):
+        scale = d.layout(scales)
+        one = scale.numel == 1
+        if scale.dtype != torch.float32 or not (one or (scale.dense and alike(scale.numel, count))):
+            raise Unsupported(node.name, f"its scales are {scale.shape} of {scale.dtype}", stage="define")
+        element = d.read_broadcast(scales, variables(scale.shape) if one else at_flat(at, scale.shape))
+        value = apply("mul", value, element, dtype=torch.float32)
+    if given.get("bias") is not None:
+        bias = cast(d.read_broadcast(given["bias"], (row, col)), torch.float32)
+        value = apply("add", value, bias, dtype=torch.float32)
+    d.map(node, value, name=f"{node.name}#{position}", layout=layout)

@@ -60,17 +60,17 @@ for name, run in {
     IR._register_fake(name, fused_add_rms_norm if name.startswith("fused") else rms_norm)
 
 
-C = torch.library.Library("terrazzo_c", "FRAGMENT")
-# As `_C::cutlass_scaled_mm`.
-C.define("scaled_mm(Tensor! out, Tensor a, Tensor b, Tensor a_scales, Tensor b_scales, Tensor? bias) -> ()")
+C = torch.library.Library("_C", "FRAGMENT")
+C.define("cutlass_scaled_mm(Tensor! out, Tensor a, Tensor b, Tensor a_scales, Tensor b_scales, Tensor? bias) -> ()")
 FP8, LARGEST = torch.float8_e4m3fn, torch.finfo(torch.float8_e4m3fn).max
 
 
 def scaled_mm(out: Tensor, a: Tensor, b: Tensor, a_scales: Tensor, b_scales: Tensor, bias: Tensor | None) -> None:
-    out.copy_((a.float() @ b.float()) * a_scales * b_scales)
+    made = (a.float() @ b.float()) * b_scales.view(1, -1) * a_scales.view(-1, 1)
+    out.copy_(made if bias is None else made + bias.float())
 
 
-C.impl("scaled_mm", scaled_mm, "CompositeExplicitAutograd")
+C.impl("cutlass_scaled_mm", scaled_mm, "CompositeExplicitAutograd")
 
 
 class Quantised(nn.Module):
@@ -87,7 +87,7 @@ class Quantised(nn.Module):
         scale = (most.unsqueeze(-1).to(torch.float32) / LARGEST).clamp(min=1 / (LARGEST * 512))
         a = (x.to(torch.float32) * scale.reciprocal()).clamp(-LARGEST, LARGEST).to(FP8)
         out = torch.empty((a.shape[0], self.weight.shape[1]), dtype=x.dtype, device=x.device)
-        torch.ops.terrazzo_c.scaled_mm(out, a, self.weight, scale, self.scale, None)
+        torch.ops._C.cutlass_scaled_mm(out, a, self.weight, scale, self.scale, None)
         return out
 
 

@@ -1,0 +1,107 @@
+"""vLLM's product of eight-bit floats: a kernel of ours for few tokens, the op itself elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from terrazzo.kernels.target import Target
+from terrazzo.lowering.intake import Examples
+from terrazzo.lowering.options import Options
+from terrazzo.lowering.pipeline import plan, trace
+from terrazzo.runtime.compiled import CompiledPiece
+from terrazzo.runtime.lowered import planned_range
+
+from . import vllm_pieces
+from .equal import DEVICE, compare, copied, odd, traced
+from .vllm_pieces import FP8, captured, quantised
+
+BF16 = torch.bfloat16
+
+
+def product(x: Any, w: Any, x_scales: Any, w_scales: Any, bias: Any = None, dtype: torch.dtype = BF16) -> Any:
+    """W is [N, K], as it is stored."""
+    out = torch.empty((x.shape[0], w.shape[0]), dtype=dtype, device=x.device)
+    torch.ops._C.cutlass_scaled_mm(out, x, w.t(), x_scales, w_scales, bias)
+    return out
+
+
+def operands(m: int, n: int = 40, k: int = 64) -> list[Any]:
+    return [(odd(m, k) * 3).to(FP8), (odd(n, k, seed=1) * 3).to(FP8), odd(m, 1, seed=2).abs(), odd(n, seed=3).abs()]
+
+
+ONE = torch.tensor([0.037])
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+@pytest.mark.parametrize("m", [1, 7, 128])
+@pytest.mark.parametrize("scales", ["each", "rows", "columns", "one", "a column of columns"])
+def test_scales_of_rows_and_columns(scales: str, m: int, dtype: torch.dtype) -> None:
+    x, w, rows, columns = operands(m)
+    given = {
+        "each": (rows, columns),
+        "rows": (rows, ONE),
+        "columns": (ONE, columns),
+        "one": (ONE, ONE[0]),
+        "a column of columns": (rows, columns[:, None]),
+    }[scales]
+    args = copied([x, w, *given])
+    piece = CompiledPiece(traced(lambda *a: product(*a, dtype=dtype), 4), args)
+    exact = (args[0].double() @ args[1].double().t()) * given[0].double().view(-1, 1) * given[1].double().view(1, -1)
+    compare(piece(*args), product(*args, dtype=dtype), exact)
+    assert piece.summary().endswith("1 kernels, 0 ops as themselves")
+
+
+def test_a_bias_joins_and_what_follows_is_the_epilogue() -> None:
+    def fn(x: Any, w: Any, rows: Any, columns: Any, bias: Any, residual: Any) -> Any:
+        return torch.relu(product(x, w, rows, columns, bias)) + residual
+
+    args = copied([*operands(7), odd(40, seed=4, dtype=BF16), odd(7, 40, seed=5, dtype=BF16)])
+    piece = CompiledPiece(traced(fn, 6), args)
+    x, w, rows, columns, bias, residual = (a.double() for a in args)
+    exact = torch.relu((x @ w.t()) * rows * columns + bias) + residual
+    compare(piece(*args), fn(*args), exact)
+    assert piece.summary() == "fixed: 1 kernels, 0 ops as themselves"
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"m": 129}, "more than 128 tokens"),
+        ({"k": 40}, "do not lie along the depth"),
+    ],
+)
+def test_elsewhere_it_is_itself(change: dict[str, int], why: str) -> None:
+    args = copied(operands(**{"m": 7} | change))
+    piece = CompiledPiece(traced(product, 4), args)
+    compare(piece(*args), product(*args))
+    [loaded] = piece.plans.values()
+    assert piece.summary().endswith("0 kernels, 1 ops as themselves") and why in loaded.plan.themselves[0]
+
+
+def test_scales_in_another_dtype_are_the_ops_affair() -> None:
+    x, w, rows, columns = copied(operands(7))
+    args = [x, w, rows.double(), columns]
+    piece = CompiledPiece(traced(product, 4), args)
+    compare(piece(*args), product(*args))
+    [loaded] = piece.plans.values()
+    assert "its scales are" in loaded.plan.themselves[0]
+
+
+@pytest.mark.parametrize(("device", "families"), [("h200", ["gemm_stream"]), ("b200", [""]), ("a100", [""])])
+def test_devices(device: str, families: list[str]) -> None:
+    args = operands(16, 4096, 4096)
+    graph = traced(product, 4)
+    made = plan(trace(graph, Examples.of(graph, args)), {}, Options(Target.named(device)))
+    assert [k.family for k in made.schedule.launches() if k.group.kind != "item"] == families
+
+
+def test_a_range_is_cut_where_few_tokens_end() -> None:
+    model = quantised(vllm_pieces.Middle(64, 96, 4, 2, 32, False).to(BF16).requires_grad_(False)).to(DEVICE)
+    attended, residual = odd(40, 4, 32, dtype=BF16).to(DEVICE), odd(40, 64, dtype=BF16, seed=1).to(DEVICE)
+    graph, _ = captured(model, attended, residual, torch.arange(40, device=DEVICE))
+    found = planned_range(graph, Examples.of(graph, None), 1, 8192, Options(Target.named("h200")))
+    themselves = {r.hi: r.plan.facts.foreign for r in found if r.plan is not None}
+    assert 128 in themselves and all(count == (0 if hi <= 128 else 4) for hi, count in themselves.items())
