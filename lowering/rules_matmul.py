@@ -116,8 +116,9 @@ ROW_BYTES = 16
 
 @rule_named("_C::cutlass_scaled_mm")
 def cutlass_scaled_mm(d: Definer, node: Node) -> None:
-    """vLLM's product of eight-bit floats: fp32 sums times a scale for each row of the first operand (or one for all) and
-    one for each column of the second (or one), plus a bias, rounded once. For few tokens, where reading W is the cost.
+    """vLLM's product of eight-bit floats: fp32 sums times a scale for each row of the first operand (or one for all)
+    and one for each column of the second (or one), plus a bias, rounded once. For few tokens, where reading W is the
+    cost.
 
     Source: vLLM 0.22.1, `vllm/_custom_ops.py`, and its kernels' epilogue: a_scale * (b_scale * sums) + bias.
     """
