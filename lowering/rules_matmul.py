@@ -116,43 +116,60 @@ ROW_BYTES = 16
 
 @rule_named("_C::cutlass_scaled_mm")
 def cutlass_scaled_mm(d: Definer, node: Node) -> None:
-    """vLLM's product of eight-bit floats: fp32 sums times a scale for each row of the first operand (or one for all)
-    and one for each column of the second (or one), plus a bias, rounded once. For few tokens, where reading W is the
-    cost.
+    """vLLM's product of eight-bit floats, which writes its result.
 
-    Source: vLLM 0.22.1, `vllm/_custom_ops.py`, and its kernels' epilogue: a_scale * (b_scale * sums) + bias.
+    Source: vLLM 0.22.1, `vllm/_custom_ops.py`.
     """
     call = writing(node)
     assert call is not None
     place, given = call.written.get("out"), call.given
-    a, b = d.view(given["a"]), d.view(given["b"])
+    position = len(call.op._schema.returns) or 1
+    out = node.spec[position] if isinstance(node.spec, tuple) else None
+    if place is None or place[1] is not None or not isinstance(out, Spec):
+        raise Unsupported(node.name, "it writes into memory of another shape", stage="define")
+    scales = given["a_scales"], given["b_scales"]
+    _scaled(d, node, given["a"], given["b"], scales, given.get("bias"), f"{node.name}#{position}", Layout.of(out))
+
+
+@rule(aten._scaled_mm.default)
+def scaled_mm(d: Definer, node: Node) -> None:
+    """torch's product of eight-bit floats."""
+    names = (argument.name for argument in node.op._schema.arguments)
+    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    if given.get("scale_result") is not None:
+        raise Unsupported(node.name, "its result is scaled as well", stage="define")
+    if not given.get("use_fast_accum"):
+        raise Unsupported(node.name, "without fast accumulation its own kernel sums more exactly", stage="define")
+    scales, layout = (given["scale_a"], given["scale_b"]), Layout.of(node.spec)  # type: ignore[arg-type]
+    _scaled(d, node, given["self"], given["mat2"], scales, given.get("bias"), node.name, layout)
+
+
+def _scaled(
+    d: Definer, node: Node, x: Ref, w: Ref, scales: tuple[Ref, Ref], bias: Ref | None, name: str, layout: Layout
+) -> None:
+    """fp32 sums of eight-bit floats times a scale for each row of the first operand (or one for all) and one for each
+    column of the second (or one), plus a bias, rounded once. For few tokens, where reading W is the cost."""
+    a, b = d.view(x), d.view(w)
     if d.arch != 90:
         raise Unsupported(node.name, f"eight-bit products are tuned for sm_90, not sm_{d.arch}", stage="define")
-    if a.layout.dtype != FLOAT8 or b.layout.dtype != FLOAT8 or place is None or place[1] is not None:
-        raise Unsupported(node.name, "it is no product of eight-bit floats into memory of its own", stage="define")
+    if a.layout.dtype != FLOAT8 or b.layout.dtype != FLOAT8:
+        raise Unsupported(node.name, f"a product of {a.layout.dtype} and {b.layout.dtype}", stage="define")
     (m, k), n = a.layout.shape, b.layout.shape[1]
     if m > FEW_TOKENS:
         raise Unsupported(node.name, f"for more than {FEW_TOKENS} tokens its own kernel is taken", stage="define")
     if a.layout.stride[1] != 1 or b.layout.stride[0] != 1 or k % ROW_BYTES or a.offset or b.offset:
         raise Unsupported(node.name, "its operands' rows do not lie along the depth", stage="define")
-    position = len(call.op._schema.returns) or 1
-    out = node.spec[position] if isinstance(node.spec, tuple) else None
-    if not isinstance(out, Spec):
-        raise Unsupported(node.name, "what it writes has no shape", stage="define")
-    layout = Layout.of(out)
     sums = Layout.contiguous((m, n), torch.float32, layout.device)
-    product = f"{node.name}_sums"
-    d.put(Contract(product, sums, a, b, m, n, k, node.source, rounded=False))
+    d.put(Contract(f"{name}_sums", sums, a, b, m, n, k, node.source, rounded=False))
     row, col = variables(layout.shape)
-    value = d.read(Ref(product), (row, col))
-    for scales, at, count in ((given["b_scales"], col, n), (given["a_scales"], row, m)):
-        scale = d.layout(scales)
+    value = d.read(Ref(f"{name}_sums"), (row, col))
+    for given, at, count in zip(scales, (row, col), (m, n), strict=True):
+        scale = d.layout(given)
         one = scale.numel == 1
         if scale.dtype != torch.float32 or not (one or (scale.dense and alike(scale.numel, count))):
             raise Unsupported(node.name, f"its scales are {scale.shape} of {scale.dtype}", stage="define")
-        element = d.read_broadcast(scales, variables(scale.shape) if one else at_flat(at, scale.shape))
+        element = d.read_broadcast(given, variables(scale.shape) if one else at_flat(at, scale.shape))
         value = apply("mul", value, element, dtype=torch.float32)
-    if given.get("bias") is not None:
-        bias = cast(d.read_broadcast(given["bias"], (row, col)), torch.float32)
-        value = apply("add", value, bias, dtype=torch.float32)
-    d.map(node, value, name=f"{node.name}#{position}", layout=layout)
+    if bias is not None:
+        value = apply("add", value, cast(d.read_broadcast(bias, (row, col)), torch.float32), dtype=torch.float32)
+    d.map(node, value, name=name, layout=layout)

@@ -105,6 +105,8 @@ class _Runner(fx.Interpreter):
     def _call(self, call: Any, name: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.wide:
             args, kwargs = pytree.tree_map(_wide_dtype, (args, kwargs))
+        if self.wide and name == "_scaled_mm":
+            call, target = super().call_function, _scaled_mm
         if name == "topk":
             self.scores.append((args[0], kwargs["k"] if "k" in kwargs else args[1]))
         result = call(target, args, kwargs)
@@ -113,6 +115,14 @@ class _Runner(fx.Interpreter):
                 result.fill_(_poison(result.dtype))
             self.empties.append(result)
         return result
+
+
+def _scaled_mm(
+    a: torch.Tensor, b: torch.Tensor, scale_a: torch.Tensor, scale_b: torch.Tensor, bias: Any = None, **more: Any
+) -> torch.Tensor:
+    """torch's product of eight-bit floats, which knows no others."""
+    made = (a @ b) * scale_a * scale_b
+    return made if bias is None else made + bias
 
 
 def _name(target: Any) -> str:

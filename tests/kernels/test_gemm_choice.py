@@ -59,7 +59,7 @@ def test_each_size_goes_to_its_family() -> None:
     ("change", "target", "fact"),
     [
         ({}, "b200", "sm_100 has no products by warpgroups"),
-        ({"dtype": torch.float32, "allow_tf32": True}, "h200", "float32 is not float16 or bfloat16"),
+        ({"dtype": torch.float32, "allow_tf32": True}, "h200", "float32 is not float16, bfloat16 or float8_e4m3fn"),
         ({"epilogue_itemsize": 8}, "h200", "the epilogue moves 8-byte elements"),
     ],
 )

@@ -8,11 +8,14 @@ import pytest
 import torch
 
 from terrazzo.kernels.target import Target
+from terrazzo.lowering.errors import UserError
 from terrazzo.lowering.intake import Examples
 from terrazzo.lowering.options import Options
 from terrazzo.lowering.pipeline import plan, trace
 from terrazzo.runtime.compiled import CompiledPiece
 from terrazzo.runtime.lowered import planned_range
+from terrazzo.tools.models import pieces
+from terrazzo.tools.piece_check import check_sizes
 
 from . import vllm_pieces
 from .equal import DEVICE, compare, copied, odd, traced
@@ -105,3 +108,42 @@ def test_a_range_is_cut_where_few_tokens_end() -> None:
     found = planned_range(graph, Examples.of(graph, None), 1, 8192, Options(Target.named("h200")))
     themselves = {r.hi: r.plan.facts.foreign for r in found if r.plan is not None}
     assert 128 in themselves and all(count == (0 if hi <= 128 else 4) for hi, count in themselves.items())
+
+
+def torchs(x: Any, w: Any, x_scales: Any, w_scales: Any, bias: Any = None, fast: bool = True) -> Any:
+    return torch._scaled_mm(x, w.t(), x_scales, w_scales, bias, None, BF16, fast)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("m", [1, 7, 128])
+def test_torchs_own_op(m: int, biased: bool) -> None:
+    x, w, rows, columns = operands(m, 48)
+    bias = [odd(48, seed=4, dtype=BF16)] * biased
+    args = copied([x, w, rows, columns[None], *bias])
+    piece = CompiledPiece(traced(torchs, len(args)), args)
+    exact = (args[0].double() @ args[1].double().t()) * args[2].double() * args[3].double()
+    compare(piece(*args), torchs(*args), exact + (args[4].double() if biased else 0))
+    assert piece.summary().endswith("1 kernels, 0 ops as themselves")
+
+
+def test_torchs_own_op_where_it_sums_more_exactly() -> None:
+    x, w, rows, columns = operands(7, 48)
+    args = copied([x, w, rows, columns[None]])
+    piece = CompiledPiece(traced(lambda *a: torchs(*a, fast=False), 4), args)
+    compare(piece(*args), torchs(*args, fast=False))
+    [loaded] = piece.plans.values()
+    assert "more exactly" in loaded.plan.themselves[0]
+
+
+@pytest.mark.parametrize("name", ["llama-3.1-8b", "qwen3-8b", "mixtral-8x7b"])
+def test_models_whose_layers_are_quantised(name: str) -> None:
+    piece = pieces(name, tiny=True, dtype=FP8, device=DEVICE)[1]
+    assert [r.failures for r in check_sizes(piece, (1, 7, 130), DEVICE)] == [[]] * 3
+    # A token's weights are half those of bf16, and so is the work, as it counts.
+    wide = pieces(name, tiny=True, device=DEVICE)[1]
+    assert piece.flops(4) < wide.flops(4) and piece.weight_bytes() < wide.weight_bytes()
+
+
+def test_gpt2_is_not_quantised() -> None:
+    with pytest.raises(UserError, match="fp8"):
+        pieces("gpt2", tiny=True, dtype=FP8)

@@ -8,15 +8,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from terrazzo.lowering.errors import UserError
 from terrazzo.tools.models.config import ModelConfig
 from terrazzo.tools.models.fill import Fill, draw, matrix
 from terrazzo.tools.models.layers import (
+    FP8,
     Attention,
     Embedding,
     Filled,
     GemmaRMSNorm,
     LayerNorm,
     Linear,
+    QuantisedLinear,
     RMSNorm,
     Rotary,
     gelu_new,
@@ -183,14 +186,31 @@ class GPT2Model(nn.Module):
 
 
 def skeleton(c: ModelConfig, layers: int, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
-    """The model with uninitialised tensors: on 'meta' it costs no memory."""
+    """The model with uninitialised tensors: on 'meta' it costs no memory. Of eight bits are the layers' weights alone.
+
+    Raises:
+        UserError: GPT-2 in eight bits, whose layers have biases.
+    """
+    if dtype == FP8 and c.family == "gpt2":
+        raise UserError(f"{c.name} in fp8", "its layers are not quantised here", stage="models", remedy="Take another.")
     before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
+    torch.set_default_dtype(torch.bfloat16 if dtype == FP8 else dtype)
     try:
         with torch.device(device):
-            return (GPT2Model if c.family == "gpt2" else RotaryModel)(c, layers).eval()
+            model = (GPT2Model if c.family == "gpt2" else RotaryModel)(c, layers).eval()
+            return _quantised(model) if dtype == FP8 else model
     finally:
         torch.set_default_dtype(before)
+
+
+def _quantised(model: nn.Module) -> nn.Module:
+    """The model with the matrices of its attention and MLP in eight bits."""
+    for module in [m for m in model.modules() if isinstance(m, (SelfAttention, GatedMLP))]:
+        for name, linear in [*module.named_children()]:
+            if isinstance(linear, Linear):
+                outputs, inputs = linear.weight.shape
+                setattr(module, name, QuantisedLinear(inputs, outputs))
+    return model
 
 
 def fills(model: nn.Module) -> dict[str, Fill]:

@@ -63,6 +63,9 @@ def draw(
         UserError: the rule is unknown.
     """
     out = torch.empty_strided(shape, stride, dtype=dtype, device=device)
+    if fill.kind == "normal" and dtype.itemsize == 1:
+        # No such numbers are drawn in eight bits.
+        return out.copy_(draw(fill, shape, stride, torch.float32, device, generator))
     if fill.kind == "normal":
         mean, std = fill.values
         return out.normal_(mean, std, generator=generator)

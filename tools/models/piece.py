@@ -13,7 +13,7 @@ from terrazzo.tools.models.fakes import SizeSpec, Spec, from_dim, placeholders, 
 from terrazzo.tools.models.fill import draw
 from terrazzo.tools.models.ops import EXPERTS
 
-_LINEARS = (F.linear, torch._C._nn.linear)
+_LINEARS = (F.linear, torch._C._nn.linear, torch._scaled_mm)
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,14 @@ class Piece:
         return made
 
     def flops(self, size: int) -> int:
-        """Multiplications and additions of the matrix products for `size` tokens (experts: only those chosen)."""
+        """Multiplications and additions of the matrix products for `size` tokens (experts: only those chosen); those of
+        eight bits, of which tensor cores do twice as many, count half."""
         total = 0
         for node in self.graph.graph.nodes:
             if node.op == "call_function" and node.target in _LINEARS:
                 weight = node.args[1].meta["example_value"]
-                total += 2 * _rows(node.args[0], size) * weight.shape[0] * weight.shape[1]
+                each = 1 if weight.dtype.itemsize == 1 else 2
+                total += each * _rows(node.args[0], size) * weight.shape[0] * weight.shape[1]
             elif _is_experts(node):
                 per_token = node.args[1].meta["example_value"].shape[1]
                 banks = (a.meta["example_value"] for a in node.args[3:])
