@@ -125,8 +125,9 @@ def cutlass_scaled_mm(d: Definer, node: Node) -> None:
     place, given = call.written.get("out"), call.given
     position = len(call.op._schema.returns) or 1
     out = node.spec[position] if isinstance(node.spec, tuple) else None
-    if place is None or place[1] is not None or not isinstance(out, Spec):
-        raise Unsupported(node.name, "it writes into memory of another shape", stage="define")
+    if place is None or place[1] is not None or not isinstance(out, Spec) or len(call.written) > 1:
+        # More than one: an operand is the very tensor that is written.
+        raise Unsupported(node.name, "it writes a part of a tensor, or what it reads", stage="define")
     scales = given["a_scales"], given["b_scales"]
     _scaled(d, node, given["a"], given["b"], scales, given.get("bias"), f"{node.name}#{position}", Layout.of(out))
 

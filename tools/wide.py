@@ -118,7 +118,7 @@ class _Runner(fx.Interpreter):
 
 
 def _scaled_mm(
-    a: torch.Tensor, b: torch.Tensor, scale_a: torch.Tensor, scale_b: torch.Tensor, bias: Any = None, **more: Any
+    a: torch.Tensor, b: torch.Tensor, scale_a: torch.Tensor, scale_b: torch.Tensor, bias: Any = None, *_: Any, **__: Any
 ) -> torch.Tensor:
     """torch's product of eight-bit floats, which knows no others."""
     made = (a @ b) * scale_a * scale_b

@@ -84,6 +84,21 @@ def test_elsewhere_it_is_itself(change: dict[str, int], why: str) -> None:
     assert piece.summary().endswith("0 kernels, 1 ops as themselves") and why in loaded.plan.themselves[0]
 
 
+@pytest.mark.parametrize("same", ["scales", "bias"])
+def test_what_is_written_and_read_is_the_ops_affair(same: str) -> None:
+    def fn(x: Any, w: Any, rows: Any, out: Any) -> Any:
+        scales, bias = (out, None) if same == "scales" else (rows[:1], out)
+        torch.ops._C.cutlass_scaled_mm(out, x, w.t(), rows, scales, bias)
+        return out
+
+    x, w, rows, _ = operands(1)
+    args = copied([x, w, rows, odd(1, 40, seed=6) * 500])
+    theirs = copied(args)
+    piece = CompiledPiece(traced(fn, 4), args)
+    compare(piece(*args), fn(*theirs), close=True)
+    assert piece.summary().endswith("1 ops as themselves")
+
+
 def test_scales_in_another_dtype_are_the_ops_affair() -> None:
     x, w, rows, columns = copied(operands(7))
     args = [x, w, rows.double(), columns]
