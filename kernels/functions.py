@@ -40,8 +40,42 @@ def relu(x):
 
 @triton.jit
 def silu(x):
-    """x * sigmoid(x)."""
-    return x / (1.0 + tl.exp(-x))
+    """x * sigmoid(x); a large tile's of minus infinity is minus infinity, not NaN."""
+    if x.dtype == tl.float32 and x.numel >= 16 * tl.extra.cuda.num_threads():
+        return _silu_in_twos(x)
+    else:
+        return x / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def _silu_in_twos(x):
+    """Of two numbers at a time with three results of the unit for special functions, of which a multiprocessor has 16 a
+    clock, instead of four: 1 / a and 1 / b come out of 1 / (a b). Exponents end at 63, where x * 2^-63 stands for what
+    is less, so that a b is finite."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .f32 a, b, r;
+        mul.f32 a, $2, 0fBFB8AA3B;
+        mul.f32 b, $3, 0fBFB8AA3B;
+        min.f32 a, a, 0f427C0000;
+        min.f32 b, b, 0f427C0000;
+        ex2.approx.ftz.f32 a, a;
+        ex2.approx.ftz.f32 b, b;
+        add.f32 a, a, 0f3F800000;
+        add.f32 b, b, 0f3F800000;
+        mul.f32 r, a, b;
+        rcp.approx.ftz.f32 r, r;
+        mul.f32 b, r, b;
+        mul.f32 a, r, a;
+        mul.f32 $0, $2, b;
+        mul.f32 $1, $3, a;
+        }""",
+        "=f,=f,f,f",
+        [x],
+        dtype=tl.float32,
+        is_pure=True,
+        pack=2,
+    )
 
 
 @triton.jit
