@@ -56,14 +56,16 @@ def _silu_of_each(x):
 def _silu_in_twos(x):
     """Of two numbers at a time with three results of the unit for special functions, of which a multiprocessor has 16 a
     clock, instead of four: 1 / a and 1 / b come out of 1 / (a b). Neither exceeds 2^63, so that a b is finite: x ends
-    at -63 ln 2."""
+    at -63 ln 2, which stands for NaN as well in them, so that it stays its own."""
     return tl.inline_asm_elementwise(
         """{
         .reg .f32 x, y, a, b, r;
+        max.f32 a, $2, 0fC22EAC10;
+        max.f32 b, $3, 0fC22EAC10;
         max.NaN.f32 x, $2, 0fC22EAC10;
         max.NaN.f32 y, $3, 0fC22EAC10;
-        mul.f32 a, x, 0fBFB8AA3B;
-        mul.f32 b, y, 0fBFB8AA3B;
+        mul.f32 a, a, 0fBFB8AA3B;
+        mul.f32 b, b, 0fBFB8AA3B;
         ex2.approx.ftz.f32 a, a;
         ex2.approx.ftz.f32 b, b;
         add.f32 a, a, 0f3F800000;

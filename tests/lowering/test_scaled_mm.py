@@ -52,7 +52,7 @@ def test_scales_of_rows_and_columns(scales: str, m: int, dtype: torch.dtype) -> 
     }[scales]
     args = copied([x, w, *given])
     piece = CompiledPiece(traced(lambda *a: product(*a, dtype=dtype), 4), args)
-    exact = (args[0].double() @ args[1].double().t()) * given[0].double().view(-1, 1) * given[1].double().view(1, -1)
+    exact = (args[0].double() @ args[1].double().t()) * args[2].double().view(-1, 1) * args[3].double().view(1, -1)
     compare(piece(*args), product(*args, dtype=dtype), exact)
     assert piece.summary().endswith("1 kernels, 0 ops as themselves")
 
