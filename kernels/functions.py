@@ -40,49 +40,8 @@ def relu(x):
 
 @triton.jit
 def silu(x):
-    """x * sigmoid(x); in a large tile, where x is below -43.7, what it is there, -5e-18 (of minus infinity as well)."""
-    if x.dtype == tl.float32 and x.numel >= 16 * tl.extra.cuda.num_threads():
-        return _silu_in_twos(x)
-    else:
-        return _silu_of_each(x)
-
-
-@triton.jit
-def _silu_of_each(x):
+    """x * sigmoid(x)."""
     return x / (1.0 + tl.exp(-x))
-
-
-@triton.jit
-def _silu_in_twos(x):
-    """Of two numbers at a time with three results of the unit for special functions, of which a multiprocessor has 16 a
-    clock, instead of four: 1 / a and 1 / b come out of 1 / (a b). Neither exceeds 2^63, so that a b is finite: x ends
-    at -63 ln 2, which stands for NaN as well in them, so that it stays its own."""
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .f32 x, y, a, b, r;
-        max.f32 a, $2, 0fC22EAC10;
-        max.f32 b, $3, 0fC22EAC10;
-        max.NaN.f32 x, $2, 0fC22EAC10;
-        max.NaN.f32 y, $3, 0fC22EAC10;
-        mul.f32 a, a, 0fBFB8AA3B;
-        mul.f32 b, b, 0fBFB8AA3B;
-        ex2.approx.ftz.f32 a, a;
-        ex2.approx.ftz.f32 b, b;
-        add.f32 a, a, 0f3F800000;
-        add.f32 b, b, 0f3F800000;
-        mul.f32 r, a, b;
-        rcp.approx.ftz.f32 r, r;
-        mul.f32 b, r, b;
-        mul.f32 a, r, a;
-        mul.f32 $0, x, b;
-        mul.f32 $1, y, a;
-        }""",
-        "=f,=f,f,f",
-        [x],
-        dtype=tl.float32,
-        is_pure=True,
-        pack=2,
-    )
 
 
 @triton.jit
@@ -263,10 +222,9 @@ def _row_min_by_numpy(x):
 
 
 if INTERPRETED:
-    # It reduces with numpy, only knows plain combine functions as fast, and has no inline assembly. Not asked inside
-    # them: with a constexpr of the module's in a function, Triton's key of a caller depends on which of the two keys
-    # was asked for first.
-    row_max, row_min, silu = _row_max_by_numpy, _row_min_by_numpy, _silu_of_each
+    # It reduces with numpy, and only knows plain combine functions as fast. Not asked inside them: with a constexpr of
+    # the module's in a function, Triton's key of a caller depends on which of the two keys was asked for first.
+    row_max, row_min = _row_max_by_numpy, _row_min_by_numpy
 
 
 @triton.jit
