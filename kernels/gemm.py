@@ -122,9 +122,10 @@ class GemmProblem:
 
     @property
     def bytes_moved(self) -> int:
-        """Fewest bytes through device memory: each operand once, the result once in the operands' dtype."""
-        rows = self.batch * self.m
-        return self.weight_bytes + rows * (self.k + self.n) * self.dtype.itemsize
+        """Fewest bytes through device memory: each operand once, the result once in the operands' dtype, that of
+        eight-bit floats in two bytes."""
+        itemsize = self.dtype.itemsize
+        return self.weight_bytes + self.batch * self.m * (self.k * itemsize + self.n * max(itemsize, 2))
 
     @property
     def flops(self) -> int:

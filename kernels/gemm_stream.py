@@ -92,7 +92,7 @@ SPLIT_US, SPLIT_US_PER_MB = 1.0, 29.0
 # A byte from L2 costs this share of one from memory: 64 tokens for 1 add 3 to 4 us to a piece of 154, 0.9 GB of x's
 # tiles from L2 (the rows of CONFIGS).
 AGAIN = 0.05
-# FLOP/s of these tiles at most: a bound that few tokens do not reach.
+# FLOP/s of these tiles in 16 bits at most: a bound that few tokens do not reach. In eight bits they are twice as many.
 FLOPS = 500e12
 
 
@@ -107,7 +107,8 @@ def estimate_us(problem: GemmProblem, config: Config, target: Target) -> float:
     # Too few programs cannot ask for enough at once.
     idle = max(1.0, 0.45 * target.sm_count / (tiles_m * tiles_n * config.split_k))
     padded = 2 * tiles_m * config.block_m * problem.n * problem.k * problem.accumulators
-    product_us = padded / FLOPS * MEASURED_SM_COUNT / target.sm_count * 1e6
+    rate = FLOPS * (2 if problem.dtype.itemsize == 1 else 1)
+    product_us = padded / rate * MEASURED_SM_COUNT / target.sm_count * 1e6
     parts_mb = (config.split_k - 1) * config.block_n * config.block_m * problem.accumulators * 4e-6
     split_us = SPLIT_US + SPLIT_US_PER_MB * parts_mb if config.split_k > 1 else 0.0
     return FIXED_US + split_us + max(stream_us * idle, product_us)
@@ -377,7 +378,7 @@ def _job(problem: GemmProblem, config: Config) -> CompileJob:
             "partials": "*fp32",
             "counters": "*i32",
             "m_size": "i32",
-            "t": (f"*{dtype}",),
+            "t": ("*bf16" if problem.dtype.itemsize == 1 else f"*{dtype}",),
         },
         constexprs=_constexprs(problem, config, sample(problem), pdl=True),
         num_warps=config.warps,

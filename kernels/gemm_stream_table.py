@@ -274,7 +274,9 @@ def alike(problem: GemmProblem, target: Target) -> Config:
     tiles = ceil(problem.n / block_n) * ceil(max(problem.m, 1) / block_m)
     # Tiles of 128 tokens are large: deep ones would leave a ring of two or three.
     shallow = block_m > 64 and (problem.paired or block_n > 64 or problem.k > DEEP_K)
-    block_k, warps = (128 if shallow else 256) // itemsize, 8 if block_m > 64 and block_n > 64 else 4
+    # The epilogue of eight-bit floats scales rows and columns: with four warps such a tile keeps some of it in memory.
+    warps = 8 if block_m > 64 and (block_n > 64 or (tokens_first and itemsize == 1)) else 4
+    block_k = (128 if shallow else 256) // itemsize
     split_k = _splits(problem, block_m, tiles, ceil(problem.k / block_k), sms)
     shared = sms < tiles * split_k <= 2 * sms
     if shared and problem.m > 32:

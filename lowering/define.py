@@ -43,7 +43,8 @@ COMPUTABLE = {
     torch.uint8,
     torch.bool,
 }
-# From this architecture on kernels also load and store eight-bit floats; nothing is computed in them.
+# From this architecture on kernels also load, store and multiply matrices of eight-bit floats; nothing else is computed
+# in them.
 FLOAT8, FLOAT8_ARCH = torch.float8_e4m3fn, 89
 
 
@@ -141,7 +142,8 @@ class Definer:
             except Unsupported as refusal:
                 for name in list(self.definitions)[size:]:
                     del self.definitions[name], self.layouts[name]
-                self.extern(node, refusal.fact)
+                call = writing(node)
+                self.extern(node, refusal.fact if call is None else f"{op_name(call.op)}: {refusal.fact}")
 
     def _complex(self, node: Node) -> bool:
         specs = node.spec if isinstance(node.spec, tuple) else (node.spec,)

@@ -7,6 +7,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 
 class TerrazzoError(Exception):
     """Base of every error terrazzo raises.
@@ -24,6 +27,11 @@ class TerrazzoError(Exception):
         where = f" ({source})" if source else ""
         then = f" {remedy}" if remedy else ""
         super().__init__(f"{what}{where}: {fact} [{stage}].{then}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # An exception's own way is to call the class with its finished message: a pool of processes breaks on that.
+        made = partial(type(self), stage=self.stage, remedy=self.remedy, source=self.source)
+        return made, (self.what, self.fact), vars(self)
 
 
 class UserError(TerrazzoError):

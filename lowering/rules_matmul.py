@@ -110,8 +110,10 @@ def _added(d: Definer, node: Node, product: Ref, layout: Layout) -> None:
     d.map(node, value)
 
 
-# TMA reads rows whose strides are multiples of so many bytes.
+# TMA reads rows that begin at multiples of so many bytes.
 ROW_BYTES = 16
+# What a product of eight-bit floats is rounded to.
+ROUNDED = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @rule_named("_C::cutlass_scaled_mm")
@@ -123,6 +125,8 @@ def cutlass_scaled_mm(d: Definer, node: Node) -> None:
     call = writing(node)
     assert call is not None
     place, given = call.written.get("out"), call.given
+    if not {"a", "b", "a_scales", "b_scales"} <= given.keys():
+        raise Unsupported(node.name, f"vLLM's has other arguments than {', '.join(given)}", stage="define")
     position = len(call.op._schema.returns) or 1
     out = node.spec[position] if isinstance(node.spec, tuple) else None
     if place is None or place[1] is not None or not isinstance(out, Spec) or len(call.written) > 1:
@@ -148,8 +152,9 @@ def scaled_mm(d: Definer, node: Node) -> None:
 def _scaled(
     d: Definer, node: Node, x: Ref, w: Ref, scales: tuple[Ref, Ref], bias: Ref | None, name: str, layout: Layout
 ) -> None:
-    """fp32 sums of eight-bit floats times a scale for each row of the first operand (or one for all) and one for each
-    column of the second (or one), plus a bias, rounded once. For few tokens, where reading W is the cost."""
+    """Sums of products of eight-bit floats, which tensor cores add up in less than fp32 (fast accumulation), times a
+    scale for each column of the second operand (or one for all) and then one for each row of the first (or one), plus a
+    bias for each column, rounded once. For few tokens, where reading W is the cost."""
     a, b = d.view(x), d.view(w)
     if d.arch != 90:
         raise Unsupported(node.name, f"eight-bit products are tuned for sm_90, not sm_{d.arch}", stage="define")
@@ -158,13 +163,20 @@ def _scaled(
     (m, k), n = a.layout.shape, b.layout.shape[1]
     if m > FEW_TOKENS:
         raise Unsupported(node.name, f"for more than {FEW_TOKENS} tokens its own kernel is taken", stage="define")
-    if a.layout.stride[1] != 1 or b.layout.stride[0] != 1 or k % ROW_BYTES or a.offset or b.offset:
+    if layout.dtype not in ROUNDED:
+        raise Unsupported(node.name, f"its result is {layout.dtype}", stage="define")
+    if a.layout.stride[1] != 1 or b.layout.stride[0] != 1:
         raise Unsupported(node.name, "its operands' rows do not lie along the depth", stage="define")
+    begins = a.layout.stride[0], a.offset, b.layout.stride[1], b.offset
+    if not k or any(at % ROW_BYTES for at in begins):
+        fact = f"its operands' rows do not begin at multiples of {ROW_BYTES} bytes, or are empty"
+        raise Unsupported(node.name, fact, stage="define")
     sums = Layout.contiguous((m, n), torch.float32, layout.device)
     d.put(Contract(f"{name}_sums", sums, a, b, m, n, k, node.source, rounded=False))
     row, col = variables(layout.shape)
     value = d.read(Ref(f"{name}_sums"), (row, col))
-    for given, at, count in zip(scales, (row, col), (m, n), strict=True):
+    # Columns first, as vLLM's own kernel does: what overflows on the way, and how it rounds, is then the same.
+    for given, at, count in ((scales[1], col, n), (scales[0], row, m)):
         scale = d.layout(given)
         one = scale.numel == 1
         if scale.dtype != torch.float32 or not (one or (scale.dense and alike(scale.numel, count))):
@@ -172,5 +184,8 @@ def _scaled(
         element = d.read_broadcast(given, variables(scale.shape) if one else at_flat(at, scale.shape))
         value = apply("mul", value, element, dtype=torch.float32)
     if bias is not None:
+        added = d.layout(bias)
+        if len(added.shape) != 1 or not alike(added.numel, n) or added.dtype not in ROUNDED:
+            raise Unsupported(node.name, f"its bias is {added.shape} of {added.dtype}", stage="define")
         value = apply("add", value, cast(d.read_broadcast(bias, (row, col)), torch.float32), dtype=torch.float32)
     d.map(node, value, name=name, layout=layout)

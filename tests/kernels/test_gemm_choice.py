@@ -8,6 +8,7 @@ from math import ceil
 
 import pytest
 import torch
+import triton
 
 from terrazzo.kernels import gemm_persistent, gemm_simple, gemm_skinny, gemm_stream, gemm_vendor, workspace
 from terrazzo.kernels.gemm import GemmProblem, lookup, measured, pick, reference, tma_obstacle
@@ -88,6 +89,20 @@ def test_a_measured_size_gets_its_row(family) -> None:
         assert config == entry.config
         assert entry.source in why and ("cuBLAS" in why) == (family is gemm_persistent)
         assert family.estimate_us(problem, config, H200) == entry.us
+
+
+@pytest.mark.parametrize("family", [STREAM, PERSISTENT])
+def test_every_row_can_be_launched(family) -> None:
+    for name, table in family.CONFIGS.items():
+        target = Target.named(name)
+        for key, row in table.items():
+            for m, entry in row.items():
+                config, problem = entry.config, measured_problem(m, *key)
+                where = f"{name}: {key} {m}: {config}"
+                blocks = config.block_m, config.block_n, config.block_k
+                assert all(block == triton.next_power_of_2(block) for block in blocks), where
+                assert config.stages > 1 and config.warps in (4, 8), where
+                assert family.smem_bytes(problem, config) <= target.smem_bytes, where
 
 
 @pytest.mark.parametrize("family", TMA_FAMILIES)
@@ -174,16 +189,18 @@ def test_few_columns_fill_the_device(n: int, k: int, paired: bool, m: int) -> No
 
 @pytest.mark.parametrize("kind", ["one", "pair", "sum"])
 @pytest.mark.parametrize("target", [H200, replace(H200, sm_count=114)])
-def test_the_rule_gives_tiles_that_can_be(kind: str, target: Target) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_the_rule_gives_tiles_that_can_be(kind: str, target: Target, dtype: torch.dtype) -> None:
     for n in (*range(32, 5300, 32), 8192, 28672, 151936):
         for m in (0, 1, 8, 16, 33, 64, 65, 128):
             part = 0 if kind != "sum" else 32 if m <= 64 or n <= 2048 else 64 if n <= 4096 else 128
             problem = GemmProblem(
-                m, n, 1024, torch.bfloat16, paired=kind == "pair", pair_offset=n * (kind == "pair"), summed=part
+                m, n, 1024, dtype, paired=kind == "pair", pair_offset=n * (kind == "pair"), summed=part
             )
             config = gemm_stream.alike(problem, target)
             assert config.block_n >= part and gemm_stream.smem_bytes(problem, config) <= target.smem_bytes
-            assert config.stages > 1 and (config.warps == 4 or config.block_m == 128)
+            rows = config.block_m if config.tokens_first else config.block_n
+            assert config.stages > 1 and (config.warps == 4 or rows == 128)
 
 
 @pytest.mark.parametrize("target", NAMED.values(), ids=NAMED)
