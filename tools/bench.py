@@ -7,9 +7,10 @@
     python -m terrazzo.tools.bench --max-autotune                      also Inductor with max-autotune: minutes per size
 
 A time is per piece, in a graph over layers with weights of their own (measure.py), the median of replays taken in turn.
-The floor is max(weight bytes / bandwidth of a copy, FLOPs / 790 TFLOP/s); activations are left out. Each size is
-checked first (piece_check.py): where that fails, no time of terrazzo is printed. Exit status 1 when a check failed, 2
-without a GPU.
+The floor is max(weight bytes / bandwidth of a copy, FLOPs / 790 TFLOP/s, of eight-bit products 1580); activations are
+left out. Each size is checked first (piece_check.py): where that fails, no time of terrazzo is printed.
+
+Exit status: 0; 1 when a check failed; 2 for a request that cannot be right, and without a GPU.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from terrazzo.tools.command import exit_status, sizes
+from terrazzo.tools.command import DTYPE, exit_status, parser_of, sizes, with_form, writable
 from terrazzo.tools.device import HERE, screen, timing
 from terrazzo.tools.measure import KernelTime, Target, chain, floor_us, host_us, interleaved_us, kernel_times, layers_of
-from terrazzo.tools.models import DTYPES, Piece, config, pieces
+from terrazzo.tools.models import DTYPES, Piece, pieces
 from terrazzo.tools.piece_check import CompiledPiece, check_piece
 
 MODELS = ("llama-3.1-8b", "llama-3.2-1b")
@@ -141,15 +142,23 @@ def middle(name: str, tiny: bool = False, dtype: str = "bf16") -> Piece:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", default=",".join(MODELS), help="names or folders, comma-separated")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the weights")
-    parser.add_argument("--sizes", default=list(SIZES), type=sizes, help="numbers of tokens, comma-separated")
-    parser.add_argument("--contenders", default=",".join(CONTENDERS), help="comma-separated")
-    parser.add_argument("--max-autotune", action="store_true", help="also Inductor with max-autotune")
+    parser = parser_of("bench", __doc__)
+    models, usual, contenders = ",".join(MODELS), ",".join(map(str, SIZES)), ",".join(CONTENDERS)
+    known = f"{contenders},{AUTOTUNED}"
+    parser.add_argument("--models", default=models, help=f"names or folders, comma-separated (default: {models})")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help=DTYPE)
     parser.add_argument(
-        "--kernels", nargs="?", const="terrazzo", default="", help="time single kernels of these contenders"
+        "--sizes", default=list(SIZES), type=sizes, help=f"numbers of tokens, comma-separated (default: {usual})"
     )
+    parser.add_argument(
+        "--contenders", default=contenders, help=f"who is timed, of {known}, comma-separated (default: {contenders})"
+    )
+    parser.add_argument("--max-autotune", action="store_true", help=f"{AUTOTUNED} as well")
+    parser.add_argument(
+        "--kernels", nargs="?", const="terrazzo", default="", metavar="CONTENDERS",
+        help=f"time every single kernel as well, of those of {known} that are named, comma-separated, or of terrazzo "
+        "if none is (default: no single kernels)",
+    )  # fmt: skip
     parser.add_argument("--json", nargs="?", const="-", help="results as JSON, on the screen or to a file")
     options = parser.parse_args()
     for chosen in (options.contenders, options.kernels):
@@ -163,9 +172,8 @@ def main() -> int:
     options = _arguments()
     timing()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    models = options.models.split(",")
-    for name in models:
-        config(name)
+    models = with_form(options.models.split(","), options.dtype, named=True)
+    writable(options.json)
     contenders = options.contenders.split(",") + [AUTOTUNED] * options.max_autotune
     kernels = [k for k in options.kernels.split(",") if k]
     host = host_us(middle("llama-3.1-8b", tiny=True), 16, HERE)

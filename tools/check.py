@@ -2,11 +2,13 @@
 
     python -m terrazzo.tools.check                                       all models, on a GPU at their published sizes
     python -m terrazzo.tools.check --models llama-3.1-8b --sizes 1,16,2048 --json
-    python -m terrazzo.tools.check --tiny                                the tiny twins; what runs without a GPU
+    python -m terrazzo.tools.check --tiny                                their tiny twins, on a GPU as well
     python -m terrazzo.tools.check --range 1:8192                        plans for ranges of sizes, at their bounds
 
 Of each model the first, one middle and the last piece are checked: the others are the same piece. What is checked
-stands in piece_check.py. Without a GPU the kernels are interpreted. Exit status 1 when anything does not hold.
+stands in piece_check.py. Without a GPU the kernels are interpreted, and the models are always the tiny twins.
+
+Exit status: 0; 1 when anything does not hold; 2 for a request that cannot be right.
 """
 
 from __future__ import annotations
@@ -25,9 +27,10 @@ from itertools import groupby
 
 from rich.table import Table
 
-from terrazzo.tools.command import exit_status, sizes
+from terrazzo.lowering.errors import UserError
+from terrazzo.tools.command import DTYPE, exit_status, parser_of, size_range, sizes, with_form, writable
 from terrazzo.tools.device import HERE, screen
-from terrazzo.tools.models import DTYPES, Piece, config, names, pieces
+from terrazzo.tools.models import DTYPES, Piece, names, pieces
 from terrazzo.tools.piece_check import Result, bounds, check_sizes
 
 SIZES = (1, 2, 7, 16, 64, 128, 1000, 2048, 8192)
@@ -106,30 +109,36 @@ def table(results: Sequence[Result]) -> Table:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", default="all", help="names, comma-separated, or 'all'")
-    parser.add_argument("--sizes", type=sizes, help="numbers of tokens, comma-separated")
-    parser.add_argument("--range", metavar="LO:HI", help="plan for these sizes at once; default: at their bounds")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument("--tiny", action="store_true", help="the models' tiny twins")
-    parser.add_argument("--procs", type=int, help="processes; default: 8 on a GPU, as far as there are cores")
+    parser = parser_of("check", __doc__)
+    parser.add_argument("--models", default="all", help="names or folders, comma-separated, or 'all' (default)")
+    usual, interpreted = (",".join(map(str, known)) for known in (SIZES, INTERPRETED_SIZES))
+    parser.add_argument("--sizes", type=sizes, help="numbers of tokens, comma-separated (default: with --range as said "
+                        f"there, else {usual}, without a GPU {interpreted})")  # fmt: skip
+    parser.add_argument("--range", metavar="LO:HI", type=size_range, help="plans that serve every size of a range; "
+                        "without --sizes each is checked at its first two sizes, one inside and its last")  # fmt: skip
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help=DTYPE)
+    parser.add_argument("--tiny", action="store_true", help="the models' tiny twins; without a GPU always")
+    parser.add_argument("--procs", type=int, help="processes (default: 8 on a GPU, as far as there are cores, else 1)")
     parser.add_argument("--json", nargs="?", const="-", help="results as JSON, on the screen or to a file")
     return parser.parse_args()
 
 
-def _span(text: str) -> tuple[int, int]:
-    lo, _, hi = text.partition(":")
-    return int(lo), int(hi)
+def _at_least_one(options: argparse.Namespace) -> None:
+    """Refuses size 0: models take one token at least."""
+    for argument, asked in (("--sizes", options.sizes), ("--range", options.range)):
+        if 0 in (asked or ()):
+            raise UserError(f"{argument} with size 0", "a model has one token at least", stage="tools.check")
 
 
 def main() -> int:
     options = _arguments()
-    models = names() if options.models == "all" else options.models.split(",")
-    for name in models:
-        config(name)
+    _at_least_one(options)
+    everything = options.models == "all"
+    models = with_form(names() if everything else options.models.split(","), options.dtype, named=not everything)
+    writable(options.json)
     on_gpu = HERE.type == "cuda"
     usual = SIZES if on_gpu else INTERPRETED_SIZES
-    span = _span(options.range) if options.range else None
+    span = options.range
     asked = options.sizes or (() if span else usual)
     procs = options.procs or (min(8, os.cpu_count() or 1) if on_gpu else 1)
     started, results = time.perf_counter(), []

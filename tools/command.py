@@ -1,16 +1,32 @@
-"""What commands share: sizes on the command line, and what a command ends with."""
+"""What commands share: their help, what stands on the command line, and what a command ends with."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from terrazzo.lowering.errors import TerrazzoError, UserError
 
 # The largest size that a plan takes: an int of 32 bits.
 LARGEST = 2**31 - 1
+# What `--dtype` says of itself.
+DTYPE = (
+    "of the weights (default: bf16); with fp8 only the layers' matrices have eight bits, the rest is bf16, and "
+    "activations are quantised per token"
+)
+
+
+def parser_of(tool: str, text: str) -> argparse.ArgumentParser:
+    """A parser whose help is a module's docstring: its first paragraph above the arguments, the others below them."""
+    first, *others = text.split("\n\n")
+    return argparse.ArgumentParser(
+        prog=f"python -m terrazzo.tools.{tool}",
+        description=first,
+        epilog="\n\n".join(others),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
 def sizes(text: str) -> list[int]:
@@ -19,6 +35,60 @@ def sizes(text: str) -> list[int]:
     if not all(part.isdecimal() and int(part) <= LARGEST for part in parts):
         raise argparse.ArgumentTypeError(f"{text!r} is no comma-separated list of sizes up to {LARGEST}")
     return [int(part) for part in parts]
+
+
+def size_range(text: str) -> tuple[int, int]:
+    """A range LO:HI of sizes, both included, as the `type` of an argument."""
+    lo, _, hi = text.partition(":")
+    if not (lo.isdecimal() and hi.isdecimal() and int(hi) <= LARGEST):
+        raise argparse.ArgumentTypeError(f"{text!r} is no range like 1:16384")
+    if int(lo) > int(hi):
+        raise argparse.ArgumentTypeError(f"{text!r} begins beyond its end")
+    return int(lo), int(hi)
+
+
+def with_form(models: Sequence[str], dtype: str, named: bool) -> list[str]:
+    """Those of the models that have a form in a dtype, told before anything is run.
+
+    Args:
+        models: names or folders.
+        dtype: a key of `DTYPES`.
+        named: the models were asked for by name. Where they are simply all there are, one without a form is left out,
+            with a line on stderr.
+
+    Raises:
+        UserError: there is no model of a name, or one that was asked for has no form in that dtype.
+    """
+    # It brings triton in, and who imports this module may not have decided yet whether that interprets (device.py).
+    from terrazzo.tools.models import DTYPES, build
+
+    found = []
+    for name in models:
+        try:
+            build(name, dtype=DTYPES[dtype], device="meta", layers=1)
+        except UserError as error:
+            if named:
+                raise
+            print(f"left out: {error}", file=sys.stderr)
+        else:
+            found.append(name)
+    return found
+
+
+def writable(path: str | None) -> None:
+    """Makes the file that results go to where it is not there yet; None and '-' are no files.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    if path in (None, "-"):
+        return
+    try:
+        with open(path, "a"):
+            pass
+    except OSError as cause:
+        raise UserError(f"file {path!r}", f"it cannot be written: {cause.strerror}", stage="tools",
+                        remedy="Name one in a folder that is there.") from cause  # fmt: skip
 
 
 def exit_status(main: Callable[[], int]) -> int:

@@ -3,11 +3,14 @@
     python -m terrazzo.tools.conformance_models                           every architecture in tiny_models.py
     python -m terrazzo.tools.conformance_models --models llama,t5 --json
     python -m terrazzo.tools.conformance_models --dtype bf16              on a GPU; mixtures of experts stay in fp32
-    python -m terrazzo.tools.conformance_models --write docs/conformance.md
+    python -m terrazzo.tools.conformance_models --write docs/models.md
 
 Each is compiled with `dynamic=True` and called at two lengths and two batch sizes; every tensor of its output is
 compared with eager's by the rule of oracle.py. A line per model comes as soon as it is known. Without a GPU the kernels
-are interpreted, in fp32. Exit status 1 when a result is wrong, a model fails or one of its graphs was not compiled.
+are interpreted, in fp32.
+
+Exit status: 0; 1 when a result is wrong, a model fails or one of its graphs was not compiled; 2 for a request that
+cannot be right.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from terrazzo.tools.command import exit_status
+from terrazzo.tools.command import exit_status, parser_of, writable
 from terrazzo.tools.coverage import Coverage
 from terrazzo.tools.device import HERE, screen
 from terrazzo.tools.models import DTYPES
@@ -33,6 +36,8 @@ from terrazzo.tools.oracle import judge
 from terrazzo.tools.tiny_models import TABLE, architecture, model
 from terrazzo.tools.wide_model import run_wide
 
+# What a model of transformers can be in: layers of eight bits are those of tools/models alone.
+WHOLE = [name for name, dtype in DTYPES.items() if dtype.itemsize > 1]
 # Between them the results stand in a page.
 MARKS = ("<!-- models -->", "<!-- /models -->")
 # (batch, length) of the calls, in order; none equals a dimension of the models'.
@@ -99,7 +104,7 @@ def check(name: str, dtype: str = "fp32", sizes: Sequence[tuple[int, int]] = SIZ
 
     Args:
         name: a key of `TABLE`.
-        dtype: a key of `DTYPES`; a mixture of experts is run in fp32, since rounding to half precision alone changes
+        dtype: of `WHOLE`; a mixture of experts is run in fp32, since rounding to half precision alone changes
             which experts are chosen.
         sizes: (batch, length) of each call.
     """
@@ -222,9 +227,9 @@ def page(results: Sequence[Result], text: str) -> str:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", default="all", help="names, comma-separated, or 'all'")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser = parser_of("conformance_models", __doc__)
+    parser.add_argument("--models", default="all", help="names, comma-separated, or 'all' (default)")
+    parser.add_argument("--dtype", choices=WHOLE, default="fp32", help="of a model's weights (default: fp32)")
     parser.add_argument("--write", type=Path, help="a page of the documentation to put the results into")
     parser.add_argument("--json", nargs="?", const="-", help="results as JSON, on the screen or to a file")
     return parser.parse_args()
@@ -235,6 +240,8 @@ def main() -> int:
     names = list(TABLE) if options.models == "all" else options.models.split(",")
     for name in names:
         architecture(name)
+    writable(options.json)
+    writable(options.write and str(options.write))
     logging.getLogger("transformers").setLevel(logging.ERROR)
     results = []
     for result in check_all(names, options.dtype):

@@ -31,7 +31,7 @@ from terrazzo.lowering.errors import UserError
 from terrazzo.lowering.options import Options
 from terrazzo.lowering.pipeline import Journal
 from terrazzo.tools import dump_range, dump_text
-from terrazzo.tools.command import LARGEST, exit_status, sizes
+from terrazzo.tools.command import DTYPE, exit_status, parser_of, size_range, sizes, with_form
 from terrazzo.tools.dump_compile import Stats, compile_launch, launches
 from terrazzo.tools.dump_plan import STAGES, Dump, describe, label, make
 from terrazzo.tools.models import DTYPES, Piece, load_piece, names, pieces
@@ -42,61 +42,75 @@ BY_ARCH = {80: "a100", 90: "h200", 100: "b200"}
 LAYERS = 3
 # A pieces' list without the middle one's twin.
 DISTINCT_LAYERS = 2
+# What stands for arguments that were not given.
+DEFAULTS = {"piece": "1", "size": [16], "dtype": "bf16"}
+# Arguments beside which others would mean nothing: those others, why, and what to do.
+APART = (
+    ("range", ("size", "source", "stage", "ops", "ptx", "sass", "kernel"),
+     "it prints regimes and configs, and no module, stage, ops or code of one size", "Ask for these at a size."),
+    ("all_models", ("range", "piece", "source", "stage", "ops", "ptx", "sass", "kernel"),
+     "it compiles every kernel of every piece, and prints a line per piece and size", "Ask for these of one model."),
+    ("load", ("piece", "dtype"), "a file holds one piece, in dtypes of its own", "Save the piece you mean."),
+)  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     args = _parser().parse_args(arguments)
-    return exit_status(lambda: _all_models(args) if args.all_models else _one_piece(args))
+    return exit_status(lambda: _answer(args))
 
 
 def _parser() -> argparse.ArgumentParser:
-    text = __doc__.split("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m terrazzo.tools.dump_kernels",
-        description=text[0],
-        epilog="\n\n".join(text[1:]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("dump_kernels", __doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", help=f"one of {', '.join(names())}, or tiny-<name>")
     what.add_argument("--load", metavar="FILE", help="a saved piece")
     what.add_argument("--all-models", action="store_true", help="compile every kernel of every model")
-    parser.add_argument("--piece", default="1", help="index, or first, middle, last (default: 1)")
-    parser.add_argument("--size", default="16", type=sizes, help="tokens, comma-separated (default: 16)")
-    parser.add_argument("--range", metavar="LO:HI", type=_range, help="plans that serve every size of a range")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of a model's weights")
+    parser.add_argument("--piece", help="index, or first, middle, last (default: 1)")
+    parser.add_argument("--size", type=sizes, help="tokens, comma-separated (default: 16)")
+    parser.add_argument("--range", metavar="LO:HI", type=size_range, help="plans that serve every size of a range")
+    parser.add_argument("--dtype", choices=DTYPES, help=DTYPE)
     parser.add_argument("--target", help=f"device planned for: {', '.join(NAMED)} (default: h200)")
     parser.add_argument("--arch", type=int, choices=BY_ARCH, help="architecture instead of a device")
-    parser.add_argument("--no-fuse", action="store_true", help="every op its own kernel")
+    parser.add_argument("--no-fuse", action="store_true", help="a plan without fusion; casts and the like are still "
+                        "computed by whoever reads them, equal independent rows still share a launch")  # fmt: skip
     parser.add_argument("--source", action="store_true", help="print the generated module")
     parser.add_argument("--stage", help=f"print one stage's result: {', '.join(STAGES)}")
     parser.add_argument("--ops", action="store_true", help="list ops that run as themselves")
-    parser.add_argument("--stats", action="store_true", help="compile: registers, spills, shared memory, seconds")
+    parser.add_argument("--stats", action="store_true", help="compile: registers, spills, shared memory, seconds; "
+                        "exit status 1 where a kernel spills or does not fit")  # fmt: skip
     parser.add_argument("--ptx", action="store_true", help="compile and print PTX; with --stats after the report")
     parser.add_argument("--sass", action="store_true", help="compile and print SASS; with --stats after the report")
-    parser.add_argument("--kernel", help="only this kernel's PTX or SASS")
-    parser.add_argument("--json", action="store_true", help="a list with one object per size")
+    parser.add_argument("--kernel", help="with --ptx or --sass: only this kernel's code")
+    parser.add_argument("--json", action="store_true", help="a list: an object per size, of --all-models per launch")
     return parser
 
 
-def _range(text: str) -> tuple[int, int]:
-    lo, _, hi = text.partition(":")
-    if not (lo.isdecimal() and hi.isdecimal() and int(hi) <= LARGEST):
-        raise argparse.ArgumentTypeError(f"{text!r} is no range like 1:16384")
-    if int(lo) > int(hi):
-        raise argparse.ArgumentTypeError(f"{text!r} begins beyond its end")
-    return int(lo), int(hi)
+def _answer(args: argparse.Namespace) -> int:
+    """What was asked for, once it is known to make sense together."""
+    for name, others, fact, remedy in APART:
+        beside = [other for other in others if _given(args, other)] if _given(args, name) else []
+        if beside:
+            both = f"--{name} with {', '.join(f'--{other}' for other in beside)}".replace("_", "-")
+            raise UserError(both, fact, stage="tools.dump_kernels", remedy=remedy)
+    if args.kernel is not None and not (args.ptx or args.sass):
+        raise UserError(f"--kernel {args.kernel}", "it chooses whose code is printed, and no code was asked for",
+                        stage="tools.dump_kernels", remedy="Add --ptx or --sass.")  # fmt: skip
+    for name, usual in DEFAULTS.items():
+        if not _given(args, name):
+            setattr(args, name, usual)
+    if not args.load and not args.range and 0 in args.size:
+        raise UserError("--size 0", "a model has one token at least", stage="tools.dump_kernels")
+    return _all_models(args) if args.all_models else _one_piece(args)
+
+
+def _given(args: argparse.Namespace, name: str) -> bool:
+    return getattr(args, name) not in (None, False)
 
 
 def _one_piece(args: argparse.Namespace) -> int:
     if args.stage:
         _known("stage", args.stage, STAGES)
-    if args.range and (args.source or args.stage or args.ops or args.ptx or args.sass):
-        raise UserError("--range", "it prints regimes and configs, and no module, stage, ops or code",
-                        stage="tools.dump_kernels", remedy="Ask for these at a size.")  # fmt: skip
-    if args.model and not args.range and 0 in args.size:
-        raise UserError("--size 0", "a model has one token at least", stage="tools.dump_kernels")
     options = _options(args)
     piece, origin = _piece(args)
     if args.range:
@@ -214,9 +228,10 @@ def _print(dump: Dump, stats: Sequence[Stats], args: argparse.Namespace) -> None
 def _all_models(args: argparse.Namespace) -> int:
     """Every distinct piece of every model at every size, compiled; one process per core, a model at a time."""
     options = _options(args)
-    workers = min(len(os.sched_getaffinity(0)), len(names()))
+    models = with_form(names(), args.dtype, named=False)
+    workers = min(len(os.sched_getaffinity(0)), len(models))
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(_whole_model, name, args.size, options, args.dtype) for name in names()]
+        futures = [pool.submit(_whole_model, name, args.size, options, args.dtype) for name in models]
         rows = [row for future in futures for row in _told(future.result(), args.json)]
     bad = [row for row in rows if row["wrong"]]
     if args.json:

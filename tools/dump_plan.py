@@ -8,9 +8,7 @@ peak, what is predicted for it what it was chosen by.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
-
-import torch
+from typing import Any, NamedTuple
 
 from terrazzo.kernels.gemm_stream import asks_early
 from terrazzo.kernels.target import Target
@@ -34,10 +32,23 @@ from terrazzo.tools.models import Piece
 # Stages in the order in which they run: those of the trace, then those of one size.
 STAGES = tuple("intake canonicalize specialize define hoist depend fuse narrow select schedule emit".split())
 
-# Dense peaks in FLOP/s by architecture: 16-bit tensor cores, TF32 tensor cores, fp32 units. Source: NVIDIA's datasheets
-# of A100, H200 (SXM) and HGX B200. No kernel may beat a floor, so these are peaks: measured, an H200 reached 0.79e15 in
-# a bf16 product of 8192 cubed (torch 2.11, 2026-11-23).
-PEAKS = {80: (312e12, 156e12, 19.5e12), 90: (989e12, 494e12, 67e12), 100: (2250e12, 1125e12, 75e12)}
+class Peaks(NamedTuple):
+    """Dense FLOP/s: of 8-bit, 16-bit and TF32 tensor cores, and of fp32 units."""
+
+    eight: float
+    half: float
+    tf32: float
+    plain: float
+
+
+# By architecture. Source: NVIDIA's datasheets of A100, which multiplies no eight-bit floats, H200 (SXM) and HGX B200.
+# No kernel may beat a floor, so these are peaks: measured, an H200 reached 0.79e15 in a bf16 product of 8192 cubed
+# (torch 2.11, 2026-11-23).
+PEAKS = {
+    80: Peaks(312e12, 312e12, 156e12, 19.5e12),
+    90: Peaks(1979e12, 989e12, 494e12, 67e12),
+    100: Peaks(4500e12, 2250e12, 1125e12, 75e12),
+}
 
 
 @dataclass(frozen=True)
@@ -116,15 +127,15 @@ class Dump:
         return [k for k in self.kernels if not k.family]
 
     def totals(self) -> dict[str, Any]:
-        """Sums over kernels, and counts before and after fusion."""
+        """Sums over our kernels, and counts before and after fusion. What ops as themselves cost is not known."""
         return {
             "ops": self.ops,
             "computed": self.computed,
             "kernels": len(self.ours),
             "ops_as_themselves": len(self.foreign),
-            "bytes": sum(k.bytes for k in self.kernels),
-            "flops": sum(k.flops for k in self.kernels),
-            "floor_us": sum(k.floor_us for k in self.kernels),
+            "bytes": sum(k.bytes for k in self.ours),
+            "flops": sum(k.flops for k in self.ours),
+            "floor_us": sum(k.floor_us for k in self.ours),
             "predicted_us": sum(k.predicted_us or 0.0 for k in self.ours),
             "weight_bytes": self.weight_bytes,
         }
@@ -233,12 +244,13 @@ def _predicted_us(kernel: Kernel, memory_us: float, target: Target) -> float | N
 
 def _peak(group: Group, options: Options) -> float:
     """FLOP/s of the units that do this group's work."""
-    half, tf32, plain = PEAKS[options.target.arch]
+    peaks = PEAKS[options.target.arch]
     if group.contract is None:
-        return plain
-    if group.contract.a.layout.dtype in (torch.float16, torch.bfloat16):
-        return half
-    return tf32 if options.allow_tf32 else plain
+        return peaks.plain
+    itemsize = group.contract.a.layout.dtype.itemsize
+    if itemsize <= 2:
+        return peaks.eight if itemsize == 1 else peaks.half
+    return peaks.tf32 if options.allow_tf32 else peaks.plain
 
 
 def _held(name: str, values: Values) -> Held:

@@ -61,7 +61,7 @@ def _head(dump: Dump) -> list[str]:
     if total["weight_bytes"]:
         weights_us = total["weight_bytes"] / dump.target.bandwidth_bytes_s * 1e6
         weights = f"; weight matrices alone {_amount(total['weight_bytes'])}B, {weights_us:.1f} us"
-    us = f"{total['predicted_us']:.1f} us predicted{' without those ops' if dump.foreign else ''}"
+    us = f"{'without those ops ' if dump.foreign else ''}{total['predicted_us']:.1f} us predicted"
     lines.append(
         f"{us}; floor {total['floor_us']:.1f} us: {_amount(total['bytes'])}B, {_amount(total['flops'])}FLOP{weights}"
     )

@@ -58,8 +58,14 @@ class KernelTime:
 
 
 def floor_us(piece: Piece, size: int, target: Target) -> float:
-    """max(weight bytes / bandwidth of a copy, FLOPs of the products / PEAK_FLOPS); activations are left out."""
-    return max(piece.weight_bytes(size) / target.bandwidth_bytes_s, piece.flops(size) / PEAK_FLOPS) * 1e6
+    """max(weight bytes / bandwidth of a copy, FLOPs of the products / their peak); activations are left out."""
+    work = sum(flops / _peak(dtype) for dtype, flops in piece.products(size).items())
+    return max(piece.weight_bytes(size) / target.bandwidth_bytes_s, work) * 1e6
+
+
+def _peak(dtype: torch.dtype) -> float:
+    """FLOP/s of a product of such operands; of eight-bit ones as many more as the datasheet has, not measured."""
+    return PEAK_FLOPS * (2 if dtype.itemsize == 1 else 1)
 
 
 def layers_of(piece: Piece, size: int, device: torch.device) -> list[list[Any]]:
@@ -160,7 +166,7 @@ def _launches(loaded: Loaded) -> list[tuple[str, float | None]]:
             continue
         moved = sum(traffic(g, values) for g in kernel.segments) / target.bandwidth_bytes_s
         # The peak is that of the tensor cores, which only products use.
-        work = sum(flops(g) for g in kernel.segments if g.contract is not None) / PEAK_FLOPS
+        work = sum(flops(g) / _peak(g.contract.a.layout.dtype) for g in kernel.segments if g.contract is not None)
         found.append((f"{kernel.name}: {kernel.family} {kernel.config}", max(moved, work) * 1e6))
     return found
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
+import terrazzo.tools.device  # noqa: F401  before Triton is imported, whose interpreter it may choose
 from terrazzo.lowering.decompositions import table as decompositions
 from terrazzo.lowering.define import rules
 from terrazzo.lowering.errors import InternalError

@@ -8,13 +8,14 @@ ends, so configs timed alone (`tune_gemm.py`) do not tell. One launch after the 
 with which the piece is fastest; twice more among each launch's best, as long as there is time. The piece as it is
 planned runs in turn with every candidate, and ratios are to that. A config that changes the piece's result by more than
 its dtype explains is reported and never timed.
-The last lines are rows for a family's table, with what each launch then adds to the piece; exit status 1 when a config
-was wrong. A row serves the sizes below its own, down to the next: tune at the buckets of the table.
+The last lines are rows for a family's table, with what each launch then adds to the piece. A row serves the sizes below
+its own, down to the next: tune at the buckets of the table.
+
+Exit status: 0; 1 when a config was wrong; 2 for a request that cannot be right, and without a GPU.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import logging
@@ -36,7 +37,7 @@ from terrazzo.kernels.together import compiling_together
 from terrazzo.runtime import compilers
 from terrazzo.runtime.compiled import CompiledPiece
 from terrazzo.tools.bench import middle
-from terrazzo.tools.command import exit_status, sizes
+from terrazzo.tools.command import exit_status, parser_of, sizes, with_form, writable
 from terrazzo.tools.measure import chain, floor_us, interleaved_us, kernel_times, layers_of
 from terrazzo.tools.models import Piece
 from terrazzo.tools.piece_check import poisoned
@@ -243,17 +244,22 @@ def tune_size(piece: Piece, size: int, seconds: float, write: Callable[[dict[str
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m terrazzo.tools.tune_piece", description=__doc__.splitlines()[0])
-    parser.add_argument("--models", default="llama-3.1-8b,llama-3.2-1b")
-    parser.add_argument("--sizes", default="8,16,32,64,128", type=sizes, help="numbers of tokens, comma-separated")
-    parser.add_argument("--budget-s", type=float, default=600, help="seconds of timing in all, shared evenly")
+    parser = parser_of("tune_piece", __doc__)
+    parser.add_argument("--models", default="llama-3.1-8b,llama-3.2-1b",
+                        help="names or folders, comma-separated, in bf16 (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--sizes", default="8,16,32,64,128", type=sizes,
+                        help="numbers of tokens, comma-separated (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--budget-s", type=float, default=600,
+                        help="seconds of timing in all, shared evenly (default: %(default)s)")  # fmt: skip
     parser.add_argument("--json", default="", help="a file that gets every measurement, a JSON object a line")
     options = parser.parse_args()
     place.timing()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    models = with_form(options.models.split(","), "bf16", named=True)
+    writable(options.json or None)
     # Until this program ends.
     compilers.open_for(main)
-    work = [(model, size) for model in options.models.split(",") for size in options.sizes]
+    work = [(model, size) for model in models for size in options.sizes]
     share, wrong = options.budget_s / len(work), []
     with open(options.json or os.devnull, "a") as journal, torch.no_grad():
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import fx
 
-from terrazzo.lowering.errors import Unsupported
+from terrazzo.lowering.errors import Unsupported, UserError
 from terrazzo.tools import check, wide
+from terrazzo.tools.command import exit_status
 from terrazzo.tools.models import Piece, pieces
 from terrazzo.tools.piece_check import CompiledPiece, check_piece, sharing
 
@@ -185,3 +186,59 @@ def test_the_tool_exits_1_when_something_is_wrong(monkeypatch, capsys):
     assert check.main() == 1
     shown = capsys.readouterr()
     assert "1 checks, 1 wrong" in shown.out and "gpt2 last at 1: output 0: too far" in shown.err
+
+
+def nothing_is_run(*args):
+    raise AssertionError("it was run")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--sizes 0,1", "a model has one token at least"),
+        ("--range 0:5", "a model has one token at least"),
+        ("--json /nonexistent/x", "it cannot be written: No such file"),
+        ("--models llama-3.1-8b,gpt2 --dtype fp8", "gpt2 in fp8"),
+        ("--models llama-3.1-8b,gpt", "Did you mean gpt2?"),
+    ],
+)
+def test_a_request_that_cannot_be_right_is_refused_before_anything_is_run(monkeypatch, arguments, said):
+    monkeypatch.setattr(check, "check_all", nothing_is_run)
+    monkeypatch.setattr(sys, "argv", ["check", *arguments.split()])
+    with pytest.raises(UserError, match=said.replace("?", r"\?")):
+        check.main()
+
+
+@pytest.mark.parametrize("text", ["5", "9:3", "a:b"])
+def test_a_range_that_is_none_is_refused(monkeypatch, capsys, text):
+    monkeypatch.setattr(sys, "argv", ["check", "--range", text])
+    with pytest.raises(SystemExit) as refused:
+        check.main()
+    assert refused.value.code == 2 and repr(text) in capsys.readouterr().err
+
+
+def test_of_all_models_those_without_a_form_in_the_dtype_are_left_out(monkeypatch, capsys):
+    asked = []
+
+    def noted(models, *others):
+        asked.extend(models)
+        return iter([check.Result(model, "last", 1) for model in models])
+
+    monkeypatch.setattr(check, "check_all", noted)
+    monkeypatch.setattr(sys, "argv", ["check", "--dtype", "fp8"])
+    assert exit_status(check.main) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("left out")]
+    assert "gpt2" not in asked and len(asked) == len(check.names()) - 1
+    assert len(said) == 1 and "gpt2 in fp8" in said[0]
+
+
+def test_what_is_known_so_far_is_in_the_file(monkeypatch, tmp_path):
+    def broken(*args):
+        yield check.Result("gpt2", "last", 1)
+        raise RuntimeError("no luck")
+
+    monkeypatch.setattr(check, "check_all", broken)
+    monkeypatch.setattr(sys, "argv", ["check", "--models", "gpt2", "--json", str(tmp_path / "known.json")])
+    with pytest.raises(RuntimeError):
+        check.main()
+    assert [r["model"] for r in json.loads((tmp_path / "known.json").read_text())] == ["gpt2"]

@@ -12,7 +12,8 @@ import torch
 from terrazzo.lowering.errors import UserError
 from terrazzo.runtime import compiled
 from terrazzo.tools import conformance_models, tiny_models
-from terrazzo.tools.conformance_models import MARKS, Result, check, leaves, main, page
+from terrazzo.tools.conformance_models import MARKS, WHOLE, Result, check, leaves, main, page
+from terrazzo.tools.models import DTYPES
 
 SIZES = ((2, 7), (3, 9))
 # What may run as itself in them: attention, convolutions, and the choice of experts with their product.
@@ -95,6 +96,21 @@ def test_unknown_names_get_the_near_misses(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["conformance_models", "--models", "mixtrall"])
     with pytest.raises(UserError, match="Try mixtral"):
         main()
+
+
+@pytest.mark.parametrize("arguments", ["--json /nonexistent/x", "--write /nonexistent/x"])
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_run(monkeypatch, arguments):
+    monkeypatch.setattr(conformance_models, "check", None)
+    monkeypatch.setattr(sys, "argv", ["conformance_models", "--models", "llama", *arguments.split()])
+    with pytest.raises(UserError, match="it cannot be written: No such file"):
+        main()
+
+
+def test_whole_models_have_no_eight_bits(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["conformance_models", "--dtype", "fp8"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "invalid choice: 'fp8'" in capsys.readouterr().err and DTYPES[WHOLE[0]] is torch.bfloat16
 
 
 def test_results_replace_what_stood_between_the_marks():

@@ -6,15 +6,17 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import triton
 
+from terrazzo.tools import dump_kernels
 from terrazzo.tools.dump_kernels import main
 from terrazzo.tools.dump_plan import PEAKS, STAGES
-from terrazzo.tools.models import pieces, save_piece
+from terrazzo.tools.models import names, pieces, save_piece
 
 LLAMA = ["--model", "tiny-llama-3.1-8b"]
 
@@ -61,7 +63,7 @@ def test_the_published_piece_costs_what_its_weights_weigh(published):
 def test_a_floor_is_the_larger_of_bytes_and_flops(published):
     bandwidth = published["target"]["bandwidth_bytes_s"]
     for kernel in published["kernels"]:
-        peak = PEAKS[90][0] if kernel["family"].startswith("gemm") else PEAKS[90][2]
+        peak = PEAKS[90].half if kernel["family"].startswith("gemm") else PEAKS[90].plain
         memory_us, compute_us = kernel["bytes"] / bandwidth * 1e6, kernel["flops"] / peak * 1e6
         assert kernel["floor_us"] == pytest.approx(max(memory_us, compute_us))
         assert kernel["bound"] == ("compute" if compute_us > memory_us else "memory")
@@ -164,6 +166,38 @@ def test_a_saved_piece_gives_the_same_kernels(capsys, llama):
 def test_a_request_that_cannot_be_right_gets_near_misses(capsys, arguments, near):
     assert main(arguments) == 2
     assert near in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--model gpt2 --kernel mul_38", "--kernel mul_38: it chooses whose code is printed"),
+        ("--model gpt2 --kernel mul_38 --stats", "Add --ptx or --sass"),
+        ("--model gpt2 --range 1:64 --ptx --kernel mul_38", "--range with --ptx, --kernel: it prints regimes"),
+        ("--model gpt2 --range 1:64 --size 16", "--range with --size: it prints regimes"),
+        ("--all-models --piece 1", "--all-models with --piece: it compiles"),
+        ("--all-models --source --ops --stage fuse", "--all-models with --source, --stage, --ops: it"),
+        ("--all-models --range 1:64", "--all-models with --range: it compiles"),
+        ("--all-models --size 0", "a model has one token at least"),
+        ("--load piece.json --piece 0", "--load with --piece: a file holds one piece"),
+        ("--load piece.json --dtype bf16", "--load with --dtype: a file holds one piece"),
+        ("--model gpt2 --dtype fp8", "gpt2 in fp8"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(capsys, arguments, said):
+    assert main(arguments.split()) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_of_all_models_those_without_a_form_in_the_dtype_are_left_out(capsys, monkeypatch):
+    asked = []
+    monkeypatch.setattr(dump_kernels, "ProcessPoolExecutor", lambda workers, mp_context: ThreadPoolExecutor(workers))
+    monkeypatch.setattr(dump_kernels, "_whole_model", lambda name, *others: asked.append((name, *others)) or [])
+    assert main(["--all-models", "--dtype", "fp8", "--size", "1,2048", "--json"]) == 0
+    told = capsys.readouterr()
+    assert {name for name, *_ in asked} == {*names()} - {"gpt2"}
+    assert all((sizes, dtype) == ([1, 2048], "fp8") for _, sizes, _, dtype in asked)
+    assert json.loads(told.out) == [] and told.err.startswith("left out: gpt2 in fp8") and told.err.count("\n") == 1
 
 
 def test_a_size_that_is_none_is_refused(capsys):

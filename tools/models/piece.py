@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,10 +10,13 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
+from terrazzo.lowering.errors import UserError
 from terrazzo.tools.models.fakes import SizeSpec, Spec, from_dim, placeholders, spec_of, symbols_of, to_dim
 from terrazzo.tools.models.fill import draw
 from terrazzo.tools.models.ops import EXPERTS
 
+# Where a piece may stand in its model.
+KINDS = ("first", "middle", "last")
 _LINEARS = (F.linear, torch._C._nn.linear, torch._scaled_mm)
 
 
@@ -49,19 +53,21 @@ class Piece:
         return made
 
     def flops(self, size: int) -> int:
-        """Multiplications and additions of the matrix products for `size` tokens (experts: only those chosen); those of
-        eight bits, of which tensor cores do twice as many, count half."""
-        total = 0
+        """Multiplications and additions of the matrix products for `size` tokens."""
+        return sum(self.products(size).values())
+
+    def products(self, size: int) -> dict[torch.dtype, int]:
+        """The same by the weights' dtype; of experts only those that are chosen."""
+        total: dict[torch.dtype, int] = defaultdict(int)
         for node in self.graph.graph.nodes:
             if node.op == "call_function" and node.target in _LINEARS:
                 weight = node.args[1].meta["example_value"]
-                each = 1 if weight.dtype.itemsize == 1 else 2
-                total += each * _rows(node.args[0], size) * weight.shape[0] * weight.shape[1]
+                total[weight.dtype] += 2 * _rows(node.args[0], size) * weight.shape[0] * weight.shape[1]
             elif _is_experts(node):
                 per_token = node.args[1].meta["example_value"].shape[1]
-                banks = (a.meta["example_value"] for a in node.args[3:])
-                total += sum(2 * _rows(node.args[0], size) * per_token * b.shape[1] * b.shape[2] for b in banks)
-        return total
+                for bank in (a.meta["example_value"] for a in node.args[3:]):
+                    total[bank.dtype] += 2 * _rows(node.args[0], size) * per_token * bank.shape[1] * bank.shape[2]
+        return dict(total)
 
     def weight_bytes(self, size: int = 1) -> int:
         """Bytes of all weight matrices a call reads; of expert banks at most `size` * experts per token experts.
@@ -86,7 +92,28 @@ def kind_of(index: int, total: int) -> str:
 
 
 def piece_of(model: str, index: int, kind: str, graph: fx.GraphModule) -> Piece:
-    """A piece of a graph whose placeholders carry their values."""
+    """A piece of a graph such as a backend of torch.compile gets.
+
+    Args:
+        model: a name for reports.
+        index: its place among the model's pieces; 0 for a graph that stands alone.
+        kind: of `KINDS`; 'first' for a graph that stands alone.
+        graph: every placeholder has `meta['example_value']`, a fake tensor or a size, as Dynamo leaves them;
+            `meta['fill']`, a `Fill`, says how it is drawn (without one: normal numbers, or indices 0 and 1).
+
+    Returns:
+        A piece that holds this very graph.
+
+    Raises:
+        UserError: there is no such kind, or a placeholder has no value.
+        Unsupported: a placeholder is neither a tensor nor a size, or a size is no sum, product or quotient of symbols.
+    """
+    if kind not in KINDS:
+        raise UserError(f"piece of {model}", f"kind {kind!r} is none of {', '.join(KINDS)}", stage="models")
+    for node in placeholders(graph):
+        if "example_value" not in node.meta:
+            raise UserError(f"input {node.name}", "it has no meta['example_value']", stage="models",
+                            remedy="Take the graph that a backend of torch.compile gets.")  # fmt: skip
     specs = [spec_of(node) for node in placeholders(graph)]
     return Piece(model, index, kind, graph, tuple(i for i, s in enumerate(specs) if isinstance(s, SizeSpec)))
 

@@ -19,14 +19,13 @@ from torch import fx
 from terrazzo.lowering.errors import TerrazzoError, Unsupported, UserError
 from terrazzo.tools.models.fakes import Dim, SizeSpec, Spec, TensorSpec, retarget, spec_of, with_fakes
 from terrazzo.tools.models.fill import Fill
-from terrazzo.tools.models.piece import Piece, piece_of
+from terrazzo.tools.models.piece import KINDS, Piece, piece_of
 from terrazzo.tools.models.targets import name_of, target_of
 
 FORMAT = "terrazzo-piece-1"
 
 # A stack trace keeps the last three parts of a path, so that equal pieces give equal files on every machine.
 _SOURCE = re.compile(r'File "[^"]*?((?:[^"/]+/){0,2}[^"/]+)"')
-_KINDS = ("first", "middle", "last")
 _TORCH_NAMES = ("strided", "contiguous_format", "preserve_format", "channels_last")
 
 
@@ -55,9 +54,9 @@ def load_piece(path: str | Path, device: torch.device | str | None = None) -> Pi
     """
     try:
         data = json.loads(Path(path).read_text())
-        if data["format"] != FORMAT or data["kind"] not in _KINDS:
+        if data["format"] != FORMAT or data["kind"] not in KINDS:
             raise UserError(f"piece {path}", f"format {data['format']!r}, kind {data['kind']!r}; expected "
-                            f"{FORMAT!r} and one of {_KINDS}", stage="store")  # fmt: skip
+                            f"{FORMAT!r} and one of {KINDS}", stage="store")  # fmt: skip
         graph, specs = _graph_of(data["nodes"])
         if device is not None:
             specs = [s if isinstance(s, SizeSpec) else replace(s, device=torch.device(device)) for s in specs]

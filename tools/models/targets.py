@@ -29,10 +29,10 @@ _FUNCTIONS: tuple[tuple[str, Any, str], ...] = (
     (
         "torch",
         torch,
-        "Size abs add addmm amax arange bmm cat chunk clamp cos div einsum empty empty_like exp flatten full full_like "
-        "gather index_select log matmul max maximum mean min minimum mm mul neg ones ones_like permute pow reciprocal "
-        "repeat_interleave reshape rsqrt scatter sigmoid sin softmax split sqrt squeeze stack sub sum tanh topk "
-        "transpose unbind unsqueeze where zeros zeros_like",
+        "Size _scaled_mm abs add addmm amax arange bmm cat chunk clamp cos div einsum empty empty_like exp flatten "
+        "full full_like gather index_select layer_norm log matmul max maximum mean min minimum mm mul neg ones "
+        "ones_like permute pow reciprocal relu repeat_interleave reshape rms_norm rsqrt scatter sigmoid sin softmax "
+        "split sqrt squeeze stack sub sum tanh topk transpose unbind unsqueeze where zeros zeros_like",
     ),
     ("torch._C._nn", torch._C._nn, "gelu linear pad silu softplus"),
     (
