@@ -1,7 +1,7 @@
 """Tune the GEMMs of a model's middle piece where they run: a config is put into the plan, and the whole piece is timed.
 
     python -m terrazzo.tools.tune_piece --models llama-3.1-8b --sizes 8,16,32,64,128
-    python -m terrazzo.tools.tune_piece --models qwen3-8b --sizes 64 --budget-s 60 --json out.jsonl
+    python -m terrazzo.tools.tune_piece --models qwen3-8b --sizes 64 --dtype fp8 --budget-s 60 --json out.jsonl
 
 What a GEMM costs depends on its neighbours: with programmatic dependent launch it starts while the kernel before it
 ends, so configs timed alone (`tune_gemm.py`) do not tell. One launch after the other, heaviest first, takes the config
@@ -37,7 +37,7 @@ from terrazzo.kernels.together import compiling_together
 from terrazzo.runtime import compilers
 from terrazzo.runtime.compiled import CompiledPiece
 from terrazzo.tools.bench import middle
-from terrazzo.tools.command import exit_status, parser_of, sizes, with_form, writable
+from terrazzo.tools.command import DTYPE, exit_status, parser_of, sizes, with_form, writable
 from terrazzo.tools.measure import chain, floor_us, interleaved_us, kernel_times, layers_of
 from terrazzo.tools.models import Piece
 from terrazzo.tools.piece_check import poisoned
@@ -46,8 +46,11 @@ from terrazzo.tools.tune_gemm import persistent_space
 # Rounds over all launches, and how many of a launch's candidates each takes: all, then the best so far.
 ROUNDS = (None, 8, 4)
 REPLAYS = (5, 11, 21)
-# Largest change of a result, relative to its RMS, that another order of sums explains in bf16.
-CHANGE = 2e-2
+# Largest change of a result, relative to its RMS, that another order of sums explains in 16 bits; in eight, where it
+# moves what is quantised next across a tie, to a neighbour that is a sixteenth of it apart.
+CHANGE, CHANGE_OF_EIGHT = 2e-2, 5e-2
+# Dtypes whose products have kernels to choose among.
+TUNED = ("bf16", "fp16", "fp8")
 
 
 @dataclass
@@ -74,8 +77,10 @@ class Launch:
 
 
 def stream_space(problem: GemmProblem, target: Target) -> Iterator[gemm_stream.Config]:
-    """Tiles of either orientation, rings for one and two programs a multiprocessor."""
+    """Tiles of either orientation, as deep in bytes whatever the dtype, rings for one and two programs a
+    multiprocessor."""
     whole, accs = max(8, 1 << (problem.m - 1).bit_length()), problem.accumulators
+    wider = 2 // problem.dtype.itemsize
     if problem.m <= 32:
         shapes = [(whole, 64, False, k, s) for k in (64, 128) for s in (1, 2, 4)]
         shapes += [(64, n, True, k, s) for n in (32, 64) for k in (64, 128, 256) for s in (1, 2)]
@@ -89,11 +94,11 @@ def stream_space(problem: GemmProblem, target: Target) -> Iterator[gemm_stream.C
         tiles_of_w = -(-problem.n // n) * -(-problem.m // m)
         programs, rows = tiles_of_w * split, m if tokens_first else n
         sums_per_thread = m * n * accs / (32 * warps)
-        base = gemm_stream.Config(m, n, k, 1, warps, split, tokens_first)
+        base = gemm_stream.Config(m, n, k * wider, 1, warps, split, tokens_first)
         one = gemm_stream.smem_bytes(problem, base) - 1024
         stages = min(8, (target.smem_bytes // resident - 2048) // one)
         tiles_at_once = (stages - 1) * max(1, min(resident, programs / target.sm_count))
-        in_flight = n * k * accs * problem.dtype.itemsize * tiles_at_once
+        in_flight = n * base.block_k * accs * problem.dtype.itemsize * tiles_at_once
         fits = 0.4 <= programs / target.sm_count <= 6 and (split == 1 or tiles_of_w <= 100)
         holds = sums_per_thread <= 128 and (warps == 4 or (rows >= 128 and sums_per_thread >= 32))
         if fits and holds and stages >= 2 and in_flight >= 24_000:
@@ -126,6 +131,8 @@ class Tuning:
         with poisoned():
             self.expected = [_copied(value) for value in self.run(*self.layers[0])]
         self.planned = chain(self.run, self.layers)
+        eight = any(launch.problem.dtype.itemsize == 1 for launch in self.launches)
+        self.explained = CHANGE_OF_EIGHT if eight else CHANGE
         self.wrong: list[str] = []
 
     def _found(self) -> list[Launch]:
@@ -180,7 +187,7 @@ class Tuning:
                 filled = ~theirs.isnan()
                 ours, theirs = ours[filled].double(), theirs[filled].double()
                 relative = ((ours - theirs).square().mean() / theirs.square().mean()).sqrt().item()
-                if ours.numel() and not relative < CHANGE:
+                if ours.numel() and not relative < self.explained:
                     return relative
         return None
 
@@ -246,7 +253,8 @@ def tune_size(piece: Piece, size: int, seconds: float, write: Callable[[dict[str
 def main() -> int:
     parser = parser_of("tune_piece", __doc__)
     parser.add_argument("--models", default="llama-3.1-8b,llama-3.2-1b",
-                        help="names or folders, comma-separated, in bf16 (default: %(default)s)")  # fmt: skip
+                        help="names or folders, comma-separated (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--dtype", choices=TUNED, default="bf16", help=DTYPE)
     parser.add_argument("--sizes", default="8,16,32,64,128", type=sizes,
                         help="numbers of tokens, comma-separated (default: %(default)s)")  # fmt: skip
     parser.add_argument("--budget-s", type=float, default=600,
@@ -255,7 +263,7 @@ def main() -> int:
     options = parser.parse_args()
     place.timing()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    models = with_form(options.models.split(","), "bf16", named=True)
+    models = with_form(options.models.split(","), options.dtype, named=True)
     writable(options.json or None)
     # Until this program ends.
     compilers.open_for(main)
@@ -268,7 +276,7 @@ def main() -> int:
             journal.flush()
 
         for model, size in work:
-            piece = middle(model)
+            piece = middle(model, dtype=options.dtype)
             tuning = tune_size(piece, size, share, write)
             wrong += tuning.wrong
             floor, ratio = floor_us(piece, size, Target.current()), tuning.ratio(REPLAYS[-1])

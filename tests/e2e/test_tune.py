@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -30,6 +31,15 @@ def test_every_config_tried_fits_and_is_its_familys(m: int, n: int, k: int, pair
             assert config.stages > 1 and gemm_stream.smem_bytes(problem, config) <= H100.smem_bytes
             rows = config.block_m if config.tokens_first else config.block_n
             assert rows % (16 * config.warps) == 0
+
+
+@pytest.mark.parametrize("m", [1, 16, 64, 100])
+@pytest.mark.parametrize("paired", [False, True])
+def test_tiles_of_eight_bits_are_as_deep_in_bytes(m: int, paired: bool) -> None:
+    wide = GemmProblem(m, 4096, 4096, torch.bfloat16, paired=paired, pair_offset=4096)
+    found = [config for _, config in space(replace(wide, dtype=torch.float8_e4m3fn), H100)]
+    halves = [replace(config, block_k=config.block_k // 2) for config in found]
+    assert halves == [config for _, config in space(wide, H100)]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
