@@ -239,7 +239,7 @@ def in_bucket(row: Mapping[int, Measured], buckets: tuple[int, ...], m: int) -> 
 def tma_obstacle(problem: GemmProblem) -> str | None:
     """Return why TMA cannot read these operands, or None when it can."""
     if problem.batch != 1:
-        return f"batch is {problem.batch}; the descriptors are two-dimensional"
+        return f"batch is {problem.batch}, and the descriptors are two-dimensional"
     if problem.dtype not in TYPES:
         return f"dtype {problem.dtype} is not one of {', '.join(TYPES.values())}"
     if not problem.aligned:

@@ -79,7 +79,7 @@ WIDEST_HALVES = 64
 def supports(problem: GemmProblem) -> str | None:
     """Return why this family cannot do the problem, or None."""
     if problem.m > MOST_TOKENS:
-        return f"{problem.m} tokens; beyond {MOST_TOKENS} reading W is no longer the cost"
+        return f"{problem.m} tokens, and beyond {MOST_TOKENS} reading W is no longer the cost"
     if problem.dtype.itemsize == 1:
         return "it does not multiply eight-bit floats"
     if problem.halves > WIDEST_HALVES:

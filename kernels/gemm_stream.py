@@ -58,7 +58,7 @@ __all__ = [
 def supports(problem: GemmProblem) -> str | None:
     """Return why this family cannot do the problem, or None."""
     if problem.m > MOST_TOKENS:
-        return f"{problem.m} tokens; beyond {MOST_TOKENS} reading W is no longer the cost"
+        return f"{problem.m} tokens, and beyond {MOST_TOKENS} reading W is no longer the cost"
     if problem.dtype not in (torch.float16, torch.bfloat16, torch.float8_e4m3fn):
         return f"dtype {problem.dtype} is not float16, bfloat16 or float8_e4m3fn"
     if problem.dtype.itemsize == 1 and problem.layout == "kn":

@@ -17,6 +17,7 @@ import torch
 from .affine import contiguous_strides
 from .expr import Expr
 from .ir import Input, Node, Output, Spec
+from .show import dtype_name, expression
 
 # How the kinds of reductions begin whose result is every prefix's.
 RUNNING = "running_"
@@ -225,8 +226,25 @@ class Values:
         return self.views[name].base if name in self.views else name
 
     def __str__(self) -> str:
-        lines = []
-        for d in self.definitions.values():
-            lines.append(f"{type(d).__name__.lower()} %{d.name}" + (f"  # {d.source}" if d.source else ""))
+        lines = [_line(made) for made in self.definitions.values()]
         lines += [f"view %{n} of %{v.base} + {v.offset} {v.layout.shape}" for n, v in self.views.items()]
         return "\n".join(lines)
+
+
+def _line(made: Definition) -> str:
+    """One line: kind, name, shape and dtype, what it is, source line."""
+    head, where = f"{type(made).__name__.lower()} %{made.name}", f"  # {made.source}" if made.source else ""
+    if isinstance(made, Extern):
+        return f"{head} = {made.node.target}({', '.join(f'%{name}' for name in made.reads)}){where}"
+    head += f" {list(made.layout.shape)} {dtype_name(made.layout.dtype)}"
+    if isinstance(made, Map):
+        return f"{head} = {expression(made.expr)}{where}"
+    if isinstance(made, Reduce):
+        over = ", ".join(f"i{i} < {made.domain[i]}" for i in made.reduced)
+        return f"{head} = {made.kind} over {over or 'nothing'} of {expression(made.expr)}{where}"
+    if isinstance(made, Contract):
+        a, b = (f"%{v.base} {list(v.layout.shape)}" for v in (made.a, made.b))
+        return f"{head} = {a} @ {b}{where}"
+    if isinstance(made, Item):
+        return f"{head} = result {made.position} of %{made.of}{where}"
+    return f"{head}{where}"

@@ -165,6 +165,10 @@ def _arguments() -> argparse.Namespace:
         for name in filter(None, chosen.split(",")):
             if name not in (*CONTENDERS, AUTOTUNED):
                 parser.error(f"unknown contender {name!r}; there are {', '.join((*CONTENDERS, AUTOTUNED))}")
+    options.contenders = options.contenders.split(",") + [AUTOTUNED] * options.max_autotune
+    options.kernels = [name for name in options.kernels.split(",") if name]
+    if missing := [name for name in options.kernels if name not in options.contenders]:
+        parser.error(f"--kernels {', '.join(missing)}: not among those that are timed")
     return options
 
 
@@ -174,12 +178,10 @@ def main() -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     models = with_form(options.models.split(","), options.dtype, named=True)
     writable(options.json)
-    contenders = options.contenders.split(",") + [AUTOTUNED] * options.max_autotune
-    kernels = [k for k in options.kernels.split(",") if k]
     host = host_us(middle("llama-3.1-8b", tiny=True), 16, HERE)
     results: list[dict[str, Any]] = []
     for name in models:
-        results += bench_piece(middle(name, dtype=options.dtype), options.sizes, contenders, kernels)
+        results += bench_piece(middle(name, dtype=options.dtype), options.sizes, options.contenders, options.kernels)
     _report(options.json, results, host)
     return int(any(r["failures"] for r in results))
 

@@ -28,7 +28,7 @@ from itertools import groupby
 from rich.table import Table
 
 from terrazzo.lowering.errors import UserError
-from terrazzo.tools.command import DTYPE, exit_status, parser_of, size_range, sizes, with_form, writable
+from terrazzo.tools.command import DTYPE, exit_status, parser_of, positive, size_range, sizes, with_form, writable
 from terrazzo.tools.device import HERE, screen
 from terrazzo.tools.models import DTYPES, Piece, names, pieces
 from terrazzo.tools.piece_check import Result, bounds, check_sizes
@@ -118,7 +118,8 @@ def _arguments() -> argparse.Namespace:
                         "without --sizes each is checked at its first two sizes, one inside and its last")  # fmt: skip
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help=DTYPE)
     parser.add_argument("--tiny", action="store_true", help="the models' tiny twins; without a GPU always")
-    parser.add_argument("--procs", type=int, help="processes (default: 8 on a GPU, as far as there are cores, else 1)")
+    parser.add_argument("--procs", type=positive,
+                        help="processes (default: 8 on a GPU, as far as there are cores, else 1)")  # fmt: skip
     parser.add_argument("--json", nargs="?", const="-", help="results as JSON, on the screen or to a file")
     return parser.parse_args()
 

@@ -37,6 +37,13 @@ def sizes(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
+def positive(text: str) -> int:
+    """A number of things, one at least, as the `type` of an argument."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
+    return int(text)
+
+
 def size_range(text: str) -> tuple[int, int]:
     """A range LO:HI of sizes, both included, as the `type` of an argument."""
     lo, _, hi = text.partition(":")

@@ -32,6 +32,7 @@ from terrazzo.tools.models import Piece
 # Stages in the order in which they run: those of the trace, then those of one size.
 STAGES = tuple("intake canonicalize specialize define hoist depend fuse narrow select schedule emit".split())
 
+
 class Peaks(NamedTuple):
     """Dense FLOP/s: of 8-bit, 16-bit and TF32 tensor cores, and of fp32 units."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
@@ -35,7 +36,7 @@ def screen(dump: Dump, stats: Sequence[Stats] = ()) -> Group:
     parts.append(_table(dump, stats))
     wrong = [s for s in stats if s.wrong]
     parts += [Text(f"{s.kernel}: {s.wrong}", style="red") for s in wrong]
-    parts += _section("why this family and config", [f"{k.name}: {k.why}" for k in dump.ours])
+    parts += _section("why this family and config", _reasons(dump.ours))
     refusals = [f"{r.producer} + {r.consumer}: {r.reason}" for r in dump.refusals]
     parts += _section("not fused", refusals)
     if dump.foreign:
@@ -105,6 +106,23 @@ def _holds(kernel: KernelInfo) -> list[str]:
     if kernel.inlined:
         lines.append(f"+ {' '.join(h.name for h in kernel.inlined)}")
     return lines
+
+
+def _reasons(kernels: Sequence[KernelInfo]) -> list[str]:
+    """Why each kernel is what it is; what is said of several once, after them."""
+    clauses = {kernel.name: kernel.why.split("; ") for kernel in kernels}
+    said = Counter(clause for each in clauses.values() for clause in dict.fromkeys(each))
+    lines, shared = [], dict[str, list[str]]()
+    for name, each in clauses.items():
+        own = [clause for clause in each if said[clause] == 1]
+        lines += [f"{name}: {'; '.join(own)}"] if own else []
+        for clause in dict.fromkeys(each):
+            if said[clause] > 1:
+                shared.setdefault(clause, []).append(name)
+    together: dict[str, list[str]] = {}
+    for clause, names in shared.items():
+        together.setdefault(", ".join(names), []).append(clause)
+    return lines + [f"{names}: {'; '.join(each)}" for names, each in together.items()]
 
 
 def _ops(dump: Dump) -> list[str]:

@@ -24,9 +24,7 @@ CORES = 4
 KV_GIB = 4
 
 
-def in_turn(
-    runs: Sequence[Run], batches: Sequence[int], work: Path, rounds: int = ROUNDS
-) -> dict[str, dict[str, Any]]:
+def in_turn(runs: Sequence[Run], batches: Sequence[int], work: Path, rounds: int = ROUNDS) -> dict[str, dict[str, Any]]:
     """Engines that exist at the same time, each idle while another one is timed.
 
     Args:

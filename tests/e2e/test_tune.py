@@ -53,7 +53,14 @@ def test_without_a_gpu_it_says_so() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["tune_gemm --shapes foo", "tune_gemm --m x", "tune_gemm --families gemm_skinny", "tune_piece --sizes 1,x"],
+    [
+        "tune_gemm --shapes foo",
+        "tune_gemm --m x",
+        "tune_gemm --families gemm_skinny",
+        "tune_piece --sizes 1,x",
+        "bench --contenders terrazzo --kernels inductor",
+        "check --procs 0",
+    ],
 )
 def test_a_request_that_cannot_be_right_costs_a_line(command: str) -> None:
     done = run(*command.split())
