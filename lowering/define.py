@@ -43,8 +43,8 @@ COMPUTABLE = {
     torch.uint8,
     torch.bool,
 }
-# From this architecture on kernels also load, store and multiply matrices of eight-bit floats; nothing else is computed
-# in them.
+# From this architecture on kernels also load and store eight-bit floats. Nothing is computed in them but products of
+# matrices, on sm_90 (`rules_matmul.py`).
 FLOAT8, FLOAT8_ARCH = torch.float8_e4m3fn, 89
 
 

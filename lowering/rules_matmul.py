@@ -180,7 +180,8 @@ def _scaled(
         scale = d.layout(given)
         one = scale.numel == 1
         if scale.dtype != torch.float32 or not (one or (scale.dense and alike(scale.numel, count))):
-            raise Unsupported(node.name, f"its scales are {scale.shape} of {scale.dtype}", stage="define")
+            fact = f"its scales are {scale.shape} of {scale.dtype}, strides {scale.stride}"
+            raise Unsupported(node.name, fact, stage="define")
         element = d.read_broadcast(given, variables(scale.shape) if one else at_flat(at, scale.shape))
         value = apply("mul", value, element, dtype=torch.float32)
     if bias is not None:

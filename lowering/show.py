@@ -52,7 +52,7 @@ def _call(expr: Apply, room: int, inside: bool) -> str:
     infix = INFIX.get(expr.fn) if len(expr.args) == 2 else None
     parts = []
     for arg in expr.args:
-        parts.append(_text(arg, room, inside=infix is not None))
+        parts.append(_text(arg, room - 1, inside=infix is not None))
         room -= len(parts[-1]) + 2
     if infix is not None:
         text = f"{parts[0]} {infix} {parts[1]}"
@@ -62,11 +62,16 @@ def _call(expr: Apply, room: int, inside: bool) -> str:
 
 
 def _offset(offset: Affine, room: int) -> str:
+    if room < 0:
+        return "…"
     terms = []
     for atom, coefficient in offset.terms:
-        terms.append(_atom(atom, room) if coefficient == 1 else f"{coefficient} {_atom(atom, room)}")
+        terms.append(_atom(atom, room - 1) if coefficient == 1 else f"{coefficient} {_atom(atom, room - 1)}")
         room -= len(terms[-1])
     text = " + ".join(terms)
+    if not isinstance(offset.const, int):
+        # A size that is known at run time: comparing it would decide it.
+        return f"{text} + {offset.const}" if terms else str(offset.const)
     if not terms or not offset.const:
         return text or str(offset.const)
     return f"{text} - {-offset.const}" if offset.const < 0 else f"{text} + {offset.const}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
@@ -110,7 +111,7 @@ def _holds(kernel: KernelInfo) -> list[str]:
 
 def _reasons(kernels: Sequence[KernelInfo]) -> list[str]:
     """Why each kernel is what it is; what is said of several once, after them."""
-    clauses = {kernel.name: kernel.why.split("; ") for kernel in kernels}
+    clauses = {kernel.name: re.split("; (?=not gemm_)", kernel.why) for kernel in kernels if kernel.why}
     said = Counter(clause for each in clauses.values() for clause in dict.fromkeys(each))
     lines, shared = [], dict[str, list[str]]()
     for name, each in clauses.items():

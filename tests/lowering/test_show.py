@@ -36,6 +36,12 @@ def test_what_shares_its_parts_does_not_explode():
     for _ in range(200):
         expr = apply("add", expr, expr, dtype=torch.float32)
     assert len(expression(expr)) <= LONGEST + 2
+    deep, offset = of("x", COL), COL * 1000
+    for _ in range(600):
+        deep = apply("add", deep, of("y", COL), dtype=torch.float32)
+    for _ in range(60):
+        offset = offset.floordiv(3) + (offset * 7 + 5).mod(1009)
+    assert all(len(expression(long)) <= LONGEST + 2 for long in (deep, of("x", offset)))
 
 
 def test_a_stage_shows_what_each_value_is():
