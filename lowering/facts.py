@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from .ir import Input
 from .schedule import Schedule
+from .show import dtype_name
 from .size import Size, Span
 
 # Sizes after which the divisibility by 16 of what is linear in the size repeats.
@@ -86,7 +87,7 @@ class Facts:
             NotImplementedError: what the piece returns is nested in types that torch cannot write down.
         """
         arguments = [
-            [a.name, None if a.dtype is None else str(a.dtype).removeprefix("torch."), *map(_dims, (a.shape, a.stride))]
+            [a.name, None if a.dtype is None else dtype_name(a.dtype), *map(_dims, (a.shape, a.stride))]
             + _dims((a.value,))
             for a in self.arguments
         ]

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import sympy
 import torch
 
+from .show import dtype_name
 from .size import integer
 
 Dim: TypeAlias = int | sympy.Expr
@@ -72,7 +73,7 @@ class Spec:
         return integer(self.numel) * self.dtype.itemsize
 
     def __str__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
+        dtype = dtype_name(self.dtype)
         return f"{dtype}[{', '.join(map(str, self.shape))}]"
 
 

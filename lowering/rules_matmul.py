@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from ..kernels.tma import TMA_ALIGNMENT_BYTES
 from .affine import variables
 from .define import FLOAT8, Definer, at_flat, rule, rule_named
 from .errors import Unsupported
@@ -110,8 +111,6 @@ def _added(d: Definer, node: Node, product: Ref, layout: Layout) -> None:
     d.map(node, value)
 
 
-# TMA reads rows that begin at multiples of so many bytes.
-ROW_BYTES = 16
 # What a product of eight-bit floats is rounded to.
 ROUNDED = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -168,8 +167,8 @@ def _scaled(
     if a.layout.stride[1] != 1 or b.layout.stride[0] != 1:
         raise Unsupported(node.name, "its operands' rows do not lie along the depth", stage="define")
     begins = a.layout.stride[0], a.offset, b.layout.stride[1], b.offset
-    if not k or any(at % ROW_BYTES for at in begins):
-        fact = f"its operands' rows do not begin at multiples of {ROW_BYTES} bytes, or are empty"
+    if not k or any(at % TMA_ALIGNMENT_BYTES for at in begins):
+        fact = f"its operands' rows do not begin at multiples of {TMA_ALIGNMENT_BYTES} bytes, or are empty"
         raise Unsupported(node.name, fact, stage="define")
     sums = Layout.contiguous((m, n), torch.float32, layout.device)
     d.put(Contract(f"{name}_sums", sums, a, b, m, n, k, node.source, rounded=False))
