@@ -273,7 +273,7 @@ def alike(problem: GemmProblem, target: Target) -> Config:
     block_n = max(block_n, problem.summed)
     tiles = ceil(problem.n / block_n) * ceil(max(problem.m, 1) / block_m)
     # Tiles of 128 tokens are large: deep ones would leave a ring of two or three.
-    shallow = block_m > 64 and (problem.paired or block_n > 64 or problem.k > DEEP_K)
+    shallow = block_m > 64 and (problem.paired or block_n > 64 or _deep(problem))
     # The epilogue of eight-bit floats scales rows and columns: with four warps such a tile keeps some of it in memory.
     warps = 8 if block_m > 64 and (block_n > 64 or (tokens_first and itemsize == 1)) else 4
     block_k = (128 if shallow else 256) // itemsize
@@ -289,9 +289,14 @@ def alike(problem: GemmProblem, target: Target) -> Config:
 
 # Programs for such a share of the multiprocessors are enough: 80 of 132 ask for nearly all that memory gives.
 ENOUGH = 0.6
-# Beyond, x's rows from L2 cost two tiles of 64 tokens more than parts cost two halves of K: so it was for 12288 and
-# 14336 with 3584 and 4096 columns at 128 tokens, and not for 8192 and 9728 with 2048 to 3072.
-DEEP_K = 10000
+# Bytes of a row of x. Beyond, x's rows from L2 cost two tiles of 64 tokens more than parts cost two halves of K: so it
+# was for K of 12288 and 14336 with 3584 and 4096 columns at 128 tokens in 16 bits, and not for 8192 and 9728 with 2048
+# to 3072, nor for 14336 in eight bits.
+DEEP_BYTES = 20_000
+
+
+def _deep(problem: GemmProblem) -> bool:
+    return problem.k * problem.dtype.itemsize > DEEP_BYTES
 
 
 def _tile(problem: GemmProblem, sms: int) -> tuple[int, int, bool]:
@@ -307,8 +312,9 @@ def _tile(problem: GemmProblem, sms: int) -> tuple[int, int, bool]:
         return 64, 32 if programs(32) <= sms else 64, True
     if problem.summed > 64:
         # The sizes of tiles that won for 5120 columns, 4096 to 17408 deep, where each tile sums 128 of them.
-        return (128, 128, True) if problem.k > DEEP_K else (64, 128, False)
-    if programs(128) <= sms < programs(64):
+        return (128, 128, True) if _deep(problem) else (64, 128, False)
+    # Pairs of eight-bit tiles go to two programs a multiprocessor instead: 0.987 of 8B's piece.
+    if programs(128) <= sms < programs(64) and not (problem.paired and problem.dtype.itemsize == 1):
         return 128, 128, True
     if programs(64) * _most_splits(problem) >= ENOUGH * sms:
         return 128, 64, not problem.paired
@@ -319,7 +325,7 @@ def _most_splits(problem: GemmProblem) -> int:
     """Parts that K of a tile of 128 tokens is worth, at the most."""
     if problem.summed > 64:
         return 4
-    return 2 if problem.k > DEEP_K else 1
+    return 2 if _deep(problem) else 1
 
 
 def _splits(problem: GemmProblem, block_m: int, tiles: int, steps: int, sms: int) -> int:

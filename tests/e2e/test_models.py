@@ -334,10 +334,20 @@ def test_what_a_config_leaves_out_is_as_transformers_has_it(tmp_path: Path) -> N
     assert (made.experts, made.experts_per_token, made.rope_theta, made.kv_heads) == (8, 2, 1e6, 4)
 
 
+def test_a_mixture_of_qwen3_has_its_own_names(tmp_path: Path) -> None:
+    more = {"architectures": ["Qwen3MoeForCausalLM"], "norm_topk_prob": True, "num_experts": 16}
+    (tmp_path / "config.json").write_text(written(**more))
+    made = config(str(tmp_path))
+    assert (made.family, made.experts, made.experts_per_token, made.qk_norm) == ("mixtral", 16, 8, True)
+    assert (made.intermediate, made.head_dim) == (768, 128)
+
+
 @pytest.mark.parametrize(
     ("text", "fact"),
     [
         ("{", "cannot be read"),
+        (written(architectures=["Qwen3MoeForCausalLM"]), "it has norm_topk_prob"),
+        (written(mlp_only_layers=[0]), "it has mlp_only_layers"),
         ('{"architectures": ["FalconForCausalLM"]}', "its architecture is Falcon"),
         ('{"architectures": ["LlamaForCausalLM"], "hidden_size": 8}', "lacks intermediate_size"),
         ("[]", "its architecture is not said"),

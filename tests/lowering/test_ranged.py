@@ -261,6 +261,17 @@ def test_a_product_by_size_is_never_one_that_its_family_refuses(n: int, k: int) 
     assert next(choice.family for bound, choice in table if bound >= 16) == "gemm_stream"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize(("n", "k"), [(2048, 4096), (5120, 2048), (4096, 14336), (128, 2048)])
+def test_few_tokens_get_the_tile_of_their_size_without_measurements_too(n: int, k: int, dtype: torch.dtype) -> None:
+    options = Options(Target.named("h200"))
+    problem = GemmProblem(Span(1, 16384, 16384).size(), n, k, dtype)  # type: ignore[arg-type]
+    table = by_size("", problem, options)
+    for size in (1, 2, 8, 9, 16, 17, 24, 32, 33, 64, 65, 100, 128):
+        given = next(choice for bound, choice in table if size <= bound)
+        assert given.key == choose("", at_size(problem, size), options).key, size
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_a_launch_has_few_configs(name: str) -> None:
     for regime in published(name):

@@ -136,11 +136,28 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {"head_dim": 256, "attn_logit_softcapping": 50.0, "query_pre_attn_scalar": 256},
     ),
     "MixtralForCausalLM": ("mixtral", {"num_local_experts": 8, "num_experts_per_tok": 2, "rope_theta": 1e6}),
+    "Qwen3MoeForCausalLM": (
+        "mixtral",
+        {
+            "head_dim": 128,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+            "norm_topk_prob": False,
+        },
+    ),
 }
 
 # Entries without which a file says too little, and those that with another value make another model of it.
 _NEEDED = {"hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"}
-_PLAIN = {"attention_bias": False, "mlp_bias": False, "partial_rotary_factor": 1.0}
+_PLAIN = {
+    "attention_bias": False,
+    "mlp_bias": False,
+    "partial_rotary_factor": 1.0,
+    "mlp_only_layers": [],
+    "decoder_sparse_step": 1,
+    "norm_topk_prob": True,
+}
 
 
 def _read(path: Path) -> ModelConfig:
@@ -175,7 +192,7 @@ def _read(path: Path) -> ModelConfig:
         heads=heads,
         kv_heads=read.get("num_key_value_heads", heads),
         head_dim=read.get("head_dim", hidden // heads),
-        intermediate=read["intermediate_size"],
+        intermediate=read.get("moe_intermediate_size", read["intermediate_size"]),
         vocab=read["vocab_size"],
         max_positions=read.get("max_position_embeddings", 8192),
         norm_eps=read.get("rms_norm_eps", 1e-6),
@@ -184,7 +201,7 @@ def _read(path: Path) -> ModelConfig:
         qk_norm=name.startswith("Qwen3"),
         soft_cap=read.get("attn_logit_softcapping", 0.0),
         query_scale=scalar**-0.5 if scalar else 0.0,
-        experts=read.get("num_local_experts", 0),
+        experts=read.get("num_local_experts", read.get("num_experts", 0)),
         experts_per_token=read.get("num_experts_per_tok", 0),
     )
 
