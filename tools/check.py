@@ -27,7 +27,6 @@ from itertools import groupby
 
 from rich.table import Table
 
-from terrazzo.lowering.errors import UserError
 from terrazzo.tools.command import DTYPE, exit_status, parser_of, positive, size_range, sizes, with_form, writable
 from terrazzo.tools.device import HERE, screen
 from terrazzo.tools.models import DTYPES, Piece, names, pieces
@@ -124,16 +123,8 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _at_least_one(options: argparse.Namespace) -> None:
-    """Refuses size 0: models take one token at least."""
-    for argument, asked in (("--sizes", options.sizes), ("--range", options.range)):
-        if 0 in (asked or ()):
-            raise UserError(f"{argument} with size 0", "a model has one token at least", stage="tools.check")
-
-
 def main() -> int:
     options = _arguments()
-    _at_least_one(options)
     everything = options.models == "all"
     models = with_form(names() if everything else options.models.split(","), options.dtype, named=not everything)
     writable(options.json)

@@ -29,11 +29,11 @@ def parser_of(tool: str, text: str) -> argparse.ArgumentParser:
     )
 
 
-def sizes(text: str) -> list[int]:
+def sizes(text: str, least: int = 1) -> list[int]:
     """Comma-separated sizes, as the `type` of an argument."""
     parts = text.split(",")
-    if not all(part.isdecimal() and int(part) <= LARGEST for part in parts):
-        raise argparse.ArgumentTypeError(f"{text!r} is no comma-separated list of sizes up to {LARGEST}")
+    if not all(part.isdecimal() and least <= int(part) <= LARGEST for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is no comma-separated list of sizes from {least} to {LARGEST}")
     return [int(part) for part in parts]
 
 
@@ -44,11 +44,11 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def size_range(text: str) -> tuple[int, int]:
+def size_range(text: str, least: int = 1) -> tuple[int, int]:
     """A range LO:HI of sizes, both included, as the `type` of an argument."""
     lo, _, hi = text.partition(":")
-    if not (lo.isdecimal() and hi.isdecimal() and int(hi) <= LARGEST):
-        raise argparse.ArgumentTypeError(f"{text!r} is no range like 1:16384")
+    if not (lo.isdecimal() and hi.isdecimal() and least <= int(lo) and int(hi) <= LARGEST):
+        raise argparse.ArgumentTypeError(f"{text!r} is no range like {least}:16384")
     if int(lo) > int(hi):
         raise argparse.ArgumentTypeError(f"{text!r} begins beyond its end")
     return int(lo), int(hi)

@@ -23,6 +23,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 from terrazzo.kernels.target import NAMED, Target
@@ -50,6 +51,8 @@ APART = (
      "it prints regimes and configs, and no module, stage, ops or code of one size", "Ask for these at a size."),
     ("all_models", ("range", "piece", "source", "stage", "ops", "ptx", "sass", "kernel"),
      "it compiles every kernel of every piece, and prints a line per piece and size", "Ask for these of one model."),
+    ("stage", ("ops", "source", "stats", "json"), "it prints a stage's result alone", "Ask for one after the other."),
+    ("ops", ("source", "stats"), "it lists ops and prints nothing else", "Ask for one after the other."),
     ("load", ("piece", "dtype"), "a file holds one piece, in dtypes of its own", "Save the piece you mean."),
 )  # fmt: skip
 
@@ -67,8 +70,9 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--load", metavar="FILE", help="a saved piece")
     what.add_argument("--all-models", action="store_true", help="compile every kernel of every model")
     parser.add_argument("--piece", help="index, or first, middle, last (default: 1)")
-    parser.add_argument("--size", type=sizes, help="tokens, comma-separated (default: 16)")
-    parser.add_argument("--range", metavar="LO:HI", type=size_range, help="plans that serve every size of a range")
+    parser.add_argument("--size", type=partial(sizes, least=0), help="tokens, comma-separated (default: 16)")
+    parser.add_argument("--range", metavar="LO:HI", type=partial(size_range, least=0),
+                        help="plans that serve every size of a range")  # fmt: skip
     parser.add_argument("--dtype", choices=DTYPES, help=DTYPE)
     parser.add_argument("--target", help=f"device planned for: {', '.join(NAMED)} (default: h200)")
     parser.add_argument("--arch", type=int, choices=BY_ARCH, help="architecture instead of a device")
@@ -99,8 +103,9 @@ def _answer(args: argparse.Namespace) -> int:
     for name, usual in DEFAULTS.items():
         if not _given(args, name):
             setattr(args, name, usual)
-    if not args.load and not args.range and 0 in args.size:
-        raise UserError("--size 0", "a model has one token at least", stage="tools.dump_kernels")
+    if not args.load and 0 in (args.range or args.size):
+        option = "--range from 0" if args.range else "--size 0"
+        raise UserError(option, "a model has one token at least", stage="tools.dump_kernels")
     return _all_models(args) if args.all_models else _one_piece(args)
 
 
