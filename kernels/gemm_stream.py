@@ -223,6 +223,10 @@ def gemm_stream_kernel(
         acc, acc2 = warpgroup_mma_wait(0, deps=(acc, acc2))
     else:
         acc = warpgroup_mma_wait(0, deps=(acc,))
+    if WARPS > 4:
+        # What follows may use the ring's memory, and four warps wait for products of their own only, while the others'
+        # still read it (https://github.com/triton-lang/triton/issues/11047).
+        gl.thread_barrier()
     if LOAD_PARTS is not None:
         t = t + (sum_of_parts(parts, n),)
     if LOADS is not None:

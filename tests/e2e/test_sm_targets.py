@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 
-from terrazzo.tools.sass import SHARED_LIMIT_BYTES, families
+from terrazzo.tools.sass import SHARED_LIMIT_BYTES, compile_isolated, families
 
 PER_FAMILY = 8
 
@@ -30,3 +31,24 @@ def test_every_family_compiles_within_limits(arch):
     # Older architectures may lack what a family is built on (TMA); the one the configs were measured on may not.
     if arch == 90:
         assert set(families()) == {row["family"] for row in rows}
+
+
+def unordered(ptx: str) -> list[str]:
+    """What writes shared memory behind products, before a barrier of all warps stands between."""
+    found, waited = [], True
+    for line in map(str.strip, ptx.splitlines()):
+        if "wgmma.mma_async" in line or "wgmma.wait_group" in line:
+            waited = False
+        elif re.match(r"bar\.sync|barrier\.(cta\.)?sync", line):
+            waited = True
+        elif not waited and re.search(r"(^|\s)(st\.shared|stmatrix|cp\.async\.(bulk|ca|cg))", line):
+            found.append(line)
+    return found
+
+
+@pytest.mark.slow
+def test_eight_warps_wait_for_each_others_products_before_the_rings_memory_is_used_again():
+    rows = compile_isolated("gemm_stream", 90, match="warps 8", show="ptx")
+    assert any("paired" in row.label for row in rows)
+    for row in rows:
+        assert "wgmma.mma_async" in row.code and not unordered(row.code), row.label
