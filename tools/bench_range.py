@@ -2,6 +2,7 @@
 
     python -m terrazzo.tools.bench_range                               Llama-3.1-8B and 3.2-1B, 1 to 16384 tokens
     python -m terrazzo.tools.bench_range --models gpt2 --sizes 1,17,333,3001 --json
+    python -m terrazzo.tools.bench_range --models llama-3.1-8b --dtype fp8 --sizes 8,32,128      shapes without rows
 
 Both run the middle piece in CUDA graphs, replayed in turn, over layers with weights of their own (measure.py). Each
 size is checked first; where that fails no time is printed. Exit status 1 when a check failed or the range's plan is
@@ -22,9 +23,10 @@ from rich.table import Table
 
 import terrazzo.tools.device as place  # before Triton is imported, whose interpreter it may choose
 from terrazzo.runtime.compiled import CompiledPiece
-from terrazzo.tools.command import exit_status, sizes
+from terrazzo.tools.bench import middle
+from terrazzo.tools.command import DTYPE, exit_status, parser_of, positive, sizes, with_form
 from terrazzo.tools.measure import chain, interleaved_us, layers_of
-from terrazzo.tools.models import Piece, pieces
+from terrazzo.tools.models import DTYPES, Piece
 from terrazzo.tools.piece_check import check_sizes
 
 MODELS = "llama-3.1-8b,llama-3.2-1b"
@@ -73,17 +75,25 @@ def table(found: Sequence[dict[str, Any]]) -> Table:
     return made
 
 
+def _arguments() -> argparse.Namespace:
+    parser = parser_of("bench_range", __doc__)
+    parser.add_argument("--models", default=MODELS, help=f"names or folders, comma-separated (default: {MODELS})")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help=DTYPE)
+    parser.add_argument("--sizes", default=sizes(SIZES), type=sizes,
+                        help=f"numbers of tokens, comma-separated (default: {SIZES})")  # fmt: skip
+    parser.add_argument("--largest", type=positive, default=LARGEST,
+                        help=f"the range's largest size (default: {LARGEST})")  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="a list: an object per size")
+    return parser.parse_args()
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", default=MODELS, help="names, comma-separated")
-    parser.add_argument("--sizes", default=SIZES, type=sizes, help="numbers of tokens, comma-separated")
-    parser.add_argument("--largest", type=int, default=LARGEST, help="the range's largest size")
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
+    options = _arguments()
+    models = with_form(options.models.split(","), options.dtype, named=True)
     place.timing()
     found: list[dict[str, Any]] = []
-    for name in options.models.split(","):
-        found += bench(pieces(name, device=place.HERE)[1], options.sizes, options.largest)
+    for name in models:
+        found += bench(middle(name, dtype=options.dtype), options.sizes, options.largest)
     if options.json:
         print(json.dumps(found))
     else:
