@@ -36,7 +36,7 @@ EARLY = ("gemm_stream", "pointwise", "norm", "rope", "gather", "rows")
 BY_RULE = ("gemm_stream",)
 # What a choice may take longer than the best for a size.
 LOSS = 0.03
-# Kernels compiled for one launch of a range, at most.
+# Kernels compiled for one launch of a range, at most, beside those of `BY_RULE`: five, a power of two each.
 MOST = 12
 
 
@@ -130,7 +130,8 @@ def _fewer(best: Mapping[int, Choice], problem: GemmProblem, options: Options) -
     }
     kept = [c for c in candidates if c.family in BY_RULE]
     left = set(best).difference(*(serves[c.key] for c in kept))
-    while left and len(kept) < MOST:
+    most = len(kept) + MOST
+    while left and len(kept) < most:
         kept.append(max(candidates, key=lambda c: len(serves[c.key] & left)))
         left -= serves[kept[-1].key]
 

@@ -22,6 +22,7 @@ import torch
 from rich.table import Table
 
 import terrazzo.tools.device as place  # before Triton is imported, whose interpreter it may choose
+from terrazzo.lowering.errors import UserError
 from terrazzo.runtime.compiled import CompiledPiece
 from terrazzo.tools.bench import middle
 from terrazzo.tools.command import DTYPE, exit_status, parser_of, positive, sizes, with_form
@@ -89,6 +90,9 @@ def _arguments() -> argparse.Namespace:
 
 def main() -> int:
     options = _arguments()
+    if beyond := [size for size in options.sizes if size > options.largest]:
+        fact = f"the range ends at {options.largest}"
+        raise UserError(f"sizes {beyond}", fact, stage="tools.bench_range", remedy="Give a larger --largest.")
     models = with_form(options.models.split(","), options.dtype, named=True)
     place.timing()
     found: list[dict[str, Any]] = []

@@ -51,8 +51,9 @@ APART = (
      "it prints regimes and configs, and no module, stage, ops or code of one size", "Ask for these at a size."),
     ("all_models", ("range", "piece", "source", "stage", "ops", "ptx", "sass", "kernel"),
      "it compiles every kernel of every piece, and prints a line per piece and size", "Ask for these of one model."),
-    ("stage", ("ops", "source", "stats", "json"), "it prints a stage's result alone", "Ask for one after the other."),
-    ("ops", ("source", "stats"), "it lists ops and prints nothing else", "Ask for one after the other."),
+    ("stage", ("ops", "source", "stats", "ptx", "sass", "json"),
+     "it prints a stage's result alone", "Ask for one after the other."),
+    ("ops", ("source", "stats", "ptx", "sass"), "it lists ops and prints nothing else", "Ask for one after the other."),
     ("load", ("piece", "dtype"), "a file holds one piece, in dtypes of its own", "Save the piece you mean."),
 )  # fmt: skip
 

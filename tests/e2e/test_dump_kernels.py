@@ -185,7 +185,7 @@ def test_a_request_that_cannot_be_right_gets_near_misses(capsys, arguments, near
         ("--model gpt2 --range 0:64", "--range from 0: a model has one token at least"),
         ("--model gpt2 --stage fuse --source --stats", "--stage with --source, --stats: it prints a stage's result"),
         ("--model gpt2 --stage fuse --json", "--stage with --json: it prints a stage's result"),
-        ("--model gpt2 --ops --stats", "--ops with --stats: it lists ops"),
+        ("--model gpt2 --ops --stats --sass", "--ops with --stats, --sass: it lists ops"),
         ("--load piece.json --piece 0", "--load with --piece: a file holds one piece"),
         ("--load piece.json --dtype bf16", "--load with --dtype: a file holds one piece"),
         ("--model gpt2 --dtype fp8", "gpt2 in fp8"),

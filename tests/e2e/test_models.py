@@ -336,10 +336,19 @@ def test_what_a_config_leaves_out_is_as_transformers_has_it(tmp_path: Path) -> N
 
 def test_a_mixture_of_qwen3_has_its_own_names(tmp_path: Path) -> None:
     more = {"architectures": ["Qwen3MoeForCausalLM"], "norm_topk_prob": True, "num_experts": 16}
-    (tmp_path / "config.json").write_text(written(**more))
+    (tmp_path / "config.json").write_text(written(**more, intermediate_size=None))
     made = config(str(tmp_path))
     assert (made.family, made.experts, made.experts_per_token, made.qk_norm) == ("mixtral", 16, 8, True)
-    assert (made.intermediate, made.head_dim) == (768, 128)
+    assert (made.intermediate, made.head_dim, made.kv_heads) == (768, 16, 4)
+    tiny = config(str(tmp_path), tiny=True)
+    assert tiny.experts_per_token < tiny.experts
+
+
+def test_what_another_architectures_entries_are_called_says_nothing(tmp_path: Path) -> None:
+    others = {"num_experts": 4, "moe_intermediate_size": 8, "norm_topk_prob": False, "decoder_sparse_step": 2}
+    (tmp_path / "config.json").write_text(written(**others, architectures=["LlamaForCausalLM"]))
+    made = config(str(tmp_path))
+    assert (made.experts, made.intermediate) == (0, 128)
 
 
 @pytest.mark.parametrize(
@@ -347,7 +356,10 @@ def test_a_mixture_of_qwen3_has_its_own_names(tmp_path: Path) -> None:
     [
         ("{", "cannot be read"),
         (written(architectures=["Qwen3MoeForCausalLM"]), "it has norm_topk_prob"),
-        (written(mlp_only_layers=[0]), "it has mlp_only_layers"),
+        (
+            written(architectures=["Qwen3MoeForCausalLM"], norm_topk_prob=True, mlp_only_layers=[0]),
+            "it has mlp_only_layers",
+        ),
         ('{"architectures": ["FalconForCausalLM"]}', "its architecture is Falcon"),
         ('{"architectures": ["LlamaForCausalLM"], "hidden_size": 8}', "lacks intermediate_size"),
         ("[]", "its architecture is not said"),

@@ -59,6 +59,7 @@ def test_without_a_gpu_it_says_so() -> None:
         "tune_gemm --families gemm_skinny",
         "tune_piece --sizes 1,x",
         "tune_piece --sizes 0,1",
+        "bench_range --sizes 1,64 --largest 32",
         "bench --contenders terrazzo --kernels inductor",
         "check --procs 0",
     ],

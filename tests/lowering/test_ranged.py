@@ -272,6 +272,15 @@ def test_few_tokens_get_the_tile_of_their_size_without_measurements_too(n: int, 
         assert given.key == choose("", at_size(problem, size), options).key, size
 
 
+@pytest.mark.parametrize(("device", "n", "k"), [("h100", 6144, 4096), ("h200", 3072, 2048)])
+def test_few_tokens_take_no_config_from_what_was_measured_for_many(device: str, n: int, k: int) -> None:
+    options = Options(Target.named(device))
+    problem = GemmProblem(Span(2, 16384, 16384).size(), n, k, torch.bfloat16)  # type: ignore[arg-type]
+    for bound, given in by_size("", problem, options):
+        own = choose("", at := at_size(problem, bound), options)
+        assert given.key == own.key or not _measured(own, at, options), bound
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_a_launch_has_few_configs(name: str) -> None:
     for regime in published(name):

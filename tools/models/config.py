@@ -139,7 +139,7 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen3MoeForCausalLM": (
         "mixtral",
         {
-            "head_dim": 128,
+            "num_key_value_heads": 4,
             "num_experts": 128,
             "num_experts_per_tok": 8,
             "moe_intermediate_size": 768,
@@ -147,17 +147,14 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+# Where an architecture's entries have other names.
+_NAMED = {"Qwen3MoeForCausalLM": {"intermediate_size": "moe_intermediate_size", "num_local_experts": "num_experts"}}
 
 # Entries without which a file says too little, and those that with another value make another model of it.
 _NEEDED = {"hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"}
-_PLAIN = {
-    "attention_bias": False,
-    "mlp_bias": False,
-    "partial_rotary_factor": 1.0,
-    "mlp_only_layers": [],
-    "decoder_sparse_step": 1,
-    "norm_topk_prob": True,
-}
+_PLAIN = {"attention_bias": False, "mlp_bias": False, "partial_rotary_factor": 1.0}
+# The same of one architecture.
+_PLAIN_OF = {"Qwen3MoeForCausalLM": {"norm_topk_prob": True, "mlp_only_layers": [], "decoder_sparse_step": 1}}
 
 
 def _read(path: Path) -> ModelConfig:
@@ -175,11 +172,13 @@ def _read(path: Path) -> ModelConfig:
     name = next(iter(written.get("architectures", ())), "not said")
     if name not in _FAMILIES:
         raise refused(f"its architecture is {name}")
-    if missing := _NEEDED - set(written):
-        raise refused(f"its config.json lacks {', '.join(sorted(missing))}")
     family, usual = _FAMILIES[name]
     read = {**usual, **written}
-    if other := [key for key, plain in _PLAIN.items() if read.get(key, plain) != plain]:
+    named = {key: _NAMED.get(name, {}).get(key, key) for key in ("intermediate_size", "num_local_experts")}
+    if missing := {named.get(key, key) for key in _NEEDED} - set(read):
+        raise refused(f"its config.json lacks {', '.join(sorted(missing))}")
+    known = _PLAIN | _PLAIN_OF.get(name, {})
+    if other := [key for key, plain in known.items() if read.get(key, plain) != plain]:
         raise refused(f"it has {', '.join(other)}")
     heads, hidden = read["num_attention_heads"], read["hidden_size"]
     theta, scaling = _rope(read, refused)
@@ -192,7 +191,7 @@ def _read(path: Path) -> ModelConfig:
         heads=heads,
         kv_heads=read.get("num_key_value_heads", heads),
         head_dim=read.get("head_dim", hidden // heads),
-        intermediate=read.get("moe_intermediate_size", read["intermediate_size"]),
+        intermediate=read[named["intermediate_size"]],
         vocab=read["vocab_size"],
         max_positions=read.get("max_position_embeddings", 8192),
         norm_eps=read.get("rms_norm_eps", 1e-6),
@@ -201,7 +200,7 @@ def _read(path: Path) -> ModelConfig:
         qk_norm=name.startswith("Qwen3"),
         soft_cap=read.get("attn_logit_softcapping", 0.0),
         query_scale=scalar**-0.5 if scalar else 0.0,
-        experts=read.get("num_local_experts", read.get("num_experts", 0)),
+        experts=read.get(named["num_local_experts"], 0),
         experts_per_token=read.get("num_experts_per_tok", 0),
     )
 
@@ -238,4 +237,5 @@ def _tiny(c: ModelConfig) -> ModelConfig:
         rope_scaling=c.rope_scaling and replace(c.rope_scaling, original_max_positions=128),
         query_scale=c.query_scale and head_dim**-0.5,
         experts=min(c.experts, 4),
+        experts_per_token=min(c.experts_per_token, 2),
     )
