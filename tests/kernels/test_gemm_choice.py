@@ -164,13 +164,11 @@ def _same_tile(problem: GemmProblem, best: gemm_stream.Config) -> bool:
 
 def test_eight_bits_are_as_deep_as_their_bytes() -> None:
     # What tuning found for 8B at 128 tokens on an H200: down whole, pairs in two programs a multiprocessor.
-    deep = GemmProblem(128, 4096, 14336, torch.float8_e4m3fn)
-    tile = gemm_stream.choose(deep, H200)[0]
-    assert (tile.block_m, tile.block_n, tile.block_k, tile.split_k) == (64, 64, 256, 1)
+    tile = gemm_stream.choose(GemmProblem(128, 4096, 14336, torch.float8_e4m3fn), H200)[0]
+    assert tile == replace(tile, block_m=64, block_n=64, block_k=256, split_k=1)
     pair = GemmProblem(128, 14336, 4096, torch.float8_e4m3fn, paired=True, pair_offset=14336)
     tile = gemm_stream.choose(pair, H200)[0]
-    assert (tile.block_m, tile.block_n, tile.block_k, tile.stages, tile.warps) == (128, 64, 128, 3, 4)
-    assert 2 * gemm_stream.smem_bytes(pair, tile) <= H200.smem_bytes
+    assert tile == gemm_stream.Config(128, 64, 128, 3, 4, 1)
 
 
 def test_the_rule_is_near_the_table() -> None:
