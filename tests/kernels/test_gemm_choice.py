@@ -167,8 +167,7 @@ def test_eight_bits_are_as_deep_as_their_bytes() -> None:
     tile = gemm_stream.choose(GemmProblem(128, 4096, 14336, torch.float8_e4m3fn), H200)[0]
     assert tile == replace(tile, block_m=64, block_n=64, block_k=256, split_k=1)
     pair = GemmProblem(128, 14336, 4096, torch.float8_e4m3fn, paired=True, pair_offset=14336)
-    tile = gemm_stream.choose(pair, H200)[0]
-    assert tile == gemm_stream.Config(128, 64, 128, 3, 4, 1)
+    assert gemm_stream.choose(pair, H200)[0] == gemm_stream.Config(128, 64, 128, 3, 4, 1)
 
 
 def test_the_rule_is_near_the_table() -> None:
