@@ -82,12 +82,19 @@ def with_form(models: Sequence[str], dtype: str, named: bool) -> list[str]:
     return found
 
 
-def writable(path: str | None) -> None:
+def writable(path: str | None, screen: bool = True) -> None:
     """Makes the file that results go to where it is not there yet; None and '-' are no files.
+
+    Args:
+        path: as it was given.
+        screen: '-' stands for the screen.
 
     Raises:
         UserError: it cannot be written.
     """
+    if path == "-" and not screen:
+        raise UserError("file '-'", "measurements go to a file, the screen has a summary", stage="tools",
+                        remedy="Name a file.")  # fmt: skip
     if path in (None, "-"):
         return
     try:

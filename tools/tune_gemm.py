@@ -38,7 +38,7 @@ import triton.language as tl
 from terrazzo.kernels import gemm_persistent, gemm_vendor
 from terrazzo.kernels.gemm import GemmProblem, reference, row_of
 from terrazzo.kernels.target import Target
-from terrazzo.tools.command import exit_status, sizes
+from terrazzo.tools.command import exit_status, parser_of, sizes, writable
 
 FAMILIES = ("gemm_persistent", "gemm_vendor")
 # The configs to try for a problem.
@@ -322,7 +322,7 @@ def shapes(text: str) -> list[tuple[int, int, bool]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m terrazzo.tools.tune_gemm", description=__doc__.splitlines()[0])
+    parser = parser_of("tune_gemm", __doc__)
     parser.add_argument("--families", default=",".join(FAMILIES))
     parser.add_argument("--shapes", default=SHAPES, type=shapes, help="NxK, with p for paired; default: SHAPES")
     parser.add_argument("--m", default="192,256,512,1024,2048,8192", type=sizes)
@@ -333,6 +333,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if unknown := set(options.families.split(",")) - set(FAMILIES):
         parser.error(f"no configs of {', '.join(sorted(unknown))} are tried here; there are {', '.join(FAMILIES)}")
+    writable(options.json or None, screen=False)
     place.timing()
     deadline = time.monotonic() + options.budget_s
     space = known_space if options.known else known_or_new

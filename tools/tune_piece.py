@@ -261,10 +261,10 @@ def main() -> int:
                         help="seconds of timing in all, shared evenly (default: %(default)s)")  # fmt: skip
     parser.add_argument("--json", default="", help="a file that gets every measurement, a JSON object a line")
     options = parser.parse_args()
+    writable(options.json or None, screen=False)
     place.timing()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     models = with_form(options.models.split(","), options.dtype, named=True)
-    writable(options.json or None)
     # Until this program ends.
     compilers.open_for(main)
     work = [(model, size) for model in models for size in options.sizes]

@@ -69,6 +69,12 @@ def test_a_request_that_cannot_be_right_costs_a_line(command: str) -> None:
     assert done.returncode == 2 and "error: " in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.parametrize("tool", ["tune_gemm", "tune_piece"])
+def test_measurements_go_to_a_file(tool: str) -> None:
+    done = run(tool, "--json", "-")
+    assert done.returncode == 2 and done.stderr.startswith("error: file '-': measurements go to a file")
+
+
 def test_rows_are_what_the_table_reads() -> None:
     line = {"family": "gemm_persistent", "m": 512, "n": 64, "k": 32, "paired": True, "us": 2.0, "vendor_us": 3.0}
     line["config"] = vars(gemm_persistent.Config(64, 128, 64, 8, 4, flatten=True))
