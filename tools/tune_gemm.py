@@ -329,11 +329,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--known", action="store_true", help="only configs that the table holds for N and K")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
     parser.add_argument("--budget-s", type=float, default=3600, help="start no further problem after so many seconds")
-    parser.add_argument("--json", default="", help="write every measurement there, one JSON object a line")
+    parser.add_argument("--json", help="write every measurement there, one JSON object a line")
     options = parser.parse_args(arguments)
     if unknown := set(options.families.split(",")) - set(FAMILIES):
         parser.error(f"no configs of {', '.join(sorted(unknown))} are tried here; there are {', '.join(FAMILIES)}")
-    writable(options.json or None, screen=False)
+    writable(options.json, screen=False)
     place.timing()
     deadline = time.monotonic() + options.budget_s
     space = known_space if options.known else known_or_new

@@ -259,9 +259,9 @@ def main() -> int:
                         help="numbers of tokens, comma-separated (default: %(default)s)")  # fmt: skip
     parser.add_argument("--budget-s", type=float, default=600,
                         help="seconds of timing in all, shared evenly (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--json", default="", help="a file that gets every measurement, a JSON object a line")
+    parser.add_argument("--json", help="a file that gets every measurement, a JSON object a line")
     options = parser.parse_args()
-    writable(options.json or None, screen=False)
+    writable(options.json, screen=False)
     place.timing()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     models = with_form(options.models.split(","), options.dtype, named=True)

@@ -58,8 +58,6 @@ def test_without_a_gpu_it_says_so() -> None:
         "tune_gemm --m x",
         "tune_gemm --families gemm_skinny",
         "tune_piece --sizes 1,x",
-        "tune_piece --sizes 0,1",
-        "bench_range --sizes 1,64 --largest 32",
         "bench --contenders terrazzo --kernels inductor",
         "check --procs 0",
     ],
@@ -69,10 +67,19 @@ def test_a_request_that_cannot_be_right_costs_a_line(command: str) -> None:
     assert done.returncode == 2 and "error: " in done.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize("tool", ["tune_gemm", "tune_piece"])
-def test_measurements_go_to_a_file(tool: str) -> None:
-    done = run(tool, "--json", "-")
-    assert done.returncode == 2 and done.stderr.startswith("error: file '-': measurements go to a file")
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("tune_piece --sizes 0,1", "argument --sizes: '0,1' is no comma-separated list of sizes from 1 to"),
+        ("check --sizes 0,1", "argument --sizes: '0,1' is no comma-separated list of sizes from 1 to"),
+        ("bench_range --sizes 1,64 --largest 32", "error: sizes [64]: the range ends at 32"),
+        ("tune_gemm --json -", "error: file '-': measurements go to a file"),
+        ("tune_piece --json -", "error: file '-': measurements go to a file"),
+    ],
+)
+def test_the_line_is_about_the_request_where_there_is_no_gpu_too(command: str, said: str) -> None:
+    done = run(*command.split())
+    assert done.returncode == 2 and said in done.stderr.splitlines()[-1]
 
 
 def test_rows_are_what_the_table_reads() -> None:
