@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .functions import store_sums, sum_of_heads
+from .functions import silu, store_sums, sum_of_heads
 from .gemm import GemmProblem, Table, part_width, type_name
 from .target import Target
 
@@ -84,7 +84,7 @@ def silu_mul_sample(acc, acc2, m, n, mask, t):
     dtype: tl.constexpr = t[0].dtype.element_ty
     gate = acc.to(dtype).to(tl.float32)
     up = acc2.to(dtype).to(tl.float32)
-    act = (gate / (1 + tl.exp(-gate))).to(dtype).to(tl.float32)
+    act = silu(gate).to(dtype).to(tl.float32)
     tl.store(t[0] + m.to(tl.int64) * 4096 + n, (act * up).to(dtype), mask=mask)
 
 
