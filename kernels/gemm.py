@@ -175,24 +175,28 @@ def measured(config: Any, rows: str, source: str) -> Table:
     ran beside, cuBLAS us.
 
     Args:
-        config: the family's `Config`; its fields are ints or bools, in the order of the columns.
+        config: the family's `Config`; its fields are ints or bools, in the order of `table_columns`.
         rows: the table as text.
         source: on what the times were taken, and when.
     """
     table: dict[tuple[int, int, str], dict[int, Measured]] = {}
-    types: list[Callable[[int], Any]] = [type(getattr(config, field.name, 0)) for field in fields(config)]
+    columns = table_columns(config)
+    types: list[Callable[[int], Any]] = [type(getattr(config, name, 0)) for name in columns]
     for row in rows.strip().splitlines()[1:]:
         n, k, kind, m, *values = row.split()
         times = values[len(types) :]
         if len(times) not in (1, 2) or kind not in KINDS:
-            names = " ".join(field.name for field in fields(config))
-            raise InternalError(
-                f"row {row.strip()!r}", f"it is not N K kind m {names} us [cuBLAS]", stage="kernels.gemm"
-            )
+            fact = f"it is not N K kind m {' '.join(columns)} us [cuBLAS]"
+            raise InternalError(f"row {row.strip()!r}", fact, stage="kernels.gemm")
         made = config(*(make(int(value)) for make, value in zip(types, values, strict=False)))
         line = table.setdefault((int(n), int(k), kind), {})
         line[int(m)] = Measured(made, float(times[0]), float(times[1]) if len(times) > 1 else nan, source, kind)
     return table
+
+
+def table_columns(config: Any) -> list[str]:
+    """Names of a config's fields that a table holds: the others, which a rule sets, can be given by name only."""
+    return [field.name for field in fields(config) if not field.kw_only]
 
 
 def joined(*tables: Table) -> Table:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from math import ceil
 
@@ -30,6 +30,7 @@ class Config:
         extra_n: columns beside those, of accumulators of their own, so that a tile may be 128 + 64 wide.
         tail_n: columns of the tiles into which those beyond whole waves are cut, where each program gets one at most;
             0 cuts none. Divides block_n.
+        held: the epilogue runs while the next tile is multiplied (`gemm_held`): by a rule, so that no table says it.
     """
 
     block_m: int
@@ -43,6 +44,7 @@ class Config:
     runs: int = 1
     extra_n: int = 0
     tail_n: int = 0
+    held: bool = field(default=False, kw_only=True)
 
     @property
     def width(self) -> int:
@@ -61,7 +63,7 @@ class Config:
 
     def __str__(self) -> str:
         how = f"{' flatten' if self.flatten else ''}{f' in {self.runs} runs' if self.runs > 1 else ''}"
-        how += f" tail {self.tail_n}" if self.tail_n else ""
+        how += f" tail {self.tail_n}" if self.tail_n else " held" if self.held else ""
         columns = f"{self.block_n}+{self.extra_n}" if self.extra_n else f"{self.block_n}"
         tile = f"{self.block_m}x{columns}x{self.block_k}"
         return f"{tile} stages {self.stages} warps {self.warps} group {self.group_m} x{self.programs_per_sm}{how}"

@@ -54,7 +54,7 @@ class Config:
 # registers without spilling (see compile_jobs) for its range. Columns: largest m, config for 2-byte operands, for fp32.
 CONFIGS: tuple[tuple[int, Config, Config], ...] = (
     (16, Config(16, 64, 128, 3, 4), Config(16, 64, 32, 3, 4)),
-    (64, Config(64, 64, 32, 3, 4), Config(32, 64, 32, 3, 4)),
+    (64, Config(64, 64, 32, 3, 4), Config(32, 64, 32, 3, 8)),
     (1 << 31, Config(128, 128, 32, 3, 8), Config(64, 64, 32, 3, 8)),
 )
 

@@ -1,11 +1,12 @@
-"""Steps of the TMA schedules: where a tile lies and the pipelined sum over K that fills it."""
+"""The persistent GEMM's kernel and its steps: where a tile lies, the pipelined sum over K that fills it, epilogues."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .gemm import GemmProblem, first_row, halves_apart, load_tile, w_block
 from .tma import descriptor
@@ -156,20 +157,77 @@ def compute_tile(
         run_epilogue(beside, beside2, m, own, n0 + BLOCK_N, N, t, RUNS, EPILOGUE)
 
 
-def w_descriptor(w: torch.Tensor, problem: GemmProblem, block_n: int, block_k: int) -> TensorDescriptor:
-    """Describe W for `accumulate`: as it is, or halves, a pair's or those of heads, as the outermost axis of more.
+@triton.jit(do_not_specialize=["m_size"])
+def gemm_persistent_kernel(
+    x_desc,
+    w_desc,
+    second_desc,
+    m_size,
+    t,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    PAIR_OFFSET: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    EXTRA_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    TAIL_N: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    FLATTEN: tl.constexpr,
+    RUNS: tl.constexpr,
+    HALVES: tl.constexpr,
+    PAIRED: tl.constexpr,
+    KN: tl.constexpr,
+    PDL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+):
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    tiles_m = tl.cdiv(m_size, BLOCK_M)
+    WIDTH: tl.constexpr = BLOCK_N + EXTRA_N
+    TILES_N: tl.constexpr = (N + WIDTH - 1) // WIDTH
+    tiles, programs = tiles_m * TILES_N, tl.num_programs(0)
+    # As many are computed as they are; the others as SPLIT narrower ones each, at most one a program.
+    whole = tiles
+    if TAIL_N > 0:
+        SPLIT: tl.constexpr = BLOCK_N // TAIL_N
+        rest = tiles % programs
+        whole = tl.where(rest * SPLIT <= programs, tiles - rest, tiles)
+    for tile in tl.range(tl.program_id(0), whole, programs, flatten=FLATTEN):
+        m0, n0 = tile_origin(tile, tiles_m, TILES_N, GROUP_M, BLOCK_M, WIDTH)
+        compute_tile(
+            x_desc, w_desc, second_desc, m0, n0, m_size, t,
+            N, K, PAIR_OFFSET, BLOCK_M, BLOCK_N, EXTRA_N, BLOCK_K, STAGES, RUNS, HALVES, PAIRED, KN, PDL, PRECISION,
+            EPILOGUE,
+        )  # fmt: skip
+    if TAIL_N > 0:
+        part = whole * SPLIT + tl.program_id(0)
+        if part < tiles * SPLIT:
+            m0, n0 = tile_origin(part // SPLIT, tiles_m, TILES_N, GROUP_M, BLOCK_M, WIDTH)
+            compute_tile(
+                x_desc, second_desc, second_desc, m0, n0 + part % SPLIT * TAIL_N, m_size, t,
+                N, K, PAIR_OFFSET, BLOCK_M, TAIL_N, 0, BLOCK_K, STAGES, 1, HALVES, PAIRED, KN, PDL, PRECISION, EPILOGUE,
+            )  # fmt: skip
+
+
+def w_descriptor(w: torch.Tensor, problem: GemmProblem, block_n: int, block_k: int, layout: Any = None) -> Any:
+    """Describe W for `accumulate`: as it is, or halves, a pair's or those of heads, as the outermost axis of more; for
+    Gluon where a layout is given.
 
     Raises:
         Unsupported: W's base or row stride is not a multiple of 16 bytes.
     """
     block = tile_of_w(problem, block_n, block_k)
-    if len(block) == 2:
-        return descriptor(w, block, "W")
-    row = descriptor(w, block[-2:], "W").strides[0]
-    if problem.paired:
-        return TensorDescriptor(w, [2, problem.n, problem.k], [problem.pair_offset * row, row, 1], block)
-    half, depth = problem.halves, problem.k
-    return TensorDescriptor(w, [2, problem.n // (2 * half), half, depth], [half * row, 2 * half * row, row, 1], block)
+    made = descriptor(w, block[-2:], "W", layout)
+    row, depth, half = made.strides[0], problem.k, problem.halves
+    if len(block) == 3:
+        made.shape, made.strides = [2, problem.n, depth], [problem.pair_offset * row, row, 1]
+    elif len(block) == 4:
+        made.shape, made.strides = [2, problem.n // (2 * half), half, depth], [half * row, 2 * half * row, row, 1]
+    made.block_shape = block
+    return made
 
 
 def tile_of_w(problem: GemmProblem, block_n: int, block_k: int) -> list[int]:

@@ -272,7 +272,8 @@ def _widest_tile(group: Group, values: Values) -> int:
     """Bytes per element of the widest matrix that an epilogue reads or stores."""
     names = [s.value for s in group.stores if not s.summed] + [load.value for load in group.body_loads]
     layouts = [values.layouts[n] for n in names]
-    return max((v.dtype.itemsize for v in layouts if typical(v.numel) > typical(group.cols)), default=0)
+    vector = max(typical(group.cols), typical(group.rows))
+    return max((v.dtype.itemsize for v in layouts if typical(v.numel) > vector), default=0)
 
 
 def gemm_problem(

@@ -36,7 +36,7 @@ import triton
 import triton.language as tl
 
 from terrazzo.kernels import gemm_persistent, gemm_vendor
-from terrazzo.kernels.gemm import GemmProblem, reference, row_of
+from terrazzo.kernels.gemm import GemmProblem, reference, row_of, table_columns
 from terrazzo.kernels.target import Target
 from terrazzo.tools.command import exit_status, parser_of, sizes, writable
 
@@ -161,9 +161,10 @@ def known_or_new(problem: GemmProblem) -> Iterable[gemm_persistent.Config]:
 
 
 def likely(problem: GemmProblem, space: Iterable[gemm_persistent.Config]) -> list[gemm_persistent.Config]:
-    """Those whose estimate is within `LIKELY` of the best one's."""
+    """Those whose estimate is within `LIKELY` of the best one's, as plans would take them."""
     target = Target.current()
-    estimates = {config: gemm_persistent.estimate_us(problem, config, target) for config in space}
+    configs = dict.fromkeys(gemm_persistent.fitted(problem, config, target) for config in space)
+    estimates = {config: gemm_persistent.estimate_us(problem, config, target) for config in configs}
     return [config for config, us in estimates.items() if us <= LIKELY * min(estimates.values())]
 
 
@@ -306,8 +307,9 @@ def table(lines: Sequence[dict[str, Any]]) -> list[str]:
         key = (line["n"], line["k"], line["paired"], line["m"])
         if line["family"] == "gemm_persistent" and "us" in line and (key not in best or ratio(line) < ratio(best[key])):
             best[key] = line
+    names = table_columns(gemm_persistent.Config)
     return [
-        f"{n} {k} {'pair' if paired else 'one'} {m} {' '.join(str(int(v)) for v in line['config'].values())} "
+        f"{n} {k} {'pair' if paired else 'one'} {m} {' '.join(str(int(line['config'][name])) for name in names)} "
         f"{line['us']:.1f} {line['vendor_us']:.1f}"
         for (n, k, paired, m), line in sorted(best.items())
     ]

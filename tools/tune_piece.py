@@ -31,7 +31,7 @@ import torch
 
 import terrazzo.tools.device as place  # before Triton is imported, whose interpreter it may choose
 from terrazzo.kernels import gemm_persistent, gemm_stream, gemm_vendor
-from terrazzo.kernels.gemm import GemmProblem
+from terrazzo.kernels.gemm import GemmProblem, table_columns
 from terrazzo.kernels.target import Target
 from terrazzo.kernels.together import compiling_together
 from terrazzo.runtime import compilers
@@ -110,7 +110,9 @@ def space(problem: GemmProblem, target: Target) -> Iterator[tuple[Any, Any]]:
     if gemm_stream.supports(problem) is None:
         yield from ((gemm_stream, config) for config in dict.fromkeys(stream_space(problem, target)))
         return
-    for config in persistent_space(problem):
+    for config in dict.fromkeys(
+        gemm_persistent.fitted(problem, config, target) for config in persistent_space(problem)
+    ):
         if gemm_persistent.smem_bytes(problem, config) <= target.smem_bytes:
             yield gemm_persistent, config
     if gemm_vendor.supports(problem) is None:
@@ -198,7 +200,7 @@ class Tuning:
         found = []
         for launch in self.launches:
             problem, config = launch.problem, self.module[launch.variable].config
-            numbers = " ".join(str(int(value)) for value in astuple(config))
+            numbers = " ".join(str(int(getattr(config, name))) for name in table_columns(config))
             us = times.get(launch.variable.removeprefix("launch_"), float("nan"))
             row = f"{problem.n} {problem.k} {problem.kind} {self.size} {numbers} {us:.1f}"
             found.append((type(config).__module__, row))
