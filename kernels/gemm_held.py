@@ -171,7 +171,8 @@ def _after(
     if k >= K:
         k = 0
         tile += gl.num_programs(0)
-        m0, n = tile_origin(tile, tiles_m, TILES_N, GROUP_M, BLOCK_M, BLOCK_N)
+        # Beyond the last tile nothing is asked for, and its group would have no rows to divide by.
+        m0, n = tile_origin(gl.minimum(tile, tiles_m * TILES_N - 1), tiles_m, TILES_N, GROUP_M, BLOCK_M, BLOCK_N)
         m = first_row(m0, m_size, BLOCK_M)
     return tile, k, m, n
 
@@ -282,6 +283,10 @@ def gemm_held_kernel(
             let_successor_start()
         held = _held(acc, DTYPE)
         held_m, held_n = m0, n0
+    # What follows changes lanes in the ring's memory, and four warps wait for products of their own only, while the
+    # others' still read it (https://github.com/triton-lang/triton/issues/11047). Within the loop it has its own.
+    if WARPS > 4:
+        gl.thread_barrier()
     for number in gl.static_range(OF):
         _finish(held, held_m, held_n, m_size, t, number, OF, N, HALVES, PAIRED, DTYPE, WARPS, EPILOGUE)
     # Nothing else may take the barriers' memory before the end, as they are not invalidated.

@@ -105,6 +105,7 @@ def _measured_at(problem: GemmProblem, target: Target) -> Mapping[Config, Sequen
         problem.layout,
         problem.batch,
         problem.epilogue_itemsize,
+        problem.rounds,
     )
     key = problem.n, problem.k, kind
     if (known := _MEASURED_AT.get((key, target))) is None:
@@ -203,11 +204,12 @@ def smem_bytes(problem: GemmProblem, config: Config) -> int:
 
 
 def held(problem: GemmProblem, config: Config, target: Target) -> bool:
-    """Whether the config's epilogue runs while the next tile is multiplied: for whole tiles whose accumulators leave
-    registers for it.
+    """Whether the config's epilogue runs while the next tile is multiplied: for whole tiles beside whose accumulators
+    what is held fits. Long formulas then keep numbers in local memory, as they do without it.
 
     Measured product by product, for the shapes of 8B, 1B and Qwen3-8B (NVIDIA H200, torch 2.11, triton 3.6, bf16,
-    2026-11-27): 0.968 to 0.999 of the time otherwise from 1000 to 8192 tokens, 0.953 to 1.000 from 160 to 768.
+    2026-11-27): 0.968 to 0.999 of the time otherwise from 1000 to 8192 tokens (once 1.044, where another run had
+    0.986), 0.953 to 1.000 from 160 to 768. On an H100 it was not timed.
     """
     area = config.block_m * config.block_n * problem.accumulators
     tile = config.block_m == 16 * config.warps == 128 and area in (128 * 128, 128 * 256)
@@ -343,7 +345,8 @@ def prepare(epilogue: Any, config: Config, problem: GemmProblem, *, pdl: bool = 
     """Fix everything that does not change between calls.
 
     Args:
-        epilogue: `@triton.jit` body `(acc, acc2, m, n, mask, t)`; accumulators are [BLOCK_M, BLOCK_N / runs].
+        epilogue: `@triton.jit` body `(acc, acc2, m, n, mask, t)`; accumulators are [BLOCK_M, BLOCK_N / runs], where
+            held [BLOCK_M, 32] or what `gemm_held.parts` makes of a tile.
         config: from `choose`.
         problem: sizes and strides; `m` is only a hint.
         pdl: let the successor start before the first epilogue; start before the predecessor has ended and wait for it

@@ -49,7 +49,9 @@ EPILOGUES = {
 }
 
 
-# Where a part would have to hold whole heads, or sums of rows.
+# As compiled: floor division, which keeps 704 where it is not held.
+MOST_SPILLED = 216
+# A part would have to hold whole heads.
 NOT_HELD = ("sums of heads",)
 # Few tokens, in a streaming product; and many, in a product whose epilogue is held until the next tile.
 SIZES = {16: "gemm_stream", 4096: "gemm_persistent"}
@@ -67,9 +69,10 @@ def compiled(epilogue: str, tokens: int) -> str:
     (product,) = [k for k in made.schedule.launches() if k.family == SIZES[tokens]]
     if tokens > 16 and not product.config.held and epilogue not in NOT_HELD:
         return f"it is not held: {product.config}"
-    wrong = filter(None, (compile_launch(one, 90).wrong for one in launches(made, H100)))
-    # Accumulators leave few registers to many tokens' epilogues: a long formula keeps some of its own in local memory.
-    return "; ".join(what for what in wrong if tokens == 16 or "local memory" not in what)
+    found = [compile_launch(one, 90) for one in launches(made, H100)]
+    # Accumulators leave few registers to many tokens' epilogues: a long formula keeps numbers in local memory there.
+    spilled = [one for one in found if tokens > 16 and 0 < one.spills_bytes <= MOST_SPILLED]
+    return "; ".join(one.wrong for one in found if one.wrong and one not in spilled)
 
 
 @pytest.mark.slow

@@ -52,3 +52,35 @@ def test_eight_warps_wait_for_each_others_products_before_the_rings_memory_is_us
     assert any("paired" in row.label for row in rows)
     for row in rows:
         assert "wgmma.mma_async" in row.code and not unordered(row.code), row.label
+
+
+def unordered_behind(ptx: str, wait: str) -> list[str]:
+    """Writes to shared memory that some path from the line with `wait` on reaches before a barrier of all warps."""
+    lines = [line.strip() for line in ptx.splitlines()]
+    labels = {line.split(":")[0]: i for i, line in enumerate(lines) if re.match(r"\$L\w+:", line)}
+    (first,) = [i for i, line in enumerate(lines) if line.startswith(wait)]
+    found, seen, ahead = [], set(), [first + 1]
+    while ahead:
+        at = ahead.pop()
+        while at < len(lines) and at not in seen:
+            seen.add(at)
+            line = lines[at]
+            if re.match(r"bar\.sync|barrier\.(cta\.)?sync|ret;", line):
+                break
+            if re.search(r"(^|\s)(st\.shared|stmatrix)", line):
+                found.append(line)
+            if jump := re.match(r"(@\S+\s+)?bra(\.uni)?\s+(\$L\w+)", line):
+                ahead.append(labels[jump[3]])
+                if not jump[1]:
+                    break
+            at += 1
+    return found
+
+
+@pytest.mark.slow
+def test_the_last_tiles_held_columns_wait_for_the_others_products():
+    """Within the loop what is held changes lanes in memory of its own, behind it in the ring's."""
+    rows = compile_isolated("gemm_persistent", 90, match="held", show="ptx")
+    assert {"paired" in row.label for row in rows} == {"halves" in row.label for row in rows} == {True, False}
+    for row in rows:
+        assert not unordered_behind(row.code, "wgmma.wait_group.sync.aligned 0"), row.label

@@ -13,6 +13,7 @@ from terrazzo.kernels import gemm_held, gemm_persistent
 from terrazzo.kernels.gemm import GemmProblem, reference
 from terrazzo.kernels.target import Target
 
+from .oracle import check
 from .test_gemm_families import add_in_place, operands, plain, run, silu_mul, silu_residual, store, with_residual
 
 H200 = Target.named("h200")
@@ -80,14 +81,23 @@ def test_each_row_is_stored_by_one_tile(config, device):
 
 
 @gpu
-@pytest.mark.parametrize("config", CONFIGS)
-def test_repeats_and_dependent_launch(config, device):
+def test_rows_of_wider_matrices(device):
+    problem = GemmProblem(300, 512, 256, torch.bfloat16, x_strides=(0, 768, 1), w_strides=(0, 512, 1))
+    wide, wider = torch.randn(300, 768).to(device, torch.bfloat16), torch.randn(512, 512).to(device, torch.bfloat16)
+    x, w = wide[:, 256:512], wider[:, 128:384]
+    y = torch.full((300, 512), torch.nan, dtype=x.dtype, device=device)
+    gemm_persistent.prepare(store, WIDE, problem)(x, w, (y, 512))
+    check(y, reference(problem, x, w), reference(problem, x.double(), w.double()))
+
+
+@gpu
+def test_repeats_and_dependent_launch(device):
     # Each product reads what the one before it wrote; an early read would repeat an older link of the chain.
     problem = GemmProblem(1000, 2048, 2048, torch.bfloat16)
     x, w = operands(problem, device)
     links: dict[bool, list[torch.Tensor]] = {}
     for pdl in (False, True):
-        launch = gemm_persistent.prepare(store, config, problem, pdl=pdl)
+        launch = gemm_persistent.prepare(store, WIDE, problem, pdl=pdl)
         links[pdl] = [x]
         for _ in range(12):
             links[pdl].append(torch.full_like(x, float("nan")))
@@ -118,3 +128,11 @@ def test_where_it_is_chosen():
         assert not gemm_persistent.choose(other, H200)[0].held
     assert not gemm_persistent.choose(problem, Target.named("b200"))[0].held
     assert not gemm_persistent.choose(replace(problem, m=160), H200)[0].held
+
+
+def test_what_is_rounded_and_what_is_not_keep_their_own_configs():
+    """Neither is asked for at a size that was measured, where only the table would speak."""
+    problem = GemmProblem(5000, 4096, 14336, torch.bfloat16, rounds=True)
+    for rounds in (True, False, True):
+        config, _ = gemm_persistent.choose(replace(problem, rounds=rounds), H200)
+        assert config.held == rounds
