@@ -295,11 +295,8 @@ def test_large_sizes(family: ModuleType, config: Any, size: tuple[int, int, int]
     run(family, config, GemmProblem(*size, torch.bfloat16), device, silu_residual, with_residual)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize(("family", "config"), [f for f in FAMILIES if f.id != "simple"])
-def test_dependent_launch_keeps_the_order(family: ModuleType, config: Any, device: torch.device) -> None:
-    # Each product reads what the one before it wrote; an early read would repeat an older link of the chain.
-    problem = GemmProblem(70, 512, 512, torch.bfloat16, w_given=True)
+def check_order(family: ModuleType, config: Any, problem: GemmProblem, device: torch.device) -> None:
+    """Each product reads what the one before it wrote; an early read would repeat an older link of the chain."""
     x, w = operands(problem, device)
     links: dict[bool, list[torch.Tensor]] = {}
     for pdl in (False, True):
@@ -312,3 +309,9 @@ def test_dependent_launch_keeps_the_order(family: ModuleType, config: Any, devic
             launch(source, w, (sink, problem.n))
         torch.cuda.synchronize()
     assert all(torch.equal(one, other) for one, other in zip(links[False], links[True], strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("family", "config"), [f for f in FAMILIES if f.id != "simple"])
+def test_dependent_launch_keeps_the_order(family: ModuleType, config: Any, device: torch.device) -> None:
+    check_order(family, config, GemmProblem(70, 512, 512, torch.bfloat16, w_given=True), device)

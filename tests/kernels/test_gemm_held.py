@@ -14,7 +14,17 @@ from terrazzo.kernels.gemm import GemmProblem, reference
 from terrazzo.kernels.target import Target
 
 from .oracle import check
-from .test_gemm_families import add_in_place, operands, plain, run, silu_mul, silu_residual, store, with_residual
+from .test_gemm_families import (
+    add_in_place,
+    check_order,
+    operands,
+    plain,
+    run,
+    silu_mul,
+    silu_residual,
+    store,
+    with_residual,
+)
 
 H200 = Target.named("h200")
 # Eight warps and four; few stages, which wrap within a tile's first steps.
@@ -91,21 +101,8 @@ def test_rows_of_wider_matrices(device):
 
 
 @gpu
-def test_repeats_and_dependent_launch(device):
-    # Each product reads what the one before it wrote; an early read would repeat an older link of the chain.
-    problem = GemmProblem(1000, 2048, 2048, torch.bfloat16)
-    x, w = operands(problem, device)
-    links: dict[bool, list[torch.Tensor]] = {}
-    for pdl in (False, True):
-        launch = gemm_persistent.prepare(store, WIDE, problem, pdl=pdl)
-        links[pdl] = [x]
-        for _ in range(12):
-            links[pdl].append(torch.full_like(x, float("nan")))
-        torch.cuda.synchronize()
-        for source, sink in zip(links[pdl], links[pdl][1:], strict=False):
-            launch(source, w, (sink, problem.n))
-        torch.cuda.synchronize()
-    assert all(torch.equal(one, other) for one, other in zip(links[False], links[True], strict=True))
+def test_dependent_launch_keeps_the_order(device):
+    check_order(gemm_persistent, WIDE, GemmProblem(1000, 2048, 2048, torch.bfloat16), device)
 
 
 def test_where_it_is_chosen():
