@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from triton.experimental.gluon import language as gl
 
-from .gemm import GemmProblem, w_block, whole_heads
+from .gemm import GemmProblem, type_name, w_block, whole_heads
 from .gemm_steps import folds
 from .gemm_stream_table import Config
 from .tma import descriptor
@@ -24,6 +24,11 @@ def layout(box: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
     """Of a box in shared memory."""
     kind = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float8_e4m3fn: gl.float8e4nv}[dtype]
     return gl.NVMMASharedLayout.get_default_for(list(box), kind)
+
+
+def box_type(box: list[int], dtype: torch.dtype) -> str:
+    """Triton's type of a descriptor of such boxes, for compile jobs."""
+    return f"tensordesc<{type_name(dtype)}[{','.join(map(str, box))}],{layout(tuple(box), dtype)!r}>"
 
 
 def x_box(config: Config) -> list[int]:

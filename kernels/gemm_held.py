@@ -18,14 +18,16 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from .gemm import GemmProblem, type_name
-from .gemm_boxes import layout
+from .gemm_boxes import box_type, layout
 from .gemm_persistent_table import Config
 from .gemm_steps import as_rows, first_row, let_successor_start, wait_for_predecessor
+from .gemm_tiles import apart as triton_apart
 from .gemm_tiles import tile_of_w, w_descriptor
 from .gemm_tiles import tile_origin as triton_tile_origin
-from .tma import descriptor
 
+# For Gluon, which cannot call what Triton interprets. A tile's halves are registers of every thread's own.
 tile_origin = gluon.jit(triton_tile_origin.fn)
+apart = gluon.jit(triton_apart.fn)
 
 # Parts of a tile's columns: what one of them takes fits into the time of a step.
 PARTS = 4
@@ -48,12 +50,6 @@ def obstacle(problem: GemmProblem) -> str | None:
     return None
 
 
-@gluon.jit
-def _halves(both):
-    """The first and the second half of a tile's columns, which every thread has in registers of its own."""
-    return gl.split(both.reshape([both.shape[0], 2, both.shape[1] // 2]).permute((0, 2, 1)))
-
-
 @gluon.constexpr_function
 def _ptx(dtype: gl.dtype, number: int) -> str:
     """What rounds two numbers into a register's halves (0), and what makes fp32 of the first (1) and the second (2)."""
@@ -66,7 +62,7 @@ def _ptx(dtype: gl.dtype, number: int) -> str:
 @gluon.jit
 def _held(acc, DTYPE: gl.constexpr):
     """An accumulator's two halves, rounded, one number of each to a register."""
-    first, second = _halves(acc)
+    first, second = apart(acc)
     return gl.inline_asm_elementwise(_ptx(DTYPE, 0), "=r,f,f", [first, second], dtype=gl.int32, is_pure=True, pack=1)
 
 
@@ -82,7 +78,7 @@ def _part(held, NUMBER: gl.constexpr, OF: gl.constexpr):
     if OF == 1:
         return held
     else:
-        left, right = _halves(held)
+        left, right = apart(held)
         if NUMBER < OF // 2:
             return _part(left, NUMBER, OF // 2)
         else:
@@ -317,16 +313,6 @@ def parts(problem: GemmProblem, config: Config) -> int:
     return min(PARTS, (config.block_n if problem.paired else config.block_n // 2) // 32)
 
 
-def describe_x(x: torch.Tensor, config: Config) -> Any:
-    """Describe x for the kernel.
-
-    Raises:
-        Unsupported: base or row stride is not a multiple of 16 bytes.
-    """
-    block = [config.block_m, config.block_k]
-    return descriptor(x, block, "x", layout(tuple(block), x.dtype))
-
-
 def describe_w(w: torch.Tensor, problem: GemmProblem, config: Config) -> Any:
     """Describe W for the kernel: as it is, or in halves, as `gemm_tiles.w_descriptor`.
 
@@ -339,14 +325,9 @@ def describe_w(w: torch.Tensor, problem: GemmProblem, config: Config) -> Any:
 
 def signature(problem: GemmProblem, config: Config) -> dict[str, Any]:
     """Types of the kernel's arguments, for compile jobs."""
-    dtype = type_name(problem.dtype)
-
-    def described(block: list[int]) -> str:
-        return f"tensordesc<{dtype}[{','.join(map(str, block))}],{layout(tuple(block), problem.dtype)!r}>"
-
     return {
-        "x_desc": described([config.block_m, config.block_k]),
-        "w_desc": described(tile_of_w(problem, config.block_n, config.block_k)),
+        "x_desc": box_type([config.block_m, config.block_k], problem.dtype),
+        "w_desc": box_type(tile_of_w(problem, config.block_n, config.block_k), problem.dtype),
         "m_size": "i32",
-        "t": (f"*{dtype}",),
+        "t": (f"*{type_name(problem.dtype)}",),
     }

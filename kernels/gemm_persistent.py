@@ -15,9 +15,10 @@ Source: grouped tile order from Triton's public matmul tutorial; persistence and
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cache
 from math import ceil
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ import triton
 
 from . import gemm_held
 from .gemm import GemmProblem, Measured, in_bucket, reference, row_of, tma_obstacle, type_name, whole_heads
+from .gemm_boxes import describe_x
 from .gemm_jobs import job_configs, label, sample
 from .gemm_persistent_table import BUCKETS, CONFIGS, EVIDENCE, Config, as_many_tiles, table_for
 from .gemm_tiles import gemm_persistent_kernel, w_descriptor, w_descriptor_type
@@ -97,17 +99,7 @@ def measurement(problem: GemmProblem, target: Target) -> Measured | None:
 
 def _measured_at(problem: GemmProblem, target: Target) -> Mapping[Config, Sequence[int]]:
     """At which m each config was measured for this N and K, as the problem's epilogue needs it."""
-    kind = (
-        problem.paired,
-        problem.halves,
-        problem.summed,
-        problem.dtype,
-        problem.layout,
-        problem.batch,
-        problem.epilogue_itemsize,
-        problem.rounds,
-    )
-    key = problem.n, problem.k, kind
+    key = _ALL_BUT_M(problem)
     if (known := _MEASURED_AT.get((key, target))) is None:
         # Asked for every config at every size of a range; the number of tokens changes none of it.
         known = _MEASURED_AT[key, target] = {}
@@ -117,6 +109,8 @@ def _measured_at(problem: GemmProblem, target: Target) -> Mapping[Config, Sequen
     return known
 
 
+# Whatever a rule may ask of a problem.
+_ALL_BUT_M = attrgetter(*(field.name for field in fields(GemmProblem) if field.name != "m"))
 _MEASURED_AT: dict[tuple[Any, ...], dict[Config, list[int]]] = {}
 
 # bf16 FLOP/s by columns times rows of a tile, all 132 multiprocessors busy: medians of the timings behind CONFIGS at m
@@ -227,10 +221,7 @@ def fitted(problem: GemmProblem, config: Config, target: Target) -> Config:
     """
     if held(problem, config, target):
         config = replace(config, held=True, flatten=True, runs=1, stages=gemm_held.MOST_STAGES)
-        while smem_bytes(problem, config) > target.smem_bytes:
-            config = replace(config, stages=config.stages - 1)
-        return config
-    if (problem.epilogue_itemsize or problem.dtype.itemsize) > 2 and config.block_m * config.block_n >= 128 * 256:
+    elif (problem.epilogue_itemsize or problem.dtype.itemsize) > 2 and config.block_m * config.block_n >= 128 * 256:
         config = replace(config, runs=4)
     elif problem.halves and config.block_m * config.block_n >= 128 * 256:
         # A rotation in one part keeps 56 bytes a thread in local memory.
@@ -303,7 +294,7 @@ class PersistentGemm:
         if config.held:
             made = gemm_held.constexprs(problem, config, epilogue, pdl)
             self.kernel = Kernel(gemm_held.gemm_held_kernel, made, num_warps=config.warps, pdl=early)
-            self._describe_x = Descriptors(lambda x: gemm_held.describe_x(x, config))
+            self._describe_x = Descriptors(lambda x: describe_x(x, [config.block_m, config.block_k]))
             self._describe_w = Descriptors(lambda w: gemm_held.describe_w(w, problem, config))
             return
         self.kernel = Kernel(
@@ -371,28 +362,20 @@ def compile_jobs(arch: int) -> Iterable[CompileJob]:
 
 def _job(problem: GemmProblem, config: Config) -> CompileJob:
     dtype = type_name(problem.dtype)
-    if config.held:
-        return CompileJob(
-            family="gemm_persistent",
-            label=f"{label(problem)}: {config}",
-            fn=gemm_held.gemm_held_kernel,
-            signature=gemm_held.signature(problem, config),
-            constexprs=gemm_held.constexprs(problem, config, sample(problem), pdl=True),
-            num_warps=config.warps,
-            divisible=("t",),
-        )
+    signature: dict[str, Any] = {
+        "x_desc": f"tensordesc<{dtype}[{config.block_m},{config.block_k}]>",
+        "w_desc": w_descriptor_type(problem, config.block_n, config.block_k, dtype),
+        "second_desc": w_descriptor_type(problem, config.second_n, config.block_k, dtype),
+        "m_size": "i32",
+        "t": (f"*{dtype}",),
+    }
+    constexprs = gemm_held.constexprs if config.held else _constexprs
     return CompileJob(
         family="gemm_persistent",
         label=f"{label(problem)}: {config}",
-        fn=gemm_persistent_kernel,
-        signature={
-            "x_desc": f"tensordesc<{dtype}[{config.block_m},{config.block_k}]>",
-            "w_desc": w_descriptor_type(problem, config.block_n, config.block_k, dtype),
-            "second_desc": w_descriptor_type(problem, config.second_n, config.block_k, dtype),
-            "m_size": "i32",
-            "t": (f"*{dtype}",),
-        },
-        constexprs=_constexprs(problem, config, sample(problem), pdl=True),
+        fn=gemm_held.gemm_held_kernel if config.held else gemm_persistent_kernel,
+        signature=gemm_held.signature(problem, config) if config.held else signature,
+        constexprs=constexprs(problem, config, sample(problem), pdl=True),
         num_warps=config.warps,
         num_stages=config.stages,
         divisible=("t",),

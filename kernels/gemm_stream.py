@@ -27,7 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 
 from . import workspace
 from .gemm import GemmProblem, k_per_split, reference, tma_obstacle, type_name
-from .gemm_boxes import describe_w, describe_x, layout, w_box, x_box
+from .gemm_boxes import box_type, describe_w, describe_x, w_box, x_box
 from .gemm_jobs import job_configs, label, sample
 from .gemm_persistent import MEASURED_SM_COUNT
 from .gemm_steps import (
@@ -367,22 +367,17 @@ def compile_jobs(arch: int) -> Iterable[CompileJob]:
 
 
 def _job(problem: GemmProblem, config: Config) -> CompileJob:
-    dtype = type_name(problem.dtype)
-
-    def described(block: list[int]) -> str:
-        return f"tensordesc<{dtype}[{','.join(map(str, block))}],{layout(tuple(block), problem.dtype)!r}>"
-
     return CompileJob(
         family="gemm_stream",
         label=f"{label(problem)}: {config}",
         fn=gemm_stream_kernel,
         signature={
-            "x_desc": described(x_box(config)),
-            "w_desc": described(w_box(problem, config)),
+            "x_desc": box_type(x_box(config), problem.dtype),
+            "w_desc": box_type(w_box(problem, config), problem.dtype),
             "partials": "*fp32",
             "counters": "*i32",
             "m_size": "i32",
-            "t": ("*bf16" if problem.dtype.itemsize == 1 else f"*{dtype}",),
+            "t": ("*bf16" if problem.dtype.itemsize == 1 else f"*{type_name(problem.dtype)}",),
         },
         constexprs=_constexprs(problem, config, sample(problem), pdl=True),
         num_warps=config.warps,

@@ -160,10 +160,17 @@ def known_or_new(problem: GemmProblem) -> Iterable[gemm_persistent.Config]:
     return dict.fromkeys((*persistent_space(problem), *known_space(problem)))
 
 
+def as_planned(
+    problem: GemmProblem, space: Iterable[gemm_persistent.Config], target: Target
+) -> Iterable[gemm_persistent.Config]:
+    """Configs as a plan for the target would run them, each once."""
+    return dict.fromkeys(gemm_persistent.fitted(problem, config, target) for config in space)
+
+
 def likely(problem: GemmProblem, space: Iterable[gemm_persistent.Config]) -> list[gemm_persistent.Config]:
     """Those whose estimate is within `LIKELY` of the best one's, as plans would take them."""
     target = Target.current()
-    configs = dict.fromkeys(gemm_persistent.fitted(problem, config, target) for config in space)
+    configs = as_planned(problem, space, target)
     estimates = {config: gemm_persistent.estimate_us(problem, config, target) for config in configs}
     return [config for config, us in estimates.items() if us <= LIKELY * min(estimates.values())]
 

@@ -41,7 +41,7 @@ from terrazzo.tools.command import DTYPE, exit_status, parser_of, sizes, with_fo
 from terrazzo.tools.measure import chain, floor_us, interleaved_us, kernel_times, layers_of
 from terrazzo.tools.models import Piece
 from terrazzo.tools.piece_check import poisoned
-from terrazzo.tools.tune_gemm import persistent_space
+from terrazzo.tools.tune_gemm import as_planned, persistent_space
 
 # Rounds over all launches, and how many of a launch's candidates each takes: all, then the best so far.
 ROUNDS = (None, 8, 4)
@@ -110,9 +110,7 @@ def space(problem: GemmProblem, target: Target) -> Iterator[tuple[Any, Any]]:
     if gemm_stream.supports(problem) is None:
         yield from ((gemm_stream, config) for config in dict.fromkeys(stream_space(problem, target)))
         return
-    for config in dict.fromkeys(
-        gemm_persistent.fitted(problem, config, target) for config in persistent_space(problem)
-    ):
+    for config in as_planned(problem, persistent_space(problem), target):
         if gemm_persistent.smem_bytes(problem, config) <= target.smem_bytes:
             yield gemm_persistent, config
     if gemm_vendor.supports(problem) is None:

@@ -33,33 +33,14 @@ def test_every_family_compiles_within_limits(arch):
         assert set(families()) == {row["family"] for row in rows}
 
 
-def unordered(ptx: str) -> list[str]:
-    """What writes shared memory behind products, before a barrier of all warps stands between."""
-    found, waited = [], True
-    for line in map(str.strip, ptx.splitlines()):
-        if "wgmma.mma_async" in line or "wgmma.wait_group" in line:
-            waited = False
-        elif re.match(r"bar\.sync|barrier\.(cta\.)?sync", line):
-            waited = True
-        elif not waited and re.search(r"(^|\s)(st\.shared|stmatrix|cp\.async\.(bulk|ca|cg))", line):
-            found.append(line)
-    return found
-
-
-@pytest.mark.slow
-def test_eight_warps_wait_for_each_others_products_before_the_rings_memory_is_used_again():
-    rows = compile_isolated("gemm_stream", 90, match="warps 8", show="ptx")
-    assert any("paired" in row.label for row in rows)
-    for row in rows:
-        assert "wgmma.mma_async" in row.code and not unordered(row.code), row.label
-
-
-def unordered_behind(ptx: str, wait: str) -> list[str]:
-    """Writes to shared memory that some path from the line with `wait` on reaches before a barrier of all warps."""
+def unordered(ptx: str, behind: str) -> list[str]:
+    """Writes to shared memory that some path from a line with what `behind` matches on reaches before a barrier of all
+    warps."""
     lines = [line.strip() for line in ptx.splitlines()]
     labels = {line.split(":")[0]: i for i, line in enumerate(lines) if re.match(r"\$L\w+:", line)}
-    (first,) = [i for i, line in enumerate(lines) if line.startswith(wait)]
-    found, seen, ahead = [], set(), [first + 1]
+    ahead = [i + 1 for i, line in enumerate(lines) if re.search(behind, line)]
+    assert ahead
+    found, seen = [], set()
     while ahead:
         at = ahead.pop()
         while at < len(lines) and at not in seen:
@@ -67,7 +48,7 @@ def unordered_behind(ptx: str, wait: str) -> list[str]:
             line = lines[at]
             if re.match(r"bar\.sync|barrier\.(cta\.)?sync|ret;", line):
                 break
-            if re.search(r"(^|\s)(st\.shared|stmatrix)", line):
+            if re.search(r"(^|\s)(st\.shared|stmatrix|cp\.async\.(bulk|ca|cg))", line):
                 found.append(line)
             if jump := re.match(r"(@\S+\s+)?bra(\.uni)?\s+(\$L\w+)", line):
                 ahead.append(labels[jump[3]])
@@ -78,9 +59,18 @@ def unordered_behind(ptx: str, wait: str) -> list[str]:
 
 
 @pytest.mark.slow
+def test_eight_warps_wait_for_each_others_products_before_the_rings_memory_is_used_again():
+    rows = compile_isolated("gemm_stream", 90, match="warps 8", show="ptx")
+    assert any("paired" in row.label for row in rows)
+    for row in rows:
+        assert "wgmma.mma_async" in row.code, row.label
+        assert not unordered(row.code, r"wgmma\.(mma_async|wait_group)"), row.label
+
+
+@pytest.mark.slow
 def test_the_last_tiles_held_columns_wait_for_the_others_products():
     """Within the loop what is held changes lanes in memory of its own, behind it in the ring's."""
     rows = compile_isolated("gemm_persistent", 90, match="held", show="ptx")
     assert {"paired" in row.label for row in rows} == {"halves" in row.label for row in rows} == {True, False}
     for row in rows:
-        assert not unordered_behind(row.code, "wgmma.wait_group.sync.aligned 0"), row.label
+        assert not unordered(row.code, r"wgmma\.wait_group\.sync\.aligned 0"), row.label
