@@ -4,6 +4,7 @@
     python -m terrazzo.tools.bench --models qwen3-8b --sizes 1,64 --json
     python -m terrazzo.tools.bench --models ./my-model --dtype fp16    of a folder with a config.json
     python -m terrazzo.tools.bench --kernels --contenders terrazzo     where the plan's time goes, kernel by kernel
+    python -m terrazzo.tools.bench --sizes 2048 --pause 0.1            each replay as a GPU that was idle gives it
     python -m terrazzo.tools.bench --max-autotune                      also Inductor with max-autotune: minutes per size
 
 A time is per piece, in a graph over layers with weights of their own (measure.py), the median of replays taken in turn.
@@ -38,7 +39,11 @@ AUTOTUNED = "inductor max-autotune"
 
 
 def bench_piece(
-    piece: Piece, sizes: Sequence[int], contenders: Sequence[str], kernels: Sequence[str] = ()
+    piece: Piece,
+    sizes: Sequence[int],
+    contenders: Sequence[str],
+    kernels: Sequence[str] = (),
+    pause_s: float = 0.0,
 ) -> list[dict[str, Any]]:
     """Times a piece.
 
@@ -47,13 +52,14 @@ def bench_piece(
         sizes: numbers of tokens.
         contenders: of `CONTENDERS` and `AUTOTUNED`.
         kernels: contenders whose kernels are timed one by one as well.
+        pause_s: how long the GPU is idle before each replay.
 
     Returns:
         Per size: model, size, floor_us, us by contender, layers per graph, failures of the check, and kernels.
     """
     results = []
     for size in sizes:
-        made = _bench_size(piece, CompiledPiece(piece.graph, steady=True), size, contenders, kernels)
+        made = _bench_size(piece, CompiledPiece(piece.graph, steady=True), size, contenders, kernels, pause_s)
         times = ", ".join(f"{name} {us:.1f}" for name, us in made["us"].items())
         print(f"{piece.model} at {size}: floor {made['floor_us']:.1f}, {times} µs", file=sys.stderr, flush=True)
         results.append(made)
@@ -61,7 +67,12 @@ def bench_piece(
 
 
 def _bench_size(
-    piece: Piece, compiled: CompiledPiece, size: int, contenders: Sequence[str], kernels: Sequence[str]
+    piece: Piece,
+    compiled: CompiledPiece,
+    size: int,
+    contenders: Sequence[str],
+    kernels: Sequence[str],
+    pause_s: float,
 ) -> dict[str, Any]:
     failures: list[str] = []
     if "terrazzo" in contenders:
@@ -70,7 +81,7 @@ def _bench_size(
     with torch.no_grad():
         layers = layers_of(piece, size, HERE)
         graphs = {name: chain(_runner(name, piece, compiled, layers[0]), layers) for name in contenders}
-        times = interleaved_us(graphs, len(layers))
+        times = interleaved_us(graphs, len(layers), pause_s=pause_s)
         found: dict[str, list[KernelTime]] = {}
         for name in [k for k in kernels if k in graphs]:
             plans = [made for (sizes, _), made in compiled.plans.items() if _ours(name) and sizes == (size,)]
@@ -153,6 +164,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--contenders", default=contenders, help=f"who is timed, of {known}, comma-separated (default: {contenders})"
     )
+    parser.add_argument(
+        "--pause", type=float, default=0.0, metavar="SECONDS",
+        help="leave the GPU idle before each replay, which then starts below the power limit",
+    )  # fmt: skip
     parser.add_argument("--max-autotune", action="store_true", help=f"{AUTOTUNED} as well")
     parser.add_argument(
         "--kernels", nargs="?", const="terrazzo", default="", metavar="CONTENDERS",
@@ -167,6 +182,8 @@ def _arguments() -> argparse.Namespace:
                 parser.error(f"unknown contender {name!r}; there are {', '.join((*CONTENDERS, AUTOTUNED))}")
     options.contenders = options.contenders.split(",") + [AUTOTUNED] * options.max_autotune
     options.kernels = [name for name in options.kernels.split(",") if name]
+    if not 0 <= options.pause <= 60:
+        parser.error(f"--pause {options.pause}: seconds, at most 60")
     if missing := [name for name in options.kernels if name not in options.contenders]:
         parser.error(f"--kernels {', '.join(missing)}: not among those that are timed")
     return options
@@ -181,7 +198,8 @@ def main() -> int:
     host = host_us(middle("llama-3.1-8b", tiny=True), 16, HERE)
     results: list[dict[str, Any]] = []
     for name in models:
-        results += bench_piece(middle(name, dtype=options.dtype), options.sizes, options.contenders, options.kernels)
+        piece = middle(name, dtype=options.dtype)
+        results += bench_piece(piece, options.sizes, options.contenders, options.kernels, options.pause)
     _report(options.json, results, host)
     return int(any(r["failures"] for r in results))
 

@@ -7,6 +7,7 @@ model's forward pass does to memory. Contenders are replayed in turn: clocks and
 from __future__ import annotations
 
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -98,18 +99,21 @@ def chain(run: Runner, layers: Sequence[Sequence[Any]]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def interleaved_us(graphs: Mapping[str, torch.cuda.CUDAGraph], layers: int, replays: int = REPLAYS) -> dict[str, float]:
-    """Median time per layer of each graph, over `replays` rounds in which every graph is replayed once, each time with
-    another of them first: at the power limit a replay is slower for what ran before it."""
+def interleaved_us(
+    graphs: Mapping[str, torch.cuda.CUDAGraph], layers: int, replays: int = REPLAYS, pause_s: float = 0.0
+) -> dict[str, float]:
+    """Median time per layer of each graph, over `replays` rounds in which every graph is replayed once, in an order of
+    the round's own: at the power limit a replay is slower for what ran before it. After a pause of some milliseconds
+    it starts below that limit, as a prompt's prefill does on a GPU that was idle."""
     times: dict[str, list[float]] = {name: [] for name in graphs}
     for graph in graphs.values():
         graph.replay()
     torch.cuda.synchronize()
-    names = list(graphs)
-    for turn in range(replays):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
+    names, order = list(graphs), random.Random(0)
+    for _ in range(replays):
+        for name in order.sample(names, len(names)):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            time.sleep(pause_s)
             torch.cuda._sleep(HEAD_START)
             start.record()
             graphs[name].replay()
