@@ -2,9 +2,11 @@
 
 Schedule: as `gemm_persistent`, one program per multiprocessor over tiles of BLOCK_M rows, a ring of STAGES steps by TMA
 that goes on from tile to tile. A tile's sums are rounded to the operands' dtype, where eager rounds them as well, and
-held as two numbers a register; each time that one of the next tile's first steps has been handed to the tensor cores, a
-part of those columns goes through the epilogue. So the tensor cores wait for the rounding only, 64 instructions, and
-never for accumulators to be set to zero. The held columns change lanes within a warp: no barrier stands in a part.
+held in registers, two adjacent columns in one; each time that one of the next tile's first steps has been handed to the
+tensor cores, a part of them goes through the epilogue: some columns of the upper or of the lower eight of every warp's
+16 rows, so that a thread has one row of it. Lanes exchange columns within their warp until each has eight adjacent
+ones. So the tensor cores wait for the rounding only, 64 instructions, and never for accumulators to be set to zero.
+Steps and parts are loops: what differs from part to part, which registers, is a jump, and the code stands once.
 Bytes and FLOPs: as `gemm_persistent`. Registers: accumulators, half as many that are held, and a part.
 """
 
@@ -29,8 +31,9 @@ from .gemm_tiles import tile_origin as triton_tile_origin
 tile_origin = gluon.jit(triton_tile_origin.fn)
 apart = gluon.jit(triton_apart.fn)
 
-# Parts of a tile's columns: what one of them takes fits into the time of a step.
-PARTS = 4
+# Columns of a part, each of half a tile's rows: what a part takes fits into the time of a step. Of heads, whose
+# epilogues read most, so many of each half.
+PART_COLUMNS, PART_COLUMNS_OF_HALVES = 64, 32
 # Steps in flight at most; more fit into shared memory where tiles are small.
 MOST_STAGES = 8
 
@@ -61,8 +64,8 @@ def _ptx(dtype: gl.dtype, number: int) -> str:
 
 @gluon.jit
 def _held(acc, DTYPE: gl.constexpr):
-    """An accumulator's two halves, rounded, one number of each to a register."""
-    first, second = apart(acc)
+    """An accumulator, rounded, two adjacent columns to a register."""
+    first, second = gl.split(acc.reshape([acc.shape[0], acc.shape[1] // 2, 2]))
     return gl.inline_asm_elementwise(_ptx(DTYPE, 0), "=r,f,f", [first, second], dtype=gl.int32, is_pure=True, pack=1)
 
 
@@ -73,64 +76,116 @@ def _number(held, WHICH: gl.constexpr, DTYPE: gl.constexpr):
 
 
 @gluon.jit
-def _part(held, NUMBER: gl.constexpr, OF: gl.constexpr):
+def _rows(held, HALF: gl.constexpr, WARPS: gl.constexpr):
+    """The upper or the lower eight of every warp's 16 rows: of each, a thread has one."""
+    both = held.reshape([WARPS, 2, 8, held.shape[1]]).permute((0, 2, 3, 1))
+    upper, lower = gl.split(both)
+    chosen = lower if HALF else upper
+    return chosen.reshape([8 * WARPS, held.shape[1]])
+
+
+@gluon.jit
+def _columns(held, NUMBER: gl.constexpr, OF: gl.constexpr):
     """So many columns of what is held."""
     if OF == 1:
         return held
     else:
         left, right = apart(held)
         if NUMBER < OF // 2:
-            return _part(left, NUMBER, OF // 2)
+            return _columns(left, NUMBER, OF // 2)
         else:
-            return _part(right, NUMBER - OF // 2, OF // 2)
+            return _columns(right, NUMBER - OF // 2, OF // 2)
 
 
 @gluon.constexpr_function
-def _quads(rows: int, columns: int, warps: int):
-    """Four lanes have 32 columns of a row, eight adjacent ones each; rows lie as the accumulators' do, 16 a warp."""
-    registers = [[0, 1], [0, 2], [0, 4], [8, 0], *([0, 32 << i] for i in range((columns // 32).bit_length() - 1))]
-    lanes = [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]]
-    above = [[16 << i, 0] for i in range(warps.bit_length() - 1)]
-    return gl.DistributedLinearLayout(registers, lanes, above, [], [rows, columns])
+def _quads(rows: int, columns: int, warps: int, adjacent: int):
+    """Four lanes have 4 * `adjacent` columns of a row, each `adjacent` at a time; a warp has eight rows."""
+    registers = [[0, 1 << i] for i in range(adjacent.bit_length() - 1)]
+    registers += [[0, 4 * adjacent << i] for i in range((columns // (4 * adjacent)).bit_length() - 1)]
+    lanes = [[0, adjacent], [0, 2 * adjacent], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout(
+        registers, lanes, [[8 << i, 0] for i in range(warps.bit_length() - 1)], [], [rows, columns]
+    )
 
 
 @gluon.jit
-def _finish(
-    held,
+def _numbers(chosen, WARPS: gl.constexpr, DTYPE: gl.constexpr):
+    """Some columns of some rows in fp32, eight adjacent ones a lane."""
+    ROWS: gl.constexpr = chosen.shape[0]
+    PAIRS: gl.constexpr = chosen.shape[1]
+    laid: gl.constexpr = _quads(ROWS, PAIRS, WARPS, 4)
+    chosen = gl.convert_layout(chosen, laid)
+    joined = gl.join(_number(chosen, 0, DTYPE), _number(chosen, 1, DTYPE)).reshape([ROWS, 2 * PAIRS])
+    return gl.convert_layout(joined, _quads(ROWS, 2 * PAIRS, WARPS, 8), assert_trivial=True)
+
+
+@gluon.jit
+def _place(
     m0,
     n0,
     m_size,
-    t,
-    NUMBER: gl.constexpr,
+    number,
     OF: gl.constexpr,
     N: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    COLUMNS: gl.constexpr,
     HALVES: gl.constexpr,
-    PAIRED: gl.constexpr,
-    DTYPE: gl.constexpr,
     WARPS: gl.constexpr,
-    EPILOGUE: gl.constexpr,
 ):
-    """The epilogue of one part of the tile at m0 and n0."""
-    BLOCK_M: gl.constexpr = held.shape[0]
-    COLUMNS: gl.constexpr = held.shape[1] // OF
-    laid: gl.constexpr = _quads(BLOCK_M, COLUMNS, WARPS)
-    m = first_row(m0, m_size, BLOCK_M) + gl.expand_dims(gl.arange(0, BLOCK_M, gl.SliceLayout(1, laid)), 1)
+    """Rows and columns of a part of the tile at m0 and n0, and which are there and the tile's own."""
+    laid: gl.constexpr = _quads(BLOCK_M // 2, COLUMNS, WARPS, 8)
+    row = gl.expand_dims(gl.arange(0, BLOCK_M // 2, gl.SliceLayout(1, laid)), 1)
+    m = first_row(m0, m_size, BLOCK_M) + row // 8 * 16 + number // (OF // 2) * 8 + row % 8
     # The tile before has the others.
     own = (m >= m0) & (m < m_size)
     # Bodies multiply m by a row length: M * N may exceed 2^31 here.
     m = gl.minimum(m, m_size - 1).to(gl.int64)
     # Columns of heads are counted in their first halves.
     ACROSS: gl.constexpr = 2 if HALVES > 0 else 1
-    n = n0 // ACROSS + NUMBER * COLUMNS + gl.expand_dims(gl.arange(0, COLUMNS, gl.SliceLayout(0, laid)), 0)
-    both = gl.convert_layout(_part(held, NUMBER, OF), laid)
-    if PAIRED or HALVES > 0:
-        EPILOGUE(_number(both, 0, DTYPE), _number(both, 1, DTYPE), m, n, own & (n < N // ACROSS), t)
+    n = n0 // ACROSS + number % (OF // 2) * COLUMNS
+    n = n + gl.expand_dims(gl.arange(0, COLUMNS, gl.SliceLayout(0, laid)), 0)
+    return m, n, own & (n < N // ACROSS)
+
+
+@gluon.jit
+def _part(held, NUMBER: gl.constexpr, OF: gl.constexpr, APART: gl.constexpr, WARPS: gl.constexpr):
+    """A part of what is held: some columns of half the rows, of both accumulators where there are two."""
+    ACROSS: gl.constexpr = OF // 2
+    rows = _rows(held, NUMBER // ACROSS, WARPS)
+    if APART:
+        first, second = apart(rows)
+        return (_columns(first, NUMBER % ACROSS, ACROSS), _columns(second, NUMBER % ACROSS, ACROSS))
     else:
-        first = _number(both, 0, DTYPE)
-        EPILOGUE(first, first, m, n, own & (n < N), t)
-        second = _number(both, 1, DTYPE)
-        n += held.shape[1]
-        EPILOGUE(second, second, m, n, own & (n < N), t)
+        return (_columns(rows, NUMBER % ACROSS, ACROSS),)
+
+
+@gluon.jit
+def _finish(
+    held,
+    number,
+    m0,
+    n0,
+    m_size,
+    t,
+    OF: gl.constexpr,
+    N: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    HALVES: gl.constexpr,
+    APART: gl.constexpr,
+    DTYPE: gl.constexpr,
+    WARPS: gl.constexpr,
+    EPILOGUE: gl.constexpr,
+):
+    """The epilogue of one part of the tile at m0 and n0."""
+    m, n, mask = _place(m0, n0, m_size, number, OF, N, 16 * WARPS, COLUMNS, HALVES, WARPS)
+    # Registers have no numbers at run time; what follows the choice stands here once.
+    part = _part(held, 0, OF, APART, WARPS)
+    for other in gl.static_range(1, OF):
+        if number == other:
+            part = _part(held, other, OF, APART, WARPS)
+    acc = _numbers(part[0], WARPS, DTYPE)
+    acc2 = _numbers(part[1], WARPS, DTYPE) if APART else acc
+    EPILOGUE(acc, acc2, m, n, mask, t)
 
 
 @gluon.jit
@@ -193,14 +248,14 @@ def _step(
     GROUP_M: gl.constexpr,
     HALVES: gl.constexpr,
     PAIRED: gl.constexpr,
-    FIRST: gl.constexpr,
+    onto,
 ):
-    """Hand the next step of a tile to the tensor cores, as its first or onto what it has, and ask for a later one."""
+    """Hand the next step of a tile to the tensor cores, `onto` what it has or as its first, and ask for a later one."""
     BLOCK_M: gl.constexpr = x_desc.block_shape[0]
     BLOCK_K: gl.constexpr = x_desc.block_shape[1]
     mbarrier.wait(ready.index(slot), parity)
     w = as_rows(w_ring.index(slot), acc.shape[1], BLOCK_K).permute((1, 0))
-    acc = warpgroup_mma(x_ring.index(slot), w, acc, use_acc=not FIRST, is_async=True)
+    acc = warpgroup_mma(x_ring.index(slot), w, acc, use_acc=onto, is_async=True)
     acc = warpgroup_mma_wait(1, deps=(acc,))
     # The step before this one has been multiplied: its slot takes what comes STAGES steps after it.
     free = gl.where(slot == 0, STAGES - 1, slot - 1)
@@ -232,6 +287,9 @@ def gemm_held_kernel(
     EPILOGUE: gl.constexpr,
 ):
     COLUMNS: gl.constexpr = 2 * BLOCK_N if PAIRED else BLOCK_N
+    APART: gl.constexpr = PAIRED or HALVES > 0
+    # Columns that the epilogue gets at once.
+    AT_ONCE: gl.constexpr = (COLUMNS // 2 if APART else COLUMNS) // (OF // 2)
     DTYPE: gl.constexpr = x_desc.dtype
     TILES_N: gl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     STEPS: gl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
@@ -257,22 +315,26 @@ def gemm_held_kernel(
     held_m, held_n = m0, n0
     slot = 0
     parity = 0
+    HEAD: gl.constexpr = OF if OF < STEPS else STEPS
     for tile in range(first, tiles, gl.num_programs(0)):
         m0, n0 = tile_origin(tile, tiles_m, TILES_N, GROUP_M, BLOCK_M, BLOCK_N)
-        for step in gl.static_range(OF if OF < STEPS else STEPS):
+        for step in range(HEAD):
             acc, request, slot, parity = _step(
                 acc, request, slot, parity, x_desc, w_desc, x_ring, w_ring, ready, m_size, tiles_m,
-                TILES_N, K, BLOCK_N, STAGES, GROUP_M, HALVES, PAIRED, step == 0,
+                TILES_N, K, BLOCK_N, STAGES, GROUP_M, HALVES, PAIRED, step > 0,
             )  # fmt: skip
             if tile > first:
-                _finish(held, held_m, held_n, m_size, t, step, OF, N, HALVES, PAIRED, DTYPE, WARPS, EPILOGUE)
-        if tile > first:
-            for number in gl.static_range(STEPS, OF):
-                _finish(held, held_m, held_n, m_size, t, number, OF, N, HALVES, PAIRED, DTYPE, WARPS, EPILOGUE)
-        for _ in range(OF, STEPS):
+                _finish(held, step, held_m, held_n, m_size, t, OF, N, AT_ONCE, HALVES, APART, DTYPE, WARPS, EPILOGUE)
+        if HEAD < OF:
+            if tile > first:
+                for part in range(HEAD, OF):
+                    _finish(
+                        held, part, held_m, held_n, m_size, t, OF, N, AT_ONCE, HALVES, APART, DTYPE, WARPS, EPILOGUE
+                    )
+        for _ in range(HEAD, STEPS):
             acc, request, slot, parity = _step(
                 acc, request, slot, parity, x_desc, w_desc, x_ring, w_ring, ready, m_size, tiles_m,
-                TILES_N, K, BLOCK_N, STAGES, GROUP_M, HALVES, PAIRED, False,
+                TILES_N, K, BLOCK_N, STAGES, GROUP_M, HALVES, PAIRED, True,
             )  # fmt: skip
         acc = warpgroup_mma_wait(0, deps=(acc,))
         if PDL:
@@ -283,8 +345,8 @@ def gemm_held_kernel(
     # others' still read it (https://github.com/triton-lang/triton/issues/11047). Within the loop it has its own.
     if WARPS > 4:
         gl.thread_barrier()
-    for number in gl.static_range(OF):
-        _finish(held, held_m, held_n, m_size, t, number, OF, N, HALVES, PAIRED, DTYPE, WARPS, EPILOGUE)
+    for part in range(OF):
+        _finish(held, part, held_m, held_n, m_size, t, OF, N, AT_ONCE, HALVES, APART, DTYPE, WARPS, EPILOGUE)
     # Nothing else may take the barriers' memory before the end, as they are not invalidated.
     ready._keep_alive()
 
@@ -309,8 +371,12 @@ def constexprs(problem: GemmProblem, config: Config, epilogue: Any, pdl: bool) -
 
 
 def parts(problem: GemmProblem, config: Config) -> int:
-    """In how many parts a tile's columns go through the epilogue, each of 32 columns of both halves at least."""
-    return min(PARTS, (config.block_n if problem.paired else config.block_n // 2) // 32)
+    """In how many parts a tile goes through the epilogue, of half its rows each."""
+    if problem.halves:
+        columns, most = config.block_n // 2, PART_COLUMNS_OF_HALVES
+    else:
+        columns, most = config.block_n, PART_COLUMNS
+    return 2 * (columns // min(columns, most))
 
 
 def describe_w(w: torch.Tensor, problem: GemmProblem, config: Config) -> Any:

@@ -337,7 +337,7 @@ def prepare(epilogue: Any, config: Config, problem: GemmProblem, *, pdl: bool = 
 
     Args:
         epilogue: `@triton.jit` body `(acc, acc2, m, n, mask, t)`; accumulators are [BLOCK_M, BLOCK_N / runs], where
-            held [BLOCK_M, 32] or what `gemm_held.parts` makes of a tile.
+            held half as many rows, and columns as `gemm_held.parts` says.
         config: from `choose`.
         problem: sizes and strides; `m` is only a hint.
         pdl: let the successor start before the first epilogue; start before the predecessor has ended and wait for it

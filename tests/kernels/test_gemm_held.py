@@ -31,6 +31,9 @@ H200 = Target.named("h200")
 WIDE = gemm_persistent.Config(128, 256, 64, 4, 8, flatten=True, held=True)
 SMALL = gemm_persistent.Config(64, 64, 64, 2, 4, group_m=2, flatten=True, held=True)
 CONFIGS = [pytest.param(WIDE, id="wide"), pytest.param(SMALL, id="small")]
+# One tile and several a program; depths of one step, of fewer than there are parts, and of many.
+ONE = [(1, 61, 72), (67, 128, 64), (130, 264, 200), (300, 1000, 1032)]
+SIZES = [*ONE, (700, 6144, 4096), (9000, 320, 64), (9000, 320, 200)]
 gpu = pytest.mark.gpu
 
 
@@ -47,9 +50,8 @@ def sum_of_halves(acc, acc2, m, n, mask, t):
 @gpu
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("size", [(1, 61, 72), (67, 128, 64), (130, 264, 200), (300, 1000, 1032), (700, 6144, 4096)])
+@pytest.mark.parametrize("size", SIZES)
 def test_sizes(config, dtype, size, device):
-    # One tile and several a program; depths of one step, of fewer than there are parts, and of many.
     problem = GemmProblem(*size, dtype)
     run(gemm_persistent, config, problem, device, store, plain)
     run(gemm_persistent, config, problem, device, silu_residual, with_residual)
