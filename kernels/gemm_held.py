@@ -127,15 +127,14 @@ def _place(
     number,
     OF: gl.constexpr,
     N: gl.constexpr,
-    BLOCK_M: gl.constexpr,
     COLUMNS: gl.constexpr,
     HALVES: gl.constexpr,
     WARPS: gl.constexpr,
 ):
     """Rows and columns of a part of the tile at m0 and n0, and which are there and the tile's own."""
-    laid: gl.constexpr = _quads(BLOCK_M // 2, COLUMNS, WARPS, 8)
-    row = gl.expand_dims(gl.arange(0, BLOCK_M // 2, gl.SliceLayout(1, laid)), 1)
-    m = first_row(m0, m_size, BLOCK_M) + row // 8 * 16 + number // (OF // 2) * 8 + row % 8
+    laid: gl.constexpr = _quads(8 * WARPS, COLUMNS, WARPS, 8)
+    row = gl.expand_dims(gl.arange(0, 8 * WARPS, gl.SliceLayout(1, laid)), 1)
+    m = first_row(m0, m_size, 16 * WARPS) + row // 8 * 16 + number // (OF // 2) * 8 + row % 8
     # The tile before has the others.
     own = (m >= m0) & (m < m_size)
     # Bodies multiply m by a row length: M * N may exceed 2^31 here.
@@ -177,7 +176,7 @@ def _finish(
     EPILOGUE: gl.constexpr,
 ):
     """The epilogue of one part of the tile at m0 and n0."""
-    m, n, mask = _place(m0, n0, m_size, number, OF, N, 16 * WARPS, COLUMNS, HALVES, WARPS)
+    m, n, mask = _place(m0, n0, m_size, number, OF, N, COLUMNS, HALVES, WARPS)
     # Registers have no numbers at run time; what follows the choice stands here once.
     part = _part(held, 0, OF, APART, WARPS)
     for other in gl.static_range(1, OF):
@@ -325,12 +324,9 @@ def gemm_held_kernel(
             )  # fmt: skip
             if tile > first:
                 _finish(held, step, held_m, held_n, m_size, t, OF, N, AT_ONCE, HALVES, APART, DTYPE, WARPS, EPILOGUE)
-        if HEAD < OF:
-            if tile > first:
-                for part in range(HEAD, OF):
-                    _finish(
-                        held, part, held_m, held_n, m_size, t, OF, N, AT_ONCE, HALVES, APART, DTYPE, WARPS, EPILOGUE
-                    )
+        if tile > first:
+            for part in range(HEAD, OF):
+                _finish(held, part, held_m, held_n, m_size, t, OF, N, AT_ONCE, HALVES, APART, DTYPE, WARPS, EPILOGUE)
         for _ in range(HEAD, STEPS):
             acc, request, slot, parity = _step(
                 acc, request, slot, parity, x_desc, w_desc, x_ring, w_ring, ready, m_size, tiles_m,

@@ -32,8 +32,10 @@ WIDE = gemm_persistent.Config(128, 256, 64, 4, 8, flatten=True, held=True)
 SMALL = gemm_persistent.Config(64, 64, 64, 2, 4, group_m=2, flatten=True, held=True)
 CONFIGS = [pytest.param(WIDE, id="wide"), pytest.param(SMALL, id="small")]
 # One tile and several a program; depths of one step, of fewer than there are parts, and of many.
-ONE = [(1, 61, 72), (67, 128, 64), (130, 264, 200), (300, 1000, 1032)]
-SIZES = [*ONE, (700, 6144, 4096), (9000, 320, 64), (9000, 320, 200)]
+SIZES = [
+    (1, 61, 72), (67, 128, 64), (130, 264, 200), (300, 1000, 1032), (700, 6144, 4096), (9000, 320, 64),
+    (9000, 320, 200),
+]  # fmt: skip
 gpu = pytest.mark.gpu
 
 
