@@ -10,6 +10,7 @@ launcher of each, which Triton makes with the C compiler at the first launch, is
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -24,6 +25,8 @@ from triton.runtime import driver
 from ..lowering.parser import retried
 from .launch import Kernel, noting
 
+log = logging.getLogger("terrazzo")
+
 # Asked for the binary of a source, with options: true when Triton's cache holds it now.
 Ahead = Callable[[Any, Any, dict[str, Any]], bool]
 
@@ -37,7 +40,7 @@ _lock = threading.Lock()
 class Compiling:
     """Kernels that are being compiled in the background.
 
-    A kernel that does not compile raises nothing here: `Kernel.precompile`, or its first launch, does.
+    A kernel that does not compile is logged and raises nothing here: `Kernel.precompile`, or its first launch, does.
 
     Args:
         noted: kernels and arguments, as `noting` gives them; what is launched often is compiled once.
@@ -103,13 +106,18 @@ class _Asking:
         return self._pool.submit(self._work, compile)
 
     def _work(self, compile: Callable[[], Any]) -> Any:
-        if self._ahead is not None:
-            # Triton gives its executor a closure over what it is about to compile.
-            held = inspect.getclosurevars(compile).nonlocals
-            if {"src", "target", "options"} <= held.keys():
+        # Triton gives its executor a closure over what it is about to compile.
+        held = inspect.getclosurevars(compile).nonlocals
+        try:
+            if self._ahead is not None and {"src", "target", "options"} <= held.keys():
                 self._ahead(held["src"], held["target"], dict(vars(held["options"])))
-        compiled = retried(compile)
-        _build_launcher(compiled)
+            compiled = retried(compile)
+            _build_launcher(compiled)
+        except Exception as cause:
+            name = getattr(held.get("src"), "name", "a kernel")
+            log.info("terrazzo: %s was not compiled in the background: %s: %s", name, type(cause).__name__, cause)
+            log.debug("Where it failed:", exc_info=cause)
+            raise
         return compiled
 
 

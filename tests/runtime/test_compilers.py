@@ -19,7 +19,7 @@ from terrazzo.tools.models import pieces
 
 # A process that compiles for a device which is not there.
 ALONE = """
-import json, os, sys, threading, torch, triton
+import json, logging, os, sys, threading, torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -60,6 +60,8 @@ def opened(count):
     made.greeting.join()
     return made
 
+logging.basicConfig()
+logging.getLogger("terrazzo").setLevel(logging.DEBUG)
 compiled = []
 triton.knobs.compilation.listener = lambda **said: compiled.append(said["cache_hit"])
 """
@@ -74,7 +76,9 @@ def alone(code, folder, **more):
 
 
 def said(done):
-    assert done.returncode == 0, done.stderr
+    # Shown where a test fails.
+    print(done.stderr)
+    assert done.returncode == 0
     return json.loads(done.stdout)
 
 
@@ -147,6 +151,26 @@ print(json.dumps([others.done, others.missed, compiled]))
 
 def test_a_function_that_is_not_to_be_found_over_there_is_compiled_here(tmp_path):
     assert said(alone(NOT_SENT, tmp_path)) == [0, 1, [False]]
+
+
+FAILS = """
+def fails(source):
+    raise RuntimeError("not this one")
+
+triton.backends.backends["nvidia"].compiler.make_cubin = lambda self, source, *more: fails(source)
+noted = launches()[:2]
+Compiling(noted).wait()
+try:
+    noted[0][0].precompile(*noted[0][1])
+except RuntimeError as raised:
+    print(json.dumps([str(raised), compiled]))
+"""
+
+
+def test_a_kernel_that_does_not_compile_is_logged_and_raises_when_it_is_needed(tmp_path):
+    done = alone(FAILS, tmp_path)
+    assert said(done) == ["not this one", []]
+    assert done.stderr.count("was not compiled in the background: RuntimeError: not this one") == 2
 
 
 GONE = """
