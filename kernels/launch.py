@@ -28,11 +28,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from itertools import count
+from threading import get_ident
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from triton.runtime import driver
+from triton.runtime.jit import JITCallable
 
 from ..lowering.errors import InternalError, UserError
 from ..lowering.parser import retried
@@ -49,9 +51,17 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 # Compiled kernels by (fn, constexprs, options), then by the arguments' key: equal Kernels share them.
 _COMPILED: dict[tuple, dict[tuple, Binary]] = {}
 
+# Launches noted instead of made, by the thread that does; empty outside `noting`.
+_noting: dict[int, list[tuple[Kernel, tuple]]] = {}
 
-# Launches noted instead of made; None outside `noting`.
-_noted: list[tuple[Kernel, tuple]] | None = None
+
+def _parse(function: JITCallable, once: Callable[[JITCallable], Any] = JITCallable.parse) -> Any:
+    return retried(lambda: once(function))
+
+
+# Triton parses in whichever thread compiles or asks for a key, and where that fails it keeps half a key: a kernel may
+# then find another's binary. So it parses again right there.
+JITCallable.parse = _parse  # type: ignore[method-assign]
 
 
 class _Again(NamedTuple):
@@ -128,7 +138,7 @@ class Kernel:
         if 0 in grid:
             return
         last, runtime = self._last, triton.knobs.runtime
-        if last is not None and _noted is None:
+        if last is not None and not _noting:
             flat = last.read(args)
             if flat is not None and not (runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls):
                 last.launch(grid, last.stream(last.device), flat)
@@ -136,8 +146,8 @@ class Kernel:
         if self.interpreted:
             self._interpret(grid, args)
             return
-        if _noted is not None:
-            _noted.append((self, args))
+        if _noting and (noted := _noting.get(get_ident())) is not None:
+            noted.append((self, args))
             return
         device, key, passed = _describe(args)
         binary = self._compiled.get(key)
@@ -173,7 +183,7 @@ class Kernel:
         return self.fn.warmup(grid=(1, 1, 1), **named, **self.constexprs, **self.options)
 
     def _loaded(self, key: tuple, args: tuple) -> Binary:
-        compiled = retried(lambda: self.compile(args))
+        compiled = self.compile(args)
         compiled = compiled.result() if hasattr(compiled, "result") else compiled
         # Loads the module: cuModuleLoad must not happen for the first time inside a capture.
         compiled._init_handles()
@@ -206,13 +216,17 @@ class Kernel:
 
 @contextmanager
 def noting() -> Iterator[list[tuple[Kernel, tuple]]]:
-    """Inside, launches are noted instead of made, kernel and arguments of each. One thread of a process at a time."""
-    global _noted
-    _noted = []
+    """Inside, this thread's launches are noted instead of made, kernel and arguments of each."""
+    thread = get_ident()
+    outer = _noting.get(thread)
+    noted = _noting[thread] = []
     try:
-        yield _noted
+        yield noted
     finally:
-        _noted = None
+        if outer is None:
+            del _noting[thread]
+        else:
+            _noting[thread] = outer
 
 
 def _describe(args: tuple, hollow: bool = False) -> tuple[int, tuple, list]:

@@ -16,13 +16,11 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, cast
 
 import triton
 from triton.runtime import driver
 
-from ..lowering.parser import retried
 from .launch import Kernel, noting
 
 log = logging.getLogger("terrazzo")
@@ -35,6 +33,8 @@ _promised: dict[tuple, Any] = {}
 # Launchers that are built, or being built.
 _launchers: set[str] = set()
 _lock = threading.Lock()
+# A fork has none of the threads that would keep the promises.
+os.register_at_fork(after_in_child=_promised.clear)
 
 
 class Compiling:
@@ -61,8 +61,7 @@ class Compiling:
         pool = ThreadPoolExecutor(min(len(new), cores() * (2 if ahead else 1)))
         with triton.AsyncCompileMode(cast(Any, _Asking(pool, ahead)), ignore_errors=True) as mode:
             for known, (kernel, args) in new.items():
-                # Whoever compiles parses, and so may the threads meanwhile.
-                _promised[known] = retried(partial(kernel.compile, args))
+                _promised[known] = kernel.compile(args)
                 self._promises.append((known, _promised[known]))
             # Leaving the mode would wait for all of them.
             mode.raw_futures.clear()
@@ -111,7 +110,7 @@ class _Asking:
         try:
             if self._ahead is not None and {"src", "target", "options"} <= held.keys():
                 self._ahead(held["src"], held["target"], dict(vars(held["options"])))
-            compiled = retried(compile)
+            compiled = compile()
             _build_launcher(compiled)
         except Exception as cause:
             name = getattr(held.get("src"), "name", "a kernel")

@@ -114,6 +114,7 @@ def _fewer(best: Mapping[int, Choice], problem: GemmProblem, options: Options) -
     least = {size: _us(choose("", at, options), at, options) for size, at in asked.items()}
     fixed = {b for b, choice in best.items() if choice.family in BY_RULE or _measured(choice, asked[b], options)}
 
+    @cache
     def loss(choice: Choice, bound: int) -> float:
         """What it takes longer than the best, at the most."""
         if choice.key == best[bound].key and bound in fixed:
@@ -123,9 +124,8 @@ def _fewer(best: Mapping[int, Choice], problem: GemmProblem, options: Options) -
         return max(0.0, *(_us(choice, asked[size], options) / least[size] - 1 for size in ends[bound]))
 
     candidates = list({choice.key: choice for choice in best.values()}.values())
-    losses = {(c.key, b): loss(c, b) for c in candidates for b in best}
     serves = {
-        c.key: {b for b, own in best.items() if c.key == own.key or (b not in fixed and losses[c.key, b] <= LOSS)}
+        c.key: {b for b, own in best.items() if c.key == own.key or (b not in fixed and loss(c, b) <= LOSS)}
         for c in candidates
     }
     kept = [c for c in candidates if c.family in BY_RULE]
@@ -138,7 +138,7 @@ def _fewer(best: Mapping[int, Choice], problem: GemmProblem, options: Options) -
     def given(bound: int) -> Choice:
         own = best[bound]
         steady = bound in fixed and any(c.key == own.key for c in kept)
-        return own if steady else min(kept, key=lambda c: losses[c.key, bound])
+        return own if steady else min(kept, key=lambda c: loss(c, bound))
 
     return {bound: given(bound) for bound in best}
 

@@ -27,7 +27,7 @@ from .errors import UserError
 from .facts import Facts
 from .functions import HELPERS
 from .group import Group
-from .parser import retried
+from .parser import parse
 from .schedule import Schedule
 from .select import Kernel, is_looped
 from .size import NAME, Undecided
@@ -258,7 +258,7 @@ class _Writer:
 def nameless(function: str) -> str:
     """A function's text without comments and decorators, its own name and those of its variables replaced by numbers:
     equal for functions that do the same to their arguments."""
-    (tree,) = retried(lambda: ast.parse(function)).body
+    (tree,) = parse(function).body
     assert isinstance(tree, ast.FunctionDef)
     tree.decorator_list = []
     variables = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]

@@ -12,7 +12,7 @@ import ast
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from .parser import retried
+from .parser import parse
 
 # Reads that are held across the product, at most: each takes registers.
 MOST = 8
@@ -86,7 +86,7 @@ def _sum(line: _Line, tensors: int) -> bool:
 def _lines(body: str) -> Iterator[tuple[int, _Line]]:
     """The statements by their lines' numbers."""
     lines = body.split("\n")
-    (function,) = retried(lambda: ast.parse(body)).body
+    (function,) = parse(body).body
     assert isinstance(function, ast.FunctionDef)
     for statement in function.body:
         assert statement.lineno == statement.end_lineno, "one statement a line"

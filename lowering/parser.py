@@ -1,27 +1,31 @@
-"""CPython's parser while several threads use it."""
+"""CPython's parser while several threads use it.
+
+CPython of before 2024 counts how deep it is in a tree for all threads together, and raises SystemError where that comes
+out wrong because two were at it (python/cpython#106905). Nothing is wrong with the text then, so it is parsed again.
+"""
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable
 from typing import TypeVar
 
 Result = TypeVar("Result")
 
 # How often something is parsed before an error of the interpreter's own is one.
-ATTEMPTS = 4
+ATTEMPTS = 8
 
 
 def retried(parses: Callable[[], Result]) -> Result:
-    """What it returns. CPython 3.11 counts how deep `ast.parse` is for all threads together, and raises SystemError
-    where that comes out wrong because two were at it (python/cpython#106905). Triton parses the functions that a kernel
-    calls one by one, and says what went wrong in an error of its own, raised from that one or from None."""
+    """What it returns, whatever other threads parse meanwhile."""
     for _ in range(ATTEMPTS - 1):
         try:
             return parses()
-        except Exception as error:
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, SystemError):
-                cause = cause.__cause__ or cause.__context__
-            if cause is None:
-                raise
+        except SystemError:
+            continue
     return parses()
+
+
+def parse(source: str, filename: str = "<unknown>") -> ast.Module:
+    """`ast.parse`, whatever other threads parse meanwhile."""
+    return retried(lambda: ast.parse(source, filename))

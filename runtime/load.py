@@ -18,7 +18,7 @@ from typing import Any
 import triton
 
 from ..lowering.emit import Plan, nameless
-from ..lowering.parser import retried
+from ..lowering.parser import parse
 
 _BODIES: dict[str, Any] = {}
 
@@ -50,7 +50,7 @@ def _executed(source: str, only: Any, module: dict[str, Any]) -> Iterator[str]:
     name = f"<terrazzo plan {hashlib.sha256(source.encode()).hexdigest()[:16]}>"
     linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
     module["__name__"] = "terrazzo_plan"
-    for statement in retried(lambda: ast.parse(source, name)).body:
+    for statement in parse(source, name).body:
         if not isinstance(statement, only):
             continue
         exec(compile(ast.Module([statement], []), name, "exec"), module)

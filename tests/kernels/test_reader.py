@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -155,6 +156,24 @@ def test_another_device_and_hooks_go_the_long_way(noting: Noting, monkeypatch: A
     monkeypatch.setattr(triton.knobs.runtime.launch_enter_hook, "calls", [print])
     kernel((1, 1, 1), *args)
     assert len(heard) == 1 and len(noting.got) == 4
+
+
+@pytest.mark.parametrize("before", [0, 2])
+def test_what_a_thread_notes_is_its_own_and_others_launch(before: int, noting: Noting) -> None:
+    kernel, args = made(), like("tensors")
+    for _ in range(before):
+        kernel((1, 1, 1), *args)
+    with launch.noting() as outer:
+        kernel((1, 1, 1), *args)
+        with launch.noting() as inner:
+            kernel((1, 1, 1), *args)
+        other = threading.Thread(target=kernel, args=((1, 1, 1), *args))
+        other.start()
+        other.join()
+        kernel((1, 1, 1), *args)
+    assert (len(outer), len(inner), len(noting.got)) == (2, 1, before + 1)
+    kernel((1, 1, 1), *args)
+    assert len(noting.got) == before + 2
 
 
 def test_a_tensor_elsewhere_is_refused_after_one_that_was_there(noting: Noting) -> None:

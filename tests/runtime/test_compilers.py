@@ -173,6 +173,31 @@ def test_a_kernel_that_does_not_compile_is_logged_and_raises_when_it_is_needed(t
     assert done.stderr.count("was not compiled in the background: RuntimeError: not this one") == 2
 
 
+PARSES = """
+import ast
+parse, failing = ast.parse, set()
+
+def interrupted(text, *more, **named):
+    # What Triton or terrazzo parses fails once, as it would if another thread had parsed meanwhile.
+    if text not in failing and sys._getframe(1).f_code.co_filename.endswith(("/jit.py", "/parser.py")):
+        failing.add(text)
+        raise SystemError("AST constructor recursion depth mismatch")
+    return parse(text, *more, **named)
+
+ast.parse = interrupted
+noted = launches()[:2]
+Compiling(noted).wait()
+functions = [f for kernel, _ in noted for f in (kernel.fn, *kernel.constexprs.values())]
+keys = [function.cache_key for function in functions if isinstance(function, triton.JITFunction)]
+print(json.dumps([len(failing), compiled, len(keys), [key for key in keys if "recursion" in key]]))
+"""
+
+
+def test_kernels_compile_and_have_keys_of_their_own_though_other_threads_parse(tmp_path):
+    failed, hits, keys, half = said(alone(PARSES, tmp_path))
+    assert failed > 10 and hits == [False, False] and keys > 2 and half == []
+
+
 GONE = """
 noted = launches()[:3]
 others = opened(1)
