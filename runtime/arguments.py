@@ -1,53 +1,68 @@
 """What plans take for granted of a piece's arguments, and the check of it.
 
-Plans hold the dtypes, the fixed sizes and the strides of the piece's examples; called with others they would read
-memory that is not theirs. Dynamo and vLLM guard their calls themselves; whoever calls a piece directly is checked here.
+Plans hold the dtypes, the fixed sizes, the strides and the plain numbers of the piece's examples; called with others
+they would read memory that is not theirs, or compute with what was given first. Dynamo and vLLM guard their calls
+themselves; whoever calls a piece directly is checked here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
+import sympy
 import torch
 
 from ..lowering.errors import UserError
 from ..lowering.intake import Examples
 
+# A size or a stride: fixed, or computed from the sizes.
+Dim = int | sympy.Expr
+# What it is at a call; None where no argument says.
+Number = int | None
+# Of a tensor: shape and strides.
+Geometry = tuple[tuple[Number, ...], tuple[Number, ...]]
+
 
 @dataclass(frozen=True)
 class _Tensor:
-    """One tensor argument: its fixed sizes and strides by dimension."""
+    """One tensor argument."""
 
     position: int
     dtype: torch.dtype
-    rank: int
-    sizes: tuple[tuple[int, int], ...]
-    strides: tuple[tuple[int, int], ...]
+    shape: tuple[Dim, ...]
+    stride: tuple[Dim, ...]
 
-    @staticmethod
-    def of(position: int, value: torch.Tensor) -> _Tensor:
-        sizes = tuple((d, s) for d, s in enumerate(value.shape) if isinstance(s, int))
-        strides = tuple((d, s) for d, s in enumerate(value.stride()) if isinstance(s, int))
-        return _Tensor(position, value.dtype, value.dim(), sizes, strides)
+    def at(self, sizes: Mapping[sympy.Symbol, int]) -> Geometry:
+        """Shape and strides where the symbols are these sizes."""
+        return tuple(_number(d, sizes) for d in self.shape), tuple(_number(d, sizes) for d in self.stride)
 
-    def wrong(self, given: Any) -> str:
-        """What is wrong with an argument; '' when nothing is."""
+    def no_such(self, given: Any) -> str:
+        """What is wrong with the kind of an argument; '' when nothing is."""
         if not isinstance(given, torch.Tensor):
             return f"it is {type(given).__name__}, not a tensor"
         if given.dtype != self.dtype:
             return f"it is {given.dtype}, not {self.dtype}"
-        shape = given.shape
-        if len(shape) != self.rank or any(shape[d] != size for d, size in self.sizes):
-            fixed = dict(self.sizes)
-            wanted = ", ".join(str(fixed.get(d, "any")) for d in range(self.rank))
-            return f"its shape is {tuple(shape)}, not ({wanted})"
-        steps = given.stride()
-        # A dimension of one element may have any stride: torch itself varies them.
-        if given.numel() and any(shape[d] > 1 and steps[d] != step for d, step in self.strides):
-            return f"its strides are {steps}, not those it was planned for"
+        if given.dim() != len(self.shape):
+            return f"its shape is {tuple(given.shape)}, not {_said(self.shape)}"
         return ""
+
+
+@dataclass(frozen=True)
+class _Plain:
+    """One argument that is a number or a text: the plan holds it, or it is a size."""
+
+    position: int
+    value: Any
+
+    def no_such(self, given: Any) -> str:
+        """What is wrong with an argument; '' when nothing is."""
+        if isinstance(self.value, sympy.Expr):
+            return "" if type(given) is int else f"it is {type(given).__name__}, not an int"
+        # As text not-a-number equals itself, and 0.0 is not -0.0.
+        return "" if repr(given) == repr(self.value) else f"it is {given!r}, not {self.value!r}"
 
 
 class Arguments:
@@ -55,21 +70,36 @@ class Arguments:
 
     def __init__(self, examples: Examples, held: Sequence[torch.Tensor]) -> None:
         self.count = len(examples.values)
-        self._tensors = [_Tensor.of(i, v) for i, v in enumerate(examples.values) if isinstance(v, torch.Tensor)]
+        self._tensors: list[_Tensor] = []
+        self._plain: list[_Plain] = []
+        for i, value in enumerate(examples.values):
+            if isinstance(value, torch.Tensor):
+                shape, stride = tuple(map(_dim, value.shape)), tuple(map(_dim, value.stride()))
+                self._tensors.append(_Tensor(i, value.dtype, shape, stride))
+            elif isinstance(value, (int, float, complex, str, torch.SymInt)):
+                self._plain.append(_Plain(i, _dim(value)))
+        self._places = examples.symbols()
+        self._at = lru_cache(maxsize=1024)(self._wanted)
         self._held_needs_grad = any(tensor.requires_grad for tensor in held)
 
     def check(self, args: Sequence[Any]) -> None:
-        """Cost: a few attribute reads per tensor.
+        """Cost: a few attribute reads per tensor, and at sizes that are new an evaluation of each size and stride.
 
         Raises:
             UserError: an argument is not what the piece was made for, or gradients would be needed.
         """
         if len(args) != self.count:
             self._refuse(f"{len(args)} were given, the piece takes {self.count}")
-        for tensor in self._tensors:
-            wrong = tensor.wrong(args[tensor.position])
-            if wrong:
+        for argument in (*self._tensors, *self._plain):
+            if wrong := argument.no_such(args[argument.position]):
+                self._refuse(f"of number {argument.position}: {wrong}")
+        shapes, numbers = self._at(tuple(args[p] if d is None else args[p].shape[d] for p, d in self._places.values()))
+        for tensor, (shape, stride) in zip(self._tensors, shapes, strict=True):
+            if wrong := _misplaced(args[tensor.position], shape, stride):
                 self._refuse(f"of number {tensor.position}: {wrong}")
+        for plain, number in zip(self._plain, numbers, strict=True):
+            if number is not None and args[plain.position] != number:
+                self._refuse(f"of number {plain.position}: it is {args[plain.position]}, not {number}")
         if torch.is_grad_enabled() and (
             self._held_needs_grad or any(args[tensor.position].requires_grad for tensor in self._tensors)
         ):
@@ -80,6 +110,41 @@ class Arguments:
                 remedy="Call it under torch.no_grad() or torch.inference_mode().",
             )
 
+    def _wanted(self, sizes: tuple[int, ...]) -> tuple[list[Geometry], list[Number]]:
+        """At these sizes: shape and strides of each tensor, and each number that is computed from them."""
+        bound = dict(zip(self._places, sizes, strict=True))
+        numbers = [_number(p.value, bound) if isinstance(p.value, sympy.Expr) else None for p in self._plain]
+        return [tensor.at(bound) for tensor in self._tensors], numbers
+
     def _refuse(self, fact: str) -> None:
         remedy = "Make a CompiledPiece of these, or one with symbolic sizes where they vary."
         raise UserError("the piece's arguments", fact, stage="runtime", remedy=remedy)
+
+
+def _misplaced(given: torch.Tensor, shape: tuple[Number, ...], stride: tuple[Number, ...]) -> str:
+    """What is wrong with a tensor's sizes or strides; '' when nothing is."""
+    sizes, steps = given.shape, given.stride()
+    if sizes != shape and any(wanted is not None and size != wanted for size, wanted in zip(sizes, shape, strict=True)):
+        return f"its shape is {tuple(sizes)}, not {_said(shape)}"
+    # A dimension of one element may have any stride: torch itself varies them.
+    if steps != stride and given.numel():
+        dims = zip(sizes, steps, stride, strict=True)
+        if any(size > 1 and wanted is not None and step != wanted for size, step, wanted in dims):
+            return f"its strides are {steps}, not {_said(stride)}, for which it was planned"
+    return ""
+
+
+def _dim(value: Any) -> Any:
+    return value.node.expr if isinstance(value, torch.SymInt) else value
+
+
+def _number(dim: Dim, sizes: Mapping[sympy.Symbol, int]) -> Number:
+    if not isinstance(dim, sympy.Expr):
+        return dim
+    return int(dim.xreplace(sizes)) if dim.free_symbols <= sizes.keys() else None
+
+
+def _said(dims: Sequence[Dim | None]) -> str:
+    """Dimensions as a tuple is written; what varies is any."""
+    texts = [str(d) if isinstance(d, int) else "any" for d in dims]
+    return f"({', '.join(texts)}{',' * (len(texts) == 1)})"

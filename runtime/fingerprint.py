@@ -31,10 +31,16 @@ def fingerprint(graph: fx.GraphModule, examples: Examples) -> str | None:
     inputs = [_argument(value, symbols) for value in examples.values]
     tensors: dict[int, int] = {}
     try:
-        lines = _lines(graph, inputs, tensors)
+        lines = [_surroundings(), *_lines(graph, inputs, tensors)]
     except _Unknown:
         return None
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _surroundings() -> str:
+    """What ops ask torch for where nobody told them: the default dtype and device, and what is cast on its own."""
+    casts = [f"{d} {torch.get_autocast_dtype(d)}" for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)]
+    return " ".join([str(torch.get_default_dtype()), str(torch.get_default_device()), *casts])
 
 
 def _lines(graph: fx.GraphModule, inputs: Sequence[str], tensors: dict[int, int]) -> list[str]:
@@ -76,7 +82,9 @@ def _argument(value: Any, symbols: dict[sympy.Symbol, sympy.Symbol]) -> str:
         return f"{value.dtype} {value.device} {' '.join(dims)} {isinstance(value, torch.nn.Parameter)}"
     if isinstance(value, (int, torch.SymInt)):
         return _dim(value, symbols)
-    return f"opaque {type(value).__module__}.{type(value).__qualname__}"
+    if isinstance(value, (float, str, complex)):
+        return repr(value)
+    return f"opaque {_named(type(value))}"
 
 
 def _dim(value: Any, symbols: dict[sympy.Symbol, sympy.Symbol]) -> str:
@@ -125,9 +133,9 @@ def _tree(value: Any, names: Mapping[fx.Node, str]) -> str:
     if isinstance(value, fx.Node):
         return names[value]
     if isinstance(value, (tuple, list)):
-        return "(" + " ".join(_tree(v, names) for v in value) + ")"
+        return _named(type(value)) + "(" + " ".join(_tree(v, names) for v in value) + ")"
     if isinstance(value, dict):
-        return "{" + " ".join(f"{k}:{_tree(v, names)}" for k, v in value.items()) + "}"
+        return _named(type(value)) + "{" + " ".join(f"{k}:{_tree(v, names)}" for k, v in value.items()) + "}"
     if isinstance(value, slice):
         return f"slice({_tree((value.start, value.stop, value.step), names)})"
     if (
@@ -139,6 +147,10 @@ def _tree(value: Any, names: Mapping[fx.Node, str]) -> str:
     if isinstance(value, torch.memory_format):
         return str(value)
     raise _Unknown
+
+
+def _named(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _attribute(module: Any, path: str) -> Any:

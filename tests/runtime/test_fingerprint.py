@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -49,6 +50,43 @@ def test_the_layers_of_a_model_are_one_piece():
     first, *middle, last = digests
     assert None not in digests and len(middle) > 1
     assert len(set(middle)) == 1 and len({first, middle[0], last}) == 3
+
+
+def test_what_ops_ask_torch_for_counts():
+    plain = digest(scaled, X)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = digest(scaled, X)
+    with torch.autocast("cpu", torch.float16):
+        other = digest(scaled, X)
+    torch.set_default_dtype(torch.float64)
+    try:
+        wide = digest(scaled, X)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert len({plain, cast, other, wide}) == 4 and digest(scaled, X) == plain
+
+
+def test_equal_functions_under_autocast_and_without_return_their_own_dtypes():
+    def linear(x, w):
+        return torch.nn.functional.linear(x, w)
+
+    compiled, x, w = torch.compile(linear, backend=terrazzo), torch.randn(4, 8), torch.randn(3, 8)
+    with torch.no_grad():
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16):
+                assert compiled(x, w).dtype == torch.bfloat16
+            assert compiled(x, w).dtype == torch.float32
+
+
+class Both(NamedTuple):
+    first: torch.Tensor
+    second: torch.Tensor
+
+
+def test_what_results_come_in_counts():
+    given = [lambda x: [x, x * 2], lambda x: (x, x * 2), lambda x: Both(x, x * 2)]
+    kinds = [type(CompiledPiece(fx.symbolic_trace(fn), [X])(X)) for fn in given]
+    assert kinds == [list, tuple, Both]
 
 
 def test_names_do_not_count():
