@@ -34,6 +34,14 @@ class TerrazzoError(Exception):
         return made, (self.what, self.fact), vars(self)
 
 
+def forget_frames(error: BaseException) -> None:
+    """Drop the tracebacks of an error that is kept, and of those that led to it: their frames hold a call's tensors."""
+    kept: BaseException | None = error
+    while kept is not None:
+        kept.__traceback__ = None
+        kept = kept.__cause__ or kept.__context__
+
+
 class UserError(TerrazzoError):
     """The request itself is wrong: bad input, wrong device, autograd asked for."""
 

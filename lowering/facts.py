@@ -49,6 +49,7 @@ class Facts:
         mutated: names of those that are written.
         structure: of what the piece returns.
         kernels, foreign: launches that are ours, ops that run as themselves.
+        once: one of the latter may do more than return what it computes, so it runs when it is called and never else.
         bounds: sizes up to which a launch has one config, for a plan that serves a range.
         period: sizes in a row that show every binary that a launch of one config needs.
         absolute: the plan holds for tensors that begin where their storage does.
@@ -59,6 +60,7 @@ class Facts:
     structure: Any
     kernels: int
     foreign: int
+    once: bool
     bounds: tuple[int, ...]
     period: int
     absolute: bool = False
@@ -75,6 +77,7 @@ class Facts:
             values.structure,
             kernels,
             len(launches) - kernels,
+            any(not _repeatable(k.group.foreign.node.op) for k in launches if k.group.foreign is not None),
             tuple(sorted({bound for k in launches for bound, _ in k.by_size})),
             PERIOD if linear else 1,
             values.absolute,
@@ -110,10 +113,19 @@ class Facts:
             pytree.treespec_loads(said["structure"]),
             int(said["kernels"]),
             int(said["foreign"]),
+            bool(said["once"]),
             tuple(said["bounds"]),
             int(said["period"]),
             bool(said["absolute"]),
         )
+
+
+def _repeatable(op: Any) -> bool:
+    """Whether a call more of an op changes nothing but its results: it draws no random numbers, and is one of torch's
+    own, of which that is known."""
+    if not isinstance(op, torch._ops.OpOverload) or op.namespace not in ("aten", "prims"):
+        return False
+    return torch.Tag.nondeterministic_seeded not in op.tags
 
 
 def _argument(given: Input) -> Argument:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import sympy
 import torch
@@ -19,9 +19,9 @@ from ..lowering.errors import UserError
 from ..lowering.intake import Examples
 
 # A size or a stride: fixed, or computed from the sizes.
-Dim = int | sympy.Expr
+Dim: TypeAlias = int | sympy.Expr
 # What it is at a call; None where no argument says.
-Number = int | None
+Number: TypeAlias = int | None
 # Of a tensor: shape and strides.
 Geometry = tuple[tuple[Number, ...], tuple[Number, ...]]
 
@@ -78,6 +78,7 @@ class Arguments:
                 self._tensors.append(_Tensor(i, value.dtype, shape, stride))
             elif isinstance(value, (int, float, complex, str, torch.SymInt)):
                 self._plain.append(_Plain(i, _dim(value)))
+        self._arguments: list[_Tensor | _Plain] = [*self._tensors, *self._plain]
         self._places = examples.symbols()
         self._at = lru_cache(maxsize=1024)(self._wanted)
         self._held_needs_grad = any(tensor.requires_grad for tensor in held)
@@ -90,7 +91,7 @@ class Arguments:
         """
         if len(args) != self.count:
             self._refuse(f"{len(args)} were given, the piece takes {self.count}")
-        for argument in (*self._tensors, *self._plain):
+        for argument in self._arguments:
             if wrong := argument.no_such(args[argument.position]):
                 self._refuse(f"of number {argument.position}: {wrong}")
         shapes, numbers = self._at(tuple(args[p] if d is None else args[p].shape[d] for p, d in self._places.values()))

@@ -15,34 +15,41 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import RLock
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 import triton
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from ..kernels.target import Target
 from ..kernels.together import compiling_together
 from ..lowering.emit import Plan
-from ..lowering.errors import Unsupported, UserError
+from ..lowering.errors import Unsupported, UserError, forget_frames
 from ..lowering.intake import Examples, held
 from ..lowering.options import Options
 from ..lowering.ranged import Regime
 from .arguments import Arguments
+from .bound import apart, at_start, entered, on_device, structured
 from .cache import Shelf
 from .compilers import asked
 from .fingerprint import fingerprint
 from .lowered import Loaded, Lowered, Runner
-from .memory import copied, span
+from .memory import copied
 from .warm import Warming, uncollected, warm
 
 log = logging.getLogger("terrazzo")
 
 # What a kernel that does not compile raises.
 UNCOMPILED = (triton.CompilationError, triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError)
+
+
+# Smallest and largest size, and inputs that are not aligned.
+_Range = tuple[int, int, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,10 @@ class _Regimes:
     regimes: tuple[Regime, ...]
 
 
-_SHARED: dict[tuple[str, Options], Lowered] = {}
+# While a piece of them lives.
+_SHARED: MutableMapping[tuple[str, Options], Lowered] = WeakValueDictionary()
+# One thread at a time plans and compiles.
+_MAKING = RLock()
 
 
 class CompiledPiece:
@@ -91,11 +101,12 @@ class CompiledPiece:
         self._names: list[str] = []
         self._lowered: Lowered | None = None
         self._runs: dict[tuple[Any, ...], Runner] = {}
-        self._range: tuple[int, int] | None = None
-        self._regimes: dict[tuple[int, ...], _Regimes] = {}
+        # The newest first.
+        self._ranges: list[tuple[int, int]] = []
+        self._regimes: dict[_Range, _Regimes] = {}
         self._unserved: Regime | None = None
-        # Being compiled, and for which alignments.
-        self._warming: tuple[tuple[int, ...], Warming] | None = None
+        # Being compiled.
+        self._warming: dict[_Range, Warming] = {}
         # Why the piece runs as the graph it was; empty while it does not.
         self.refusal = ""
 
@@ -115,14 +126,16 @@ class CompiledPiece:
         if run is None:
             run = self._in_range(*key)
         if run is None:
-            run = self._runs[key] = self._compile(*key, args)
+            with self._making():
+                run = self._runs.get(key) or self._compile(*key, args)
+                self._runs[key] = run
         return run
 
     def known(self, args: Sequence[Any]) -> Runner | None:
         """What `at` gives where nothing has to be compiled for it; None elsewhere."""
         sizes, misaligned = key = self._key(args)
         run = self._runs.get(key)
-        if run is None and misaligned in self._regimes:
+        if run is None and (found := self._range(sizes)) is not None and (*found, misaligned) in self._regimes:
             run = self._in_range(sizes, misaligned)
         return run
 
@@ -135,8 +148,8 @@ class CompiledPiece:
         """Plans for every number of tokens from `lo` to `hi`, made and compiled now, for aligned inputs.
 
         From then on `at` and calls with such a size plan and compile nothing, but where the size already had a plan of
-        its own. Inputs that are not aligned bring the same for theirs at their first call. A later range replaces an
-        earlier one.
+        its own. Inputs that are not aligned bring the same for theirs at their first call. There may be several ranges;
+        where two hold a size, the later one serves it.
 
         Args:
             lo, hi: both included.
@@ -150,68 +163,78 @@ class CompiledPiece:
         """
         if not 0 <= lo <= hi:
             raise UserError("a range of sizes", f"{lo} to {hi}", stage="runtime", remedy="Give 0 <= lo <= hi.")
-        self._regimes.clear()
-        self._unserved = self._warming = None
         if len(self._places) != 1:
-            self._range = None
             why = f"the piece has {len(self._places)} sizes, a range is of one"
             self._unserved = Regime(lo, hi, None, why)
             return (self._unserved,)
-        self._range = lo, hi
-        with uncollected():
-            self._served(())
-        if not later:
-            self.ready()
-        return self._regimes[()].regimes
+        self._ranges = [(lo, hi), *(known for known in self._ranges if known != (lo, hi))]
+        with self._making():
+            self._serve((lo, hi, ()))
+            if not later:
+                self.ready()
+            return self._regimes[lo, hi, ()].regimes
 
     def ready(self) -> None:
         """Wait until nothing that `ranged` began is left to compile or to load."""
-        if self._warming is None:
+        if not self._warming:
             return
-        misaligned, warming = self._warming
-        self._warming = None
-        served = self._regimes.pop(misaligned)
-        try:
-            with uncollected():
-                warming.finish()
-        except UNCOMPILED as cause:
-            served = self._lost(cause)
-        self._regimes[misaligned] = served
+        with self._making():
+            while self._warming:
+                asked, warming = self._warming.popitem()
+                served = self._regimes.pop(asked)
+                try:
+                    warming.finish()
+                except UNCOMPILED as cause:
+                    served = self._lost(asked, cause)
+                self._regimes[asked] = served
 
     def _in_range(self, sizes: tuple[int, ...], misaligned: tuple[int, ...]) -> Runner | None:
-        """The plan of the range for this size, if it has one."""
-        if self._range is None or not self._range[0] <= sizes[0] <= self._range[1]:
+        """The plan of a range for this size, if there is one."""
+        found = self._range(sizes)
+        if found is None:
             return None
-        if misaligned not in self._regimes:
-            self._served(misaligned)
-        self.ready()
-        served = self._regimes[misaligned]
+        asked = *found, misaligned
+        if asked not in self._regimes or self._warming:
+            with self._making():
+                if asked not in self._regimes:
+                    self._serve(asked)
+                self.ready()
+        served = self._regimes[asked]
         return served.runs[bisect_left(served.bounds, sizes[0])]
 
-    def _served(self, misaligned: tuple[int, ...]) -> None:
-        """Plan the range for these alignments, and begin to compile it."""
-        self.ready()
-        assert self._range is not None
+    def _range(self, sizes: tuple[int, ...]) -> tuple[int, int] | None:
+        """The range that serves this size."""
+        return next((found for found in self._ranges if found[0] <= sizes[0] <= found[1]), None)
+
+    def _serve(self, asked: _Range) -> None:
+        """Plan a range for these alignments, and begin to compile it."""
+        lo, hi, misaligned = asked
         try:
             lowered = self._shared(self.examples.values)
             own, names = self._alignment(lowered, misaligned)
-            key = *self._range, names
+            key = lo, hi, names
             if lowered.options.target.interpreted:
                 found = lowered.regimes(*key)
             else:
                 warming = lowered.warming.get(key) or Warming(self._device(), names)
                 found = lowered.regimes(*key, warming.begin)
-                lowered.warming[key], self._warming = warming, (misaligned, warming)
+                lowered.warming[key] = self._warming[asked] = warming
             runs = [None if loaded is None else self._bound(loaded, own) for _, loaded in found]
             made = _Regimes([r.hi for r, _ in found], runs, tuple(r for r, _ in found))
         except (Unsupported, *UNCOMPILED) as cause:
-            made = self._lost(cause)
-        self._regimes[misaligned] = made
+            made = self._lost(asked, cause)
+        self._regimes[asked] = made
 
-    def _lost(self, cause: Exception) -> _Regimes:
+    def _lost(self, asked: _Range, cause: Exception) -> _Regimes:
         """The range of a piece that runs as the graph it was."""
-        assert self._range is not None
-        return _Regimes([self._range[1]], [self._fall_back(cause)], (Regime(*self._range, None, str(cause)),))
+        lo, hi, _ = asked
+        return _Regimes([hi], [self._fall_back(cause)], (Regime(lo, hi, None, str(cause)),))
+
+    @contextmanager
+    def _making(self) -> Iterator[None]:
+        """Inside, this thread plans, compiles and loads, on the device of the piece."""
+        with _MAKING, uncollected(), entered(self._device()):
+            yield
 
     def __call__(self, *args: Any) -> Any:
         """Run the piece; returns what its graph returns.
@@ -246,11 +269,9 @@ class CompiledPiece:
         for (planned, _), loaded in self.plans.items():
             if planned == sizes:
                 return loaded.plan
-        for served in self._regimes.values() if len(sizes) == 1 else ():
-            for regime in served.regimes:
-                if regime.lo <= sizes[0] <= regime.hi:
-                    return regime.plan
-        return None
+        found = self._range(sizes) if len(sizes) == 1 else None
+        regimes = [regime for asked, served in self._regimes.items() if asked[:2] == found for regime in served.regimes]
+        return next((regime.plan for regime in regimes if regime.lo <= sizes[0] <= regime.hi), None)
 
     def _compile(self, sizes: tuple[int, ...], misaligned: tuple[int, ...], args: Sequence[Any]) -> Runner:
         try:
@@ -279,37 +300,15 @@ class CompiledPiece:
     ) -> Runner:
         """The plan with the piece's own tensors, warmed on `args` where they are given, and safe from overlap."""
         constants = tuple(own.get(name, tensor) for name, tensor in loaded.plan.constants.items())
-        run = _runner(loaded, constants)
+        facts, run = loaded.plan.facts, structured(loaded, constants)
         if args is not None:
             run = self._warmed(run, loaded, args, unaligned)
-        if loaded.plan.facts.absolute:
-            run = self._at_start(run, constants)
-        written = loaded.plan.facts.mutated
-        return self._apart(run, [i for i in self._tensors if self._names[i] in written]) if written else run
-
-    def _apart(self, run: Runner, written: list[int]) -> Runner:
-        """The plan, unless an input that it writes shares memory with another: then what is read after the write
-        depends on which addresses were passed, and the graph itself runs."""
-
-        def checked(*args: Any) -> Any:
-            spans = {i: span(args[i]) for i in self._tensors}
-            for i in written:
-                start, end = spans[i]
-                if any(start < e and s < end for j, (s, e) in spans.items() if j != i):
-                    return self.graph.forward(*args)
-            return run(*args)
-
-        return checked
-
-    def _at_start(self, run: Runner, constants: Sequence[torch.Tensor]) -> Runner:
-        """The plan, unless a tensor does not begin where its storage does: the plan knows no more of a storage than its
-        tensor, and the piece counts from the storage's start."""
-
-        def checked(*args: Any) -> Any:
-            tensors = [*(args[i] for i in self._tensors), *constants]
-            return run(*args) if all(t.storage_offset() == 0 for t in tensors) else self.graph.forward(*args)
-
-        return checked
+        if facts.absolute:
+            run = at_start(run, self.graph.forward, self._tensors, constants)
+        if facts.mutated:
+            written = [i for i in self._tensors if self._names[i] in facts.mutated]
+            run = apart(run, self.graph.forward, self._tensors, written)
+        return on_device(run, self._device())
 
     def _shared(self, args: Sequence[Any]) -> Lowered:
         if self._lowered is None:
@@ -323,7 +322,7 @@ class CompiledPiece:
 
     def _warmed(self, run: Runner, loaded: Loaded, args: Sequence[Any], unaligned: frozenset[str]) -> Runner:
         """One run on these arguments, so that nothing is left to compile or to allocate when the caller captures a
-        graph.
+        graph; of what must not run once more than it is called, the kernels alone.
 
         What the piece would write in place is written to a copy. A kernel that does not compile sends the whole piece
         back to its graph.
@@ -342,7 +341,8 @@ class CompiledPiece:
             else:
                 with compiling_together(asked()):
                     run(*trial)
-            run(*trial)
+            if not facts.once:
+                run(*trial)
         except UNCOMPILED as cause:
             return self._fall_back(cause)
         return run
@@ -359,6 +359,8 @@ class CompiledPiece:
                 "a piece of %d nodes runs as the graph it was: %s; %s", len(self.graph.graph.nodes), cause, remedy
             )
         self.refusal = str(cause)
+        # It is kept for equal pieces.
+        forget_frames(cause)
         return self.graph.forward
 
 
@@ -375,17 +377,6 @@ def options_for(args: Sequence[Any], steady: bool = False) -> Options:
     if devices and cuda is None and not target.interpreted:
         raise Unsupported("the piece", f"its tensors are on {', '.join(map(str, devices))}", stage="runtime")
     return Options(target, allow_tf32=torch.backends.cuda.matmul.allow_tf32, steady=steady)
-
-
-def _runner(loaded: Loaded, constants: tuple[torch.Tensor, ...]) -> Runner:
-    """The plan's call with constants appended and its result in the piece's own structure."""
-    call, structure = loaded.call, loaded.plan.facts.structure
-    flat = structure == pytree.tree_structure((0,) * structure.num_leaves)
-    if flat:
-        return call if not constants else lambda *args: call(*args, *constants)
-    if structure.is_leaf():
-        return lambda *args: call(*args, *constants)[0]
-    return lambda *args: pytree.tree_unflatten(list(call(*args, *constants)), structure)
 
 
 def _said(regime: Regime) -> str:

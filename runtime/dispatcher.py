@@ -18,7 +18,8 @@ A piece whose arguments hold no size was traced with fixed shapes: its general c
 entry could ever be told apart by size, and no capture size names it. It runs the general callable always.
 
 The first of several sizes selects the entry. The others are expected to follow from it; a call in which they differ
-from those the entry was compiled for runs the general callable.
+from those the entry was compiled for runs the general callable. So does one with a tensor that starts at a multiple of
+16 bytes where that of the entry's first call did not, or the other way round.
 
 A failure to compile falls back to the general callable with one warning per piece. A failure of a compiled plan while
 it runs is raised: the piece may have written to its inputs already.
@@ -34,9 +35,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
-from ..lowering.errors import TerrazzoError
+from ..lowering.errors import TerrazzoError, forget_frames
 from . import vllm_compat
 from .cudagraph import CUDA, Captured, GraphDriver, capture
 
@@ -47,7 +49,8 @@ _REMEDY = "tools/dump_kernels.py on this piece shows the stage that failed."
 class _Entry:
     """What is known about one named size.
 
-    `run` is None until the size's first call; `sizes` are all the sizes of that call.
+    `run` is None until the size's first call; `sizes` are all the sizes of that call, `misaligned` the tensors that did
+    not start at a multiple of 16 bytes.
     """
 
     size: int
@@ -58,6 +61,7 @@ class _Entry:
     warmups: int = 0
     captured: Captured | None = None
     sizes: tuple[int, ...] = ()
+    misaligned: tuple[int, ...] = ()
 
     def state(self) -> str:
         """Name the state in a few words."""
@@ -158,6 +162,8 @@ class PiecewiseBackend:
         run = entry.run or self._compile(entry, args)
         if self._several_sizes and entry.sizes != self._sizes(args):
             return self._general(*args)
+        if not entry.fell_back and entry.misaligned != _misaligned(args):
+            return self._general(*args)
         if not entry.to_capture or vllm_compat.skip_cuda_graphs():
             return run(*args)
         if entry.captured is not None:
@@ -174,7 +180,7 @@ class PiecewiseBackend:
         except Exception as error:
             self._fall_back(entry, error)
             entry.run = self._general
-        entry.sizes = self._sizes(args)
+        entry.sizes, entry.misaligned = self._sizes(args), _misaligned(args)
         if entry.to_compile:
             self._uncompiled.discard(entry.size)
             # vLLM counts a compile size here; a capture size is none to it, and its figures stay comparable.
@@ -205,8 +211,7 @@ class PiecewiseBackend:
         line = "%s is not compiled for size %s and runs the general graph: %s"
         logger.log(level, line, self._name(), entry.size, cause)
         logger.debug("Where it failed:", exc_info=error)
-        # The traceback's frames hold this call's tensors, and the error may be kept.
-        error.__traceback__ = None
+        forget_frames(error)
 
     def _warm_up_or_capture(self, entry: _Entry, run: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         if self._driver.in_capture():
@@ -248,3 +253,8 @@ class PiecewiseBackend:
             states.setdefault(entry.state(), []).append(str(size))
         lists = "; ".join(f"{state}: {' '.join(sizes)}" for state, sizes in states.items())
         return f"{self._name()}: {lists or 'general graph only'}"
+
+
+def _misaligned(args: Sequence[Any]) -> tuple[int, ...]:
+    """Positions of the tensors that do not start at a multiple of 16 bytes."""
+    return tuple(i for i, arg in enumerate(args) if isinstance(arg, torch.Tensor) and arg.data_ptr() & 15)

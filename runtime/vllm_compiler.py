@@ -33,6 +33,7 @@ from torch import fx
 from torch._guards import tracing
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from ..lowering.errors import forget_frames
 from . import compilers, vllm_compat
 from .cache import Shelf
 from .compiled import CompiledPiece
@@ -195,8 +196,7 @@ class SizedPiece:
             what = f"a piece of {len(self.graph.graph.nodes)} nodes runs as the graph it was"
             vllm_compat.logger().warning("terrazzo: %s: %s: %s", what, type(error).__name__, error)
             vllm_compat.logger().debug("Where it failed:", exc_info=error)
-            # The traceback's frames hold this call's tensors, and the error may be kept.
-            error.__traceback__ = None
+            forget_frames(error)
             return None
 
     def counts(self, tokens: int | None) -> tuple[int, int]:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import re
+import threading
+import weakref
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import fx, nn
 
 from terrazzo.lowering.errors import Unsupported
-from terrazzo.runtime import compiled, lowered
+from terrazzo.runtime import bound, compiled, lowered
 from terrazzo.runtime.compiled import CompiledPiece, options_for
 from terrazzo.runtime.memory import copied
 from terrazzo.tools.models import pieces
@@ -171,7 +176,6 @@ def test_overlapping_inputs_run_the_graph_itself(device, monkeypatch):
     graph = graph_of(shifts, 2)
     examples = [torch.zeros(8, device=device) for _ in range(2)]
     piece = CompiledPiece(graph, examples)
-    piece(*examples)
     ran = []
     monkeypatch.setattr(piece.graph, "forward", lambda *args: ran.append(args))
     memory = torch.zeros(24, device=device)
@@ -262,3 +266,102 @@ def test_an_argument_may_be_called_what_anothers_pointer_is(device):
     piece = CompiledPiece(graph, args)
     torch.testing.assert_close(piece(*args), args[1].exp() + args[0])
     assert not piece.refusal
+
+
+def drawing(x):
+    return torch.rand_like(x) + x
+
+
+def choosing(x):
+    return torch.sort(x, stable=True)[1] + 1
+
+
+def a_collective(x):
+    return torch.ops._c10d_functional.all_reduce(x, "sum", "0") + 1
+
+
+@pytest.mark.parametrize(("fn", "once"), [(drawing, True), (choosing, False), (a_collective, True)])
+def test_what_draws_numbers_or_may_do_more_runs_once_a_call(fn, once, device, monkeypatch):
+    piece = CompiledPiece(graph_of(fn, 1), [torch.randn(8, device=device)])
+    lowering = piece._shared(piece.examples.values)
+    loaded = lowering.loaded((), frozenset())
+    assert loaded.plan.facts.foreign == 1 and loaded.plan.facts.once == once
+    target = SimpleNamespace(interpreted=False)
+    piece._lowered = SimpleNamespace(options=SimpleNamespace(target=target))
+    warmed, ran = [], []
+    monkeypatch.setattr(compiled, "warm", lambda *args: warmed.append(args))
+    piece._warmed(ran.append, loaded, [torch.randn(8, device=device)], frozenset())
+    assert (len(warmed), len(ran)) == (1, 0 if once else 1)
+
+
+def test_random_numbers_are_eagers_from_the_first_call_on(device):
+    piece, x = CompiledPiece(graph_of(drawing, 1), [torch.zeros(8, device=device)]), torch.zeros(8, device=device)
+    for _ in range(2):
+        torch.manual_seed(3)
+        ours = piece(x)
+        torch.manual_seed(3)
+        assert torch.equal(ours, drawing(x))
+
+
+def test_the_device_of_the_tensors_is_current_while_a_plan_runs(monkeypatch):
+    entered = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or nullcontext())
+    first, second = torch.device("cuda:0"), torch.device("cuda:1")
+    assert bound.on_device(lambda x: x + 1, second)(1) == 2 and entered == []
+    assert bound.on_device(lambda x: x + 1, first)(1) == 2 and entered == [first]
+    with bound.entered(first):
+        assert entered == [first, first]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert bound.on_device(len, first) is len and bound.on_device(len, torch.device("cpu")) is len
+
+
+def counting(x):
+    return torch.nonzero(x) * 2
+
+
+def test_a_piece_that_cannot_be_traced_keeps_no_call(device):
+    piece, seen = CompiledPiece(graph_of(counting, 1), [torch.ones(3, device=device)]), []
+    for _ in range(3):
+        x = torch.ones(3, device=device)
+        seen.append(weakref.ref(x))
+        piece(x)
+        # At another alignment it is asked for a plan again.
+        y = at_offset(UNALIGNED, 3, device=device)
+        seen.append(weakref.ref(y))
+        piece(y)
+        del x, y
+    gc.collect()
+    assert piece.refusal and not any(alive() is not None for alive in seen)
+
+
+def test_a_piece_that_is_gone_leaves_its_weights(monkeypatch):
+    monkeypatch.setattr(compiled, "_SHARED", weakref.WeakValueDictionary())
+    linear = nn.Linear(8, 8).requires_grad_(False)
+    weight = weakref.ref(linear.weight)
+    piece, twin = (CompiledPiece(fx.symbolic_trace(linear), [torch.ones(2, 8)]) for _ in range(2))
+    piece(torch.ones(2, 8))
+    twin(torch.ones(2, 8))
+    assert piece._lowered is twin._lowered
+    del linear, piece, twin
+    gc.collect()
+    assert weight() is None and not compiled._SHARED
+
+
+def test_threads_that_meet_a_size_together_make_one_plan(middle, device, monkeypatch):
+    planned, make_plan = [], lowered.make_plan
+    monkeypatch.setattr(lowered, "make_plan", lambda *args, **more: planned.append(1) or make_plan(*args, **more))
+    piece, args = CompiledPiece(middle.graph), middle.make_inputs(5, device)
+    gate, runs = threading.Barrier(3), []
+
+    def meet():
+        gate.wait()
+        runs.append(piece.at(args))
+
+    threads = [threading.Thread(target=meet) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(planned) == 1 and len(runs) == 3 and len(set(runs)) == 1

@@ -387,7 +387,7 @@ def later(device):
     piece = CompiledPiece(graph.graph)
     piece.ranged(2, 40, later=True)
     waiting = Waiting()
-    piece._warming = (), waiting
+    piece._warming = dict.fromkeys(piece._regimes, waiting)
     return piece, waiting, graph.make_inputs(5, device)
 
 

@@ -271,6 +271,15 @@ def test_other_sizes_than_the_entry_was_compiled_for_take_the_general_graph(jour
     ]
 
 
+def test_tensors_at_other_alignments_than_the_entry_was_compiled_for_take_the_general_graph(journal):
+    backend = make(journal, compile_sizes=[4], sym=(0,))
+    memory = torch.zeros(9)
+    backend(4, memory[:8])
+    for tensor in (memory[:8], memory[1:], memory[4:]):
+        backend(4, tensor)
+    assert journal == [("piece", True), ("compile", 4), ("plan", 4), ("plan", 4), ("general", 4), ("plan", 4)]
+
+
 def test_the_size_may_stand_anywhere_among_the_arguments(journal):
     backend = make(journal, compile_sizes=[5], sym=(1,))
     assert backend(5, 6) == [6]

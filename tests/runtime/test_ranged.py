@@ -115,6 +115,21 @@ def test_a_call_finds_its_regime(middle, device):
     assert piece.serving(7) is found[1].plan and piece.serving(151) is None
 
 
+def test_a_range_beside_another_keeps_its_plans(middle, device, planning):
+    piece = CompiledPiece(middle.graph)
+    low, high = piece.ranged(2, 16), piece.ranged(17, 40)
+    planning.clear()
+    for size in (2, 16, 17, 40):
+        piece(*middle.make_inputs(size, device))
+    assert planning == [] and piece.serving(2) is low[0].plan and piece.serving(40) is high[0].plan
+    # The later one serves what both hold, and the earlier one what is left.
+    within = piece.ranged(8, 20)
+    assert [piece.serving(size) for size in (7, 8, 20, 21)] == [
+        low[0].plan, within[0].plan, within[0].plan, high[0].plan,
+    ]  # fmt: skip
+    assert piece.summary().count("kernels") == 3
+
+
 def test_a_size_that_has_a_plan_keeps_it(middle, device, planning):
     piece = CompiledPiece(middle.graph)
     run = piece.at(middle.make_inputs(7, device))

@@ -188,7 +188,7 @@ def test_what_cannot_be_written_down_is_not_kept(shelf, device):
 
 def test_an_op_that_needs_memory_leaves_its_plans_kernels_to_the_first_calls(caplog):
     caplog.set_level(logging.INFO)
-    facts = Facts((), (), None, 1, 1, (), 1)
+    facts = Facts((), (), None, 1, 1, False, (), 1)
 
     def call():
         raise RuntimeError("no data on the meta device")
@@ -199,9 +199,9 @@ def test_an_op_that_needs_memory_leaves_its_plans_kernels_to_the_first_calls(cap
     # Told of more meanwhile, and asked twice.
     warming = Warming(torch.device("cpu"))
     for _ in range(2):
-        warming.begin(compiled.Plan("", Facts((), (), None, 1, 0, (), 1)), call, 1, 4)
+        warming.begin(compiled.Plan("", Facts((), (), None, 1, 0, False, (), 1)), call, 1, 4)
     for _ in range(2):
         with pytest.raises(RuntimeError, match="no data"):
             warming.finish()
     with pytest.raises(RuntimeError, match="no data"):
-        warm(compiled.Plan("", Facts((), (), None, 1, 0, (), 1)), call, torch.device("cpu"))
+        warm(compiled.Plan("", Facts((), (), None, 1, 0, False, (), 1)), call, torch.device("cpu"))

@@ -113,6 +113,16 @@ def test_a_range_serves_its_sizes_and_compiles_nothing_more(model, device, captu
     assert run.piece.serving(32) is not None
 
 
+def test_ranges_beside_each_other_keep_their_plans(model, device, capturing, monkeypatch):
+    low, high = SimpleNamespace(start=1, end=8), SimpleNamespace(start=9, end=32)
+    (run,) = compile_all(compiler(), model[1:2], (low, high))
+    monkeypatch.setattr(lowered, "make_plan", None)
+    for tokens in (4, 8, 9, 32, 1):
+        same(run, model[1], tokens, device)
+        assert run.counts(tokens) != (0, 0)
+    assert run.counts(33) == (0, 0)
+
+
 def test_sizes_and_none_in_place_of_ranges_as_vllm_0_12_gives_them(model, device, capturing, monkeypatch):
     made, graph = compiler(compile_sizes=[4]), model[1].graph
     assert made.compile(graph, [], {}, None, "key")[0] is made.compile(graph, [], {}, 4, "key")[0]
@@ -188,7 +198,7 @@ def test_a_piece_waits_for_its_kernels_at_its_first_call_only(model, device, cap
     made = compiler()
     (run,) = compile_all(made, model[1:2])
     waited = []
-    run.piece._warming = (), SimpleNamespace(finish=lambda: waited.append(1))
+    run.piece._warming = {asked: SimpleNamespace(finish=lambda: waited.append(1)) for asked in run.piece._regimes}
     for _ in range(2):
         same(run, model[1], 4, device)
         assert waited == [1]
@@ -199,7 +209,7 @@ def test_what_goes_wrong_while_kernels_compile_leaves_the_graph(model, device, c
         raise RuntimeError("the driver says no")
 
     (run,) = compile_all(compiler(), model[1:2])
-    run.piece._warming = (), SimpleNamespace(finish=fail)
+    run.piece._warming = {asked: SimpleNamespace(finish=fail) for asked in run.piece._regimes}
     for _ in range(2):
         same(run, model[1], 4, device)
     (warning,) = [r.getMessage() for r in said.records if r.levelno == logging.WARNING]
