@@ -11,7 +11,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 from .affine import Bounded, Div, Mod
 from .choices import EARLY, Choice, at_size
 from .emit_call import Calls, tensors
-from .emit_expr import Body, short_names
+from .emit_expr import Body, flat, short_names
 from .emit_loads import apart
 from .emit_loop import looped_body
 from .errors import UserError
@@ -211,7 +211,7 @@ class _Writer:
 
     def wide(self, group: Group) -> bool:
         """Whether 32 bits do not hold some offset, or what it is divided out of."""
-        offsets = [load.offset for load in group.loads] + [s.offset for s in group.stores]
+        offsets = [flat(o) for o in (*(load.offset for load in group.loads), *(s.offset for s in group.stores))]
         inner = [a.base for o in offsets for a in o.atoms() if isinstance(a, (Div, Mod, Bounded))]
         return any(max(abs(x) for x in o.range) >= 2**31 for o in (*offsets, *inner))
 
@@ -240,7 +240,8 @@ class _Writer:
         settings = ", ".join(f"{k}={v!r}" for k, v in vars(choice.config).items())
         parts = [self.body_of[kernel.name], f"{choice.family}.Config({settings})"]
         if kernel.group.contract is not None:
-            parts.append(f"GemmProblem({', '.join(f'{k}={v!r}' for k, v in vars(problem).items())})")
+            told = ", ".join(f"{f.name}={v!r}" for f in fields(problem) if (v := getattr(problem, f.name)) != f.default)
+            parts.append(f"GemmProblem({told})")
             if kernel.group.parts_read:
                 parts.append(f"parts={_parts(self.body_of[kernel.name])}")
             if self.body_of[kernel.name] in self.reading:

@@ -45,6 +45,9 @@ RESERVED = {
     "call",
 }
 
+# A value of the source graph whose text is longer (`_length`) has a line of its own.
+LONG = 24
+
 # What a masked lane contributes to a reduction.
 NEUTRAL = {
     "sum": "0",
@@ -100,24 +103,27 @@ class Body:
     lines: list[str] = field(default_factory=list)
     taken: set[str] = field(default_factory=set)
     done: dict[tuple[Expr, Expr | None], tuple[str, frozenset[int]]] = field(default_factory=dict)
-    uses: dict[Expr, int] = field(default_factory=dict)
+    uses: Counter[Expr] = field(default_factory=Counter)
+    called: dict[Expr, str] = field(default_factory=dict)
     # Expressions whose text depends on the condition they stand under.
     reading: set[Expr] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         # A value may be called what another one's pointer is.
         self.taken.update(map(self.pointer, self.dtypes))
+        for expr, name in self.group.names.items():
+            self.called.setdefault(kept(expr), name)
 
     def write(self) -> list[str]:
         """The statements, without indentation."""
-        roots = [r.expr for r in self.group.reductions] + [s.expr for s in self.group.stores]
+        masks, values = zip(*map(stored, self.group.stores), strict=True) if self.group.stores else ((), ())
+        roots = [*(r.expr for r in self.group.reductions), *values, *(mask for mask in masks if mask is not None)]
+        self.uses.update(map(kept, roots))
         for node in dict.fromkeys(walk(*roots)):
-            for child in children(node):
-                self.uses[child] = self.uses.get(child, 0) + 1
+            if kept(node) is node:
+                self.uses.update(map(kept, children(node)))
             if _conditional(node) or any(child in self.reading for child in children(node)):
                 self.reading.add(node)
-        for expr, count in Counter(stored(s)[1] for s in self.group.stores).items():
-            self.uses[expr] = self.uses.get(expr, 0) + count - 1
         for reduction in self.group.reductions:
             if reduction.parts:
                 # The schedule puts it behind the tensors.
@@ -185,13 +191,15 @@ class Body:
 
     def value(self, expr: Expr, cond: Expr | None = None) -> tuple[str, frozenset[int]]:
         """The text of an expression under a condition, and the dimensions (0 row, 1 column) it varies along."""
+        expr = kept(expr)
         key = (expr, cond if cond is not None and (expr in self.reading or _reads(expr)) else None)
         if key in self.done:
             return self.done[key]
         text, dims = self.text(expr, cond)
-        named = self.group.names.get(expr)
+        named = self.called.get(expr)
         simple = text.isidentifier() or isinstance(expr, Const)
-        if not simple and (isinstance(expr, Load) or self.uses.get(expr, 0) > 1 or (named and len(text) > 40)):
+        long = named is not None and _length(text) > LONG
+        if not simple and (isinstance(expr, Load) or self.uses.get(expr, 0) > 1 or long):
             text = self.assign(named or (expr.value if isinstance(expr, Load) else "value"), text)
         self.done[key] = text, dims
         return self.done[key]
@@ -233,8 +241,9 @@ class Body:
         if _short(expr):
             where, dims = self.place(expr, cond)
             return f"{where}.to(tl.int64)", dims
-        dims, parts = frozenset(), [str(expr.offset.const)]
-        for atom, coefficient in expr.offset.terms:
+        offset = flat(expr.offset)
+        dims, parts = frozenset(), [str(offset.const)]
+        for atom, coefficient in offset.terms:
             text, own = self.atom(atom, cond)
             dims |= own
             parts.append(f"{text}.to(tl.int64) * {coefficient}")
@@ -273,6 +282,7 @@ class Body:
     def offset(self, offset: Affine, cond: Expr | None) -> tuple[str, frozenset[int]]:
         dims: frozenset[int] = frozenset()
         parts = []
+        offset = flat(offset)
         for atom, coefficient in offset.terms:
             text, own = self.atom(atom, cond)
             dims |= own
@@ -295,9 +305,6 @@ class Body:
             base, dims = self.offset(atom.base, cond)
             base = base if atomic(base) else f"({base})"
             return f"({base} {'//' if isinstance(atom, Div) else '%'} {atom.divisor})", dims
-        if isinstance(atom, Bounded):
-            base, dims = self.offset(atom.base, cond)
-            return base if atomic(base) else f"({base})", dims
         assert isinstance(atom, Indirect)
         text, dims = self.value(atom.value, cond)
         return f"{text}.to(tl.int64)" if atomic(text) else f"({text}).to(tl.int64)", dims
@@ -309,6 +316,27 @@ def stored(store: Store) -> tuple[Expr | None, Expr]:
     if isinstance(expr, Apply) and expr.fn in ("keep", "cast") and expr.args[0].dtype == torch.float32:
         expr = expr.args[0]
     return held, expr
+
+
+def flat(offset: Affine) -> Affine:
+    """What is written for an offset: terms that are known to be bounded, term by term."""
+    written = Affine.of(offset.const)
+    for atom, coefficient in offset.terms:
+        written += (flat(atom.base) if isinstance(atom, Bounded) else Affine.of(atom)) * coefficient
+    return written
+
+
+def kept(expr: Expr) -> Expr:
+    """What is written for an expression: a value that stays as it is in registers is the value itself."""
+    while isinstance(expr, Apply) and expr.fn == "keep":
+        expr = expr.args[0]
+    return expr
+
+
+def _length(text: str) -> int:
+    """Of an expression in which each name counts one and casts nothing: kernels that do the same under other names are
+    written the same, and then are one."""
+    return len(re.sub(r"(?<![\w.])[a-zA-Z_]\w*(?![\w.(])", "v", re.sub(r"\.to\(tl\.\w+\)", "", text)))
 
 
 def neutral_text(kind: str, dtype: torch.dtype) -> str:
@@ -325,7 +353,7 @@ def neutral_text(kind: str, dtype: torch.dtype) -> str:
 def _short(expr: Expr) -> bool:
     """Whether this is an index or a whole number that 32 bits hold."""
     if isinstance(expr, Index):
-        return max(abs(x) for x in expr.offset.range) < 2**31
+        return max(abs(x) for x in flat(expr.offset).range) < 2**31
     return isinstance(expr, Const) and not expr.dtype.is_floating_point and abs(expr.value) < 2**31
 
 

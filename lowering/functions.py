@@ -138,7 +138,7 @@ def cast_text(expr: Apply, part: str) -> str:
 
 def atomic(text: str) -> bool:
     """Whether a text can be an operand without parentheses."""
-    if re.fullmatch(r"[\w.]+", text) or re.fullmatch(r"float\(\"-?\w+\"\)", text):
+    if re.fullmatch(r"[\w.]+|[\d.]+e-\d+|float\(\"-?\w+\"\)", text):
         return True
     if not re.match(r"[\w.]+\(", text) and not text.startswith("("):
         return False
