@@ -228,8 +228,8 @@ def _times(a, b):
 
 @triton.jit
 def row_sum(x):
-    """Sum over the columns, [R, C] to [R, 1]."""
-    return tl.sum(x, axis=1, keep_dims=True)
+    """Sum over the columns, [R, C] to [R, 1], in the dtype of x: integers wrap, where Triton's sum widens them."""
+    return tl.sum(x, axis=1, keep_dims=True).to(x.dtype)
 
 
 @triton.jit
@@ -315,7 +315,7 @@ def row_running_sum(x):
     """
     if x.dtype == tl.float32:
         return tl.cumsum(x.to(tl.float64), axis=1).to(tl.float32)
-    return tl.cumsum(x, axis=1)
+    return tl.cumsum(x, axis=1).to(x.dtype)
 
 
 @triton.jit

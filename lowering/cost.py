@@ -93,12 +93,15 @@ def footprint(offset: Affine) -> int:
     terms do. The row that each head of a token looks up is one and the same."""
     seen: dict[int, int] = {}
     stack = [offset]
+    found = {offset}
     while stack:
         for atom in stack.pop().atoms():
             if isinstance(atom, Var):
                 seen[atom.dim] = atom.size
             elif isinstance(atom, Indirect):
-                stack.extend(_looked_up(atom))
+                fresh = [o for o in _looked_up(atom) if o not in found]
+                found.update(fresh)
+                stack += fresh
     return min(math.prod(map(typical, seen.values())), math.prod(_values(atom) for atom, _ in offset.terms))
 
 

@@ -102,14 +102,31 @@ def depend(values: Values) -> Dependencies:
             if isinstance(made, (Contract, Extern)):
                 pinned.add(name)
     names = {i.name for i in values.inputs}
+    seen = _seen_rounded(values)
     inlined: set[str] = set()
     lengths: dict[str, int] = {}
     for made in values.definitions.values():
         if isinstance(made, (Map, Reduce)):
             lengths[made.name] = _shortened(made, lengths, inlined)
-        if isinstance(made, Map) and lengths[made.name] <= INLINED_LENGTH and _cheap(made, values, inlined):
+        if not isinstance(made, Map) or (made.name in seen and _rounds(made)):
+            continue
+        if lengths[made.name] <= INLINED_LENGTH and _cheap(made, values, inlined):
             inlined.add(made.name)
     return Dependencies(values, graph, frozenset(pinned - names), frozenset(inlined))
+
+
+def _seen_rounded(values: Values) -> set[str]:
+    """Values whose memory others than kernels look at: ops that run as themselves, and whoever gave the inputs. Who
+    compares with what those say (the largest of some, say) must read what they read."""
+    externs = [made for made in values.definitions.values() if isinstance(made, Extern)]
+    return {name for made in externs for name in direct_reads(made, values)} | {
+        values.base(name) for _, name in values.mutations
+    }
+
+
+def _rounds(made: Map) -> bool:
+    """Whether a value is stored with fewer bits than it is computed with."""
+    return any(isinstance(node, Apply) and node.fn == "keep" for node in walk(made.expr))
 
 
 def _shortened(made: Map | Reduce, lengths: dict[str, int], inlined: set[str]) -> int:

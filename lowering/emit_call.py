@@ -218,7 +218,10 @@ class Calls:
             view = self.values.views.get(output.ref)
             base, offset = (view.base, view.offset) if view is not None else (output.ref, 0)
             offset = integer(output.spec.offset) if output.kind == "alias" else offset
-            return self.geometry(View(base, Layout.of(output.spec), offset), exact=True)
+            text = self.geometry(View(base, Layout.of(output.spec), offset), exact=True)
+            # Whoever gets it may change its shape, or ask whether it is what they gave.
+            apart = output.kind == "alias" or output.another
+            return f"{text}.detach()" if apart and text == self.names[base] else text
         return _python(self.literal(output.value))
 
 

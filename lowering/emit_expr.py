@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 
@@ -184,7 +185,11 @@ class Body:
         """A value as what is stored: in the tensor's dtype; a constant as a tensor."""
         if isinstance(expr, Const) and not value.startswith("("):
             # A scalar takes the layout of what it is stored to, in Gluon as well.
-            return f"tl.cast({value}, {TYPES[dtype]})" if self.epilogue else f"tl.full([1, 1], {value}, {TYPES[dtype]})"
+            if self.epilogue:
+                return f"tl.cast({value}, {TYPES[dtype]})"
+            # Triton makes no constants of eight bits.
+            made, rounded = (torch.float32, f".to({TYPES[dtype]})") if dtype == torch.float8_e4m3fn else (dtype, "")
+            return f"tl.full([1, 1], {value}, {TYPES[made]}){rounded}"
         return f"{value if atomic(value) else f'({value})'}.to({TYPES[dtype]})"
 
     # Values.
@@ -357,6 +362,7 @@ def _short(expr: Expr) -> bool:
     return isinstance(expr, Const) and not expr.dtype.is_floating_point and abs(expr.value) < 2**31
 
 
+@lru_cache(maxsize=1 << 14)
 def _guarded(offset: Affine) -> bool:
     """Whether an offset is only in range under its condition; elsewhere the load needs none and keeps its shape."""
     for atom in offset.atoms():

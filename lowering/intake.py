@@ -248,13 +248,13 @@ class _Interpreter(fx.Interpreter):
         return self.given.get(id(value), value)
 
 
-def _indexed(tensor: torch.Tensor, key: Any) -> torch.Tensor:
-    """`tensor[key]` through ATen where the key is basic: torch's own indexing initialises the device of a fake
+def _indexed(given: torch.Tensor, key: Any) -> torch.Tensor:
+    """`given[key]` through ATen where the key is basic: torch's own indexing initialises the device of a fake
     tensor."""
     keys = key if isinstance(key, tuple) else (key,)
     if not all(k is None or k is Ellipsis or isinstance(k, slice) or _whole(k) for k in keys):
-        return tensor[key]
-    at = 0
+        return given[key]
+    tensor, at = given, 0
     for place, k in enumerate(keys):
         if k is Ellipsis:
             at = tensor.dim() - sum(1 for later in keys[place + 1 :] if later is not None)
@@ -266,7 +266,7 @@ def _indexed(tensor: torch.Tensor, key: Any) -> torch.Tensor:
             at += 1
         else:
             tensor = tensor.select(at, k)
-    return tensor
+    return torch.ops.aten.alias.default(given) if tensor is given else tensor
 
 
 def _whole(key: Any) -> bool:

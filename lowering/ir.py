@@ -136,6 +136,7 @@ class Output:
         spec: geometry of the tensor, relative to its storage.
         value: of a symbol its expression or `Scalar`, of a constant the constant.
         storage: outputs with the same number share their storage in eager execution.
+        another: than the earlier ones of them, whose geometry it may have: another tensor object.
     """
 
     kind: str
@@ -143,6 +144,7 @@ class Output:
     spec: Spec | None = None
     value: Any = None
     storage: int = -1
+    another: bool = False
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,10 @@ checks what the stage promises.
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +34,7 @@ from .canonicalize import canonicalize
 from .define import define
 from .depend import barring, depend
 from .emit import Plan, emit
+from .errors import Unsupported
 from .fuse import fuse
 from .hoist import hoist
 from .intake import Examples, intake
@@ -42,6 +45,10 @@ from .schedule import schedule
 from .select import select
 from .size import Whole
 from .specialize import specialize
+
+# Calls of Python within one another: some seven for each op of a chain (`composer.py`), of which a kernel holds
+# `BODY_LIMIT`.
+DEPTH = 6000
 
 
 @dataclass
@@ -95,6 +102,18 @@ def plan(
         misaligned: inputs whose memory does not start at a multiple of 16 bytes.
     """
     journal = journal or Journal()
+    with _nested():
+        return _planned(traced, binding, options, title, misaligned, journal)
+
+
+def _planned(
+    traced: Trace,
+    binding: Mapping[sympy.Symbol, Whole],
+    options: Options,
+    title: str,
+    misaligned: Collection[str],
+    journal: Journal,
+) -> Plan:
     concrete = journal.run(specialize, traced, binding)
     values = journal.run(define, concrete, options)
     vain: frozenset[str] = frozenset()
@@ -110,3 +129,21 @@ def plan(
         fused = journal.run(fuse, barring(fused.dependencies, selected.vendors), options)
         selected = journal.run(select, journal.run(narrow, fused), options, misaligned)
     return journal.run(emit, journal.run(schedule, selected), title)
+
+
+@contextmanager
+def _nested() -> Iterator[None]:
+    """Inside, expressions may be nested as deep as a kernel may be long.
+
+    Raises:
+        Unsupported: they are nested deeper.
+    """
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(max(limit, DEPTH))
+    try:
+        yield
+    except RecursionError:
+        fact = f"ops that follow one another nest deeper than {DEPTH} calls"
+        raise Unsupported("the piece", fact, stage="plan") from None
+    finally:
+        sys.setrecursionlimit(limit)

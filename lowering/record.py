@@ -147,6 +147,7 @@ class _Conversion:
         fakes, inputs = self.recorded.fakes, self.inputs
         storages = {f.untyped_storage()._cdata: i for i, f in enumerate(fakes) if isinstance(f, torch.Tensor)}
         groups: dict[int, int] = {}
+        given: dict[int, set[int]] = {}
         found = []
         for leaf, result in zip(self.recorded.leaves, results, strict=True):
             if isinstance(leaf, (torch.SymInt, torch.SymFloat, torch.SymBool)):
@@ -165,7 +166,9 @@ class _Conversion:
                 found.append(Output("alias", inputs[storages[key]].name, _spec(leaf)))
             else:
                 storage = groups.setdefault(key, len(groups))
-                found.append(Output("value", self.names[result], _spec(leaf), storage=storage))
+                another = bool(given.get(storage)) and id(leaf) not in given[storage]
+                given.setdefault(storage, set()).add(id(leaf))
+                found.append(Output("value", self.names[result], _spec(leaf), storage=storage, another=another))
         return tuple(found)
 
 

@@ -110,3 +110,11 @@ def test_where_kernels_do_not_know_them_the_cast_is_an_op_of_its_own(device: str
     made = plan(trace(graph, Examples.of(graph, (ROWS,))), {}, Options(Target.named(device)))
     assert [not k.family for k in made.schedule.launches()].count(True) == (not ours)
     assert ("float8e4nv" in made.source) == ours
+
+
+def test_constants() -> None:
+    same(
+        lambda x: (torch.ones_like(x), torch.full_like(x, -2.5), torch.zeros_like(x)),
+        torch.zeros(4).to(FP8),
+        exact=True,
+    )

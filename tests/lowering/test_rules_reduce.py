@@ -208,3 +208,18 @@ def test_numbers_that_no_memory_holds(width: int) -> None:
         return both.amax(1), both.amin(1), both.sum(1), both.argmax(1), both.prod(), small.amin(1), small.any(1), x + 1
 
     same(fn, odd(3))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16])
+def test_sums_of_small_numbers_wrap_before_what_follows(dtype: torch.dtype) -> None:
+    large, count = torch.full((2, 5), torch.iinfo(dtype).max - 3, dtype=dtype), torch.ones(2, 300, dtype=dtype)
+    same(lambda x: x.sum(1, dtype=x.dtype).float(), large)
+    same(lambda x: x.cumsum(1, dtype=x.dtype) // 2, count)
+    same(lambda x: (x @ x.t()) // 2, torch.full((2, 5), 7, dtype=dtype))
+    same(lambda x: x.prod(1, dtype=x.dtype).float(), large)
+
+
+def test_what_is_added_to_small_numbers_wraps_before_what_follows() -> None:
+    values, places = torch.full((4,), 100, dtype=torch.uint8), torch.zeros(4, dtype=torch.long)
+    same(lambda x, i: torch.zeros(4, dtype=torch.uint8, device=x.device).scatter_add(0, i, x) >> 1, values, places)
+    same(lambda x, i: torch.zeros_like(x).index_put((i,), x, accumulate=True) // 3, values, places)

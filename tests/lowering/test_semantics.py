@@ -71,6 +71,11 @@ def mutates_input(x: Any) -> Any:
     return x * 2
 
 
+def returns_one_memory(x: Any) -> Any:
+    y = x + 1
+    return y, y.view(3, 2), y, y.detach(), y.contiguous(), y[:, 0]
+
+
 def mutates_view_of_input(x: Any) -> Any:
     x[1:, ::2].mul_(3)
     return x.sum()
@@ -200,6 +205,8 @@ FIXED: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [
     (lambda x, y: (y, None, x), (odd(3), odd(2))),
     (lambda x: x.view(2, 3)[1], (odd(6),)),
     (lambda x: (x.detach(), x.clone(), x.alias() if hasattr(x, "alias") else x), (odd(3),)),
+    (lambda x: (x[:], x.view(3, 1)[:, 0], x.expand(3), x, x.contiguous(), x.squeeze()), (odd(3),)),
+    (returns_one_memory, (odd(3, 2),)),
     (lambda x: torch.ones(3, device=x.device), (odd(3),)),
     (lambda x: x.t()[1:].add(1), (odd(4, 5),)),
     (lambda x: x.view(torch.int32) & 255, (odd(3),)),
@@ -210,6 +217,33 @@ FIXED: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [
 @pytest.mark.parametrize(("fn", "args"), FIXED)
 def test_fixed_shapes(fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
     through_dynamo(fn, args, itself="int32" in fn.__code__.co_names)
+
+
+def test_a_result_that_is_a_view_of_an_input_is_another_tensor() -> None:
+    x, weight = odd(3, 4), torch.nn.Parameter(odd(3, 4))
+    compiled = torch.compile(lambda x, w: (x.view(3, -1), w.detach()), backend=Recording())
+    with torch.no_grad():
+        view, detached = compiled(x, weight)
+    view.unsqueeze_(0)
+    assert x.shape == (3, 4) and type(detached) is torch.Tensor and not detached.requires_grad
+
+
+def top_one(x: Any) -> Any:
+    scores = x / 1.7
+    least = torch.topk(scores, 1, -1)[0]
+    return torch.softmax(scores.masked_fill(scores < least, float("-inf")), -1)
+
+
+def writes_before_it_sorts(x: Any) -> Any:
+    x.div_(1.7)
+    return (x >= torch.topk(x, 1, -1)[0]).sum(1), (x.gather(1, x.argsort(stable=True)) - x.sort(1)[0]).abs().amax()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_an_op_that_runs_as_itself_saw_is_what_others_compare_with_its_results(dtype: torch.dtype) -> None:
+    scores = torch.tensor([[3.0, 1.0], [5.0, 1.0], [7.0, 1.0], [10.0, 1.0]], dtype=dtype)
+    through_dynamo(top_one, (scores,), itself=True)
+    through_dynamo(writes_before_it_sorts, (scores,), itself=True)
 
 
 def test_writes_by_mask() -> None:
