@@ -146,7 +146,7 @@ class Measured:
         us: its time.
         vendor_us: cuBLAS (`F.linear`, without the epilogue) in the same run; NaN where it did not run beside.
         source: on what, and when.
-        kind: of the product.
+        kind, m: of the product, as the table's row has them.
         elsewhere: on another device; `us` is what this one is then expected to take.
     """
 
@@ -155,15 +155,17 @@ class Measured:
     vendor_us: float
     source: str
     kind: str
+    m: int
     elsewhere: bool = False
 
     def why(self, problem: GemmProblem) -> str:
         """What was measured, in words."""
         beside = "" if isnan(self.vendor_us) else f", cuBLAS {self.vendor_us:.1f} us"
+        row = f"{problem.n} {problem.k} {self.kind} {self.m}"
         if self.elsewhere:
-            return f"{self.us:.1f} us{beside} by what was measured on another device ({self.source})"
+            return f"{self.us:.1f} us{beside} by what was measured on another device (row {row}; {self.source})"
         other = "" if self.kind == problem.kind else " with another epilogue"
-        return f"measured {self.us:.1f} us{other}{beside} ({self.source})"
+        return f"measured {self.us:.1f} us{other}{beside} (row {row}; {self.source})"
 
 
 # (n, k, kind) -> largest m of the bucket -> what won there.
@@ -186,11 +188,11 @@ def measured(config: Any, rows: str, source: str) -> Table:
         n, k, kind, m, *values = row.split()
         times = values[len(types) :]
         if len(times) not in (1, 2) or kind not in KINDS:
-            fact = f"it is not N K kind m {' '.join(columns)} us [cuBLAS]"
+            fact = f"it is not N K kind m {' '.join(columns)} us [cuBLAS] with a kind of {', '.join(KINDS)}"
             raise InternalError(f"row {row.strip()!r}", fact, stage="kernels.gemm")
         made = config(*(make(int(value)) for make, value in zip(types, values, strict=False)))
-        line = table.setdefault((int(n), int(k), kind), {})
-        line[int(m)] = Measured(made, float(times[0]), float(times[1]) if len(times) > 1 else nan, source, kind)
+        us, vendor_us = (*map(float, times), nan)[:2]
+        table.setdefault((int(n), int(k), kind), {})[int(m)] = Measured(made, us, vendor_us, source, kind, int(m))
     return table
 
 
@@ -202,9 +204,8 @@ def table_columns(config: Any) -> list[str]:
 def joined(*tables: Table) -> Table:
     """Tables of different sources as one, each row by m."""
     whole: dict[tuple[int, int, str], dict[int, Measured]] = {}
-    for table in tables:
-        for key, row in table.items():
-            whole[key] = dict(sorted({**whole.get(key, {}), **row}.items()))
+    for key, row in (entry for table in tables for entry in table.items()):
+        whole[key] = dict(sorted({**whole.get(key, {}), **row}.items()))
     return whole
 
 
@@ -236,8 +237,7 @@ def lookup(table: Table, buckets: tuple[int, ...], problem: GemmProblem) -> Meas
 
 def in_bucket(row: Mapping[int, Measured], buckets: tuple[int, ...], m: int) -> Measured | None:
     """Return a row's entry in the bucket that holds m, if there is one."""
-    bucket = next((bound for bound in buckets if m <= bound), None)
-    return None if bucket is None else row.get(bucket)
+    return next((row.get(bound) for bound in buckets if m <= bound), None)
 
 
 def tma_obstacle(problem: GemmProblem) -> str | None:

@@ -47,7 +47,7 @@ RESERVED = {
 }
 
 # A value of the source graph whose text is longer (`_length`) has a line of its own.
-LONG = 24
+LONG = 32
 
 # What a masked lane contributes to a reduction.
 NEUTRAL = {

@@ -25,7 +25,7 @@ import terrazzo.tools.device as place  # before Triton is imported, whose interp
 from terrazzo.lowering.errors import UserError
 from terrazzo.runtime.compiled import CompiledPiece
 from terrazzo.tools.bench import middle
-from terrazzo.tools.command import DTYPE, exit_status, parser_of, positive, sizes, with_form
+from terrazzo.tools.command import DTYPE, exit_status, number, parser_of, sizes, with_form
 from terrazzo.tools.measure import chain, interleaved_us, layers_of
 from terrazzo.tools.models import DTYPES, Piece
 from terrazzo.tools.piece_check import check_sizes
@@ -82,7 +82,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help=DTYPE)
     parser.add_argument("--sizes", default=sizes(SIZES), type=sizes,
                         help=f"numbers of tokens, comma-separated (default: {SIZES})")  # fmt: skip
-    parser.add_argument("--largest", type=positive, default=LARGEST,
+    parser.add_argument("--largest", type=number, default=LARGEST,
                         help=f"the range's largest size (default: {LARGEST})")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="a list: an object per size")
     return parser.parse_args()

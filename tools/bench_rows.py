@@ -25,6 +25,8 @@ import triton.language as tl
 from terrazzo.kernels import gather, norm, pointwise, rope
 from terrazzo.kernels.segments import Problem
 from terrazzo.kernels.target import Target
+from terrazzo.tools.command import exit_status, writable
+from terrazzo.tools.device import timing
 
 DTYPE = torch.bfloat16
 LAUNCHES = 40
@@ -248,7 +250,7 @@ def line(entry: dict[str, Any], note: str) -> str:
     return f"{what} {entry['us']:8.2f} us, pdl {entry['pdl_us']:8.2f} us, {share:4.0%} of floor  {note}"
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", help="write every number to this file")
     parser.add_argument("--only", default=",".join(CASES), help="families, comma-separated")
@@ -256,6 +258,8 @@ def main() -> None:
     unknown = set(options.only.split(",")) - set(CASES)
     if unknown:
         parser.error(f"unknown family {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
+    writable(options.json, screen=False)
+    timing()
     target = Target.current()
     bandwidth, host = copy_bandwidth(), host_us()
     print(f"{target.name}: copy {bandwidth / 1e12:.2f} TB/s; host us per launch {host}")
@@ -271,7 +275,8 @@ def main() -> None:
     if options.json:
         with open(options.json, "w") as file:
             json.dump({"device": target.name, "bandwidth": bandwidth, "host_us": host, "results": results}, file)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status(main))

@@ -27,7 +27,8 @@ from itertools import groupby
 
 from rich.table import Table
 
-from terrazzo.tools.command import DTYPE, exit_status, parser_of, positive, size_range, sizes, with_form, writable
+from terrazzo.lowering.errors import UserError
+from terrazzo.tools.command import DTYPE, exit_status, number, parser_of, size_range, sizes, with_form, writable
 from terrazzo.tools.device import HERE, screen
 from terrazzo.tools.models import DTYPES, Piece, names, pieces
 from terrazzo.tools.piece_check import Result, bounds, check_sizes
@@ -86,13 +87,13 @@ def _pieces(model: str, dtype: str, tiny: bool) -> list[Piece]:
 def table(results: Sequence[Result]) -> Table:
     """Sizes with equal outcome share a row.
 
-    'own ops' run as themselves; 'undecided' rows are left out (wide.py); 'error' is in units of eager's: right to 2.
+    Of the columns, 'undecided' rows are left out (wide.py), and 'error' is in units of eager's: right to 2.
     """
     made = Table(title="compiled pieces against eager and fp64", title_justify="left")
     for column in ("model", "piece"):
         made.add_column(column, no_wrap=True)
     made.add_column("tokens")
-    for column in ("kernels", "own ops", "undecided", "error"):
+    for column in ("kernels", "as themselves", "undecided", "error"):
         made.add_column(column, justify="right")
     made.add_column("")
     order = {kind: at for at, kind in enumerate(KINDS)}
@@ -117,7 +118,7 @@ def _arguments() -> argparse.Namespace:
                         "without --sizes each is checked at its first two sizes, one inside and its last")  # fmt: skip
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help=DTYPE)
     parser.add_argument("--tiny", action="store_true", help="the models' tiny twins; without a GPU always")
-    parser.add_argument("--procs", type=positive,
+    parser.add_argument("--procs", type=number,
                         help="processes (default: 8 on a GPU, as far as there are cores, else 1)")  # fmt: skip
     parser.add_argument("--json", nargs="?", const="-", help="results as JSON, on the screen or to a file")
     return parser.parse_args()
@@ -132,6 +133,10 @@ def main() -> int:
     usual = SIZES if on_gpu else INTERPRETED_SIZES
     span = options.range
     asked = options.sizes or (() if span else usual)
+    outside = [size for size in asked if span and not span[0] <= size <= span[1]]
+    if outside:
+        fact = f"the range is {span[0]} to {span[1]}, and another plan would be checked"
+        raise UserError(f"sizes {outside}", fact, stage="tools.check", remedy="Give sizes inside.")
     procs = options.procs or (min(8, os.cpu_count() or 1) if on_gpu else 1)
     started, results = time.perf_counter(), []
     for result in check_all(models, asked, options.dtype, options.tiny or not on_gpu, procs, span):

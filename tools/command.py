@@ -37,10 +37,10 @@ def sizes(text: str, least: int = 1) -> list[int]:
     return [int(part) for part in parts]
 
 
-def positive(text: str) -> int:
-    """A number of things, one at least, as the `type` of an argument."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
+def number(text: str, least: int = 1) -> int:
+    """A number of things, as the `type` of an argument."""
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from {least} on")
     return int(text)
 
 
@@ -106,7 +106,8 @@ def writable(path: str | None, screen: bool = True) -> None:
 
 
 def exit_status(main: Callable[[], int]) -> int:
-    """A command's own status; after one line about a request that cannot be right 2, about one that failed 1."""
+    """A command's own status; after one line about a request that cannot be right 2, about one that failed 1, and of a
+    command that was interrupted what shells take for that."""
     try:
         status = main()
         sys.stdout.flush()
@@ -115,6 +116,8 @@ def exit_status(main: Callable[[], int]) -> int:
         # Who reads has read enough (`| head`); what is left must not be flushed at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except KeyboardInterrupt:
+        return 130
     except TerrazzoError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1

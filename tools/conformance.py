@@ -30,7 +30,7 @@ from rich.table import Table
 
 from terrazzo.lowering.errors import UserError
 from terrazzo.tools import opdb, pool
-from terrazzo.tools.command import exit_status
+from terrazzo.tools.command import exit_status, number, writable
 from terrazzo.tools.coverage import Coverage
 from terrazzo.tools.device import HERE, screen
 from terrazzo.tools.op_check import DTYPES, PATHS, Result, check
@@ -40,12 +40,17 @@ Task = tuple[str, str]
 
 def main() -> int:
     options = _arguments()
+    paths = options.paths.split(",")
+    _known("--paths", paths, PATHS, "it is no way to compile")
+    if options.resume and not options.json:
+        raise UserError("--resume", "no file says what was done", stage="tools", remedy="Name it with --json.")
     tasks = _tasks(options.ops.split(","), options.dtypes.split(","))
+    writable(options.json, screen=False)
     known = read(options.json) if options.resume else {}
     started = time.perf_counter()
     results = [known[t] for t in tasks if t in known]
     left = [t for t in tasks if t not in known]
-    work = functools.partial(_work, options.paths.split(","), options.samples, options.case)
+    work = functools.partial(_work, paths, options.samples, options.case)
     for done in pool.run(work, left, options.procs, options.seconds):
         result = done.result or Result(done.task[0], done.task[1], failures=[done.ended_by])
         results.append(result)
@@ -53,6 +58,9 @@ def main() -> int:
         for failure in result.failures:
             print(f"{result.op} {result.dtype} {' '.join(failure.split())[:400]}", file=sys.stderr, flush=True)
     _report(results, time.perf_counter() - started)
+    if options.case and not any(r.checks or r.aside or r.failures for r in results):
+        raise UserError(f"--case {options.case}", "none of these operators has such a case", stage="tools",
+                        remedy="A failure names its case, NUMBER:VARIANT.")  # fmt: skip
     return int(any(r.failures for r in results))
 
 
@@ -76,11 +84,14 @@ def _tasks(patterns: Iterable[str], dtypes: Iterable[str]) -> list[Task]:
             raise UserError(f"--ops {pattern}", "the database has no such operator", stage="tools",
                             remedy=f"Names like it: {near}.")  # fmt: skip
         chosen += [n for n in found if n not in chosen]
-    for dtype in dtypes:
-        if dtype not in DTYPES:
-            raise UserError(f"--dtypes {dtype}", "it is none of the dtypes checked", stage="tools",
-                            remedy=f"Choose from {', '.join(DTYPES)}.")  # fmt: skip
+    _known("--dtypes", dtypes, DTYPES, "it is none of the dtypes checked")
     return [(n, d) for n in chosen for d in dtypes if opdb.supports(n, DTYPES[d], HERE)]
+
+
+def _known(option: str, given: Iterable[str], known: Iterable[str], fact: str) -> None:
+    for name in given:
+        if name not in known:
+            raise UserError(f"{option} {name}", fact, stage="tools", remedy=f"Choose from {', '.join(known)}.")
 
 
 def _write(path: str | None, result: Result) -> None:
@@ -141,9 +152,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--ops", default="*", help="names or patterns, comma-separated")
     parser.add_argument("--dtypes", default=",".join(DTYPES))
     parser.add_argument("--paths", default=",".join(PATHS))
-    parser.add_argument("--samples", type=int, default=0, help="at most so many per operator and dtype; 0: all")
+    parser.add_argument("--samples", type=functools.partial(number, least=0), default=0,
+                        help="at most so many per operator and dtype; 0: all")  # fmt: skip
     parser.add_argument("--case", default="", help="one case, as failures name it: NUMBER:VARIANT")
-    parser.add_argument("--procs", type=int, default=max((os.cpu_count() or 2) - 1, 1))
+    parser.add_argument("--procs", type=number, default=max((os.cpu_count() or 2) - 1, 1))
     parser.add_argument("--seconds", type=float, default=1800, help="that one operator in one dtype may take")
     parser.add_argument("--json", help="a file that gets a line per operator and dtype as it is known")
     parser.add_argument("--resume", action="store_true", help="leaves out what the --json file has already")

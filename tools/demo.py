@@ -25,8 +25,9 @@ from rich.table import Table
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from terrazzo.lowering.errors import UserError
 from terrazzo.tools import wide
-from terrazzo.tools.command import exit_status
+from terrazzo.tools.command import exit_status, number
 from terrazzo.tools.device import HERE, screen
 from terrazzo.tools.models import Piece, Whole, config, run_eagerly, run_whole, whole
 from terrazzo.tools.oracle import judge
@@ -34,6 +35,8 @@ from terrazzo.tools.stand_in import CompiledPiece, backend
 
 MODEL = "llama-3.1-8b"
 TOKENS = 16
+# Reasons against a fusion that are shown.
+SHOWN = 3
 # What is timed on a GPU: decode sizes, which take seconds to compile.
 BENCHED = (MODEL, (1, 16, 64))
 # Calls until a size is served as it will be: the general graph; on a GPU then one plain run and the capture.
@@ -81,7 +84,12 @@ def demo(model: str = MODEL, tokens: int = TOKENS) -> Demo:
     Args:
         model: a name.
         tokens: how many, in one sequence.
+
+    Raises:
+        UserError: there is no such model, or it has fewer positions.
     """
+    if tokens > (most := config(model, tiny=True).max_positions):
+        raise UserError(f"{tokens} tokens", f"the tiny twin of {model} has {most} positions", stage="tools.demo")
     parts = whole(model, tiny=True, device=HERE)
     vocab = config(model, tiny=True).vocab
     ids = torch.randint(0, vocab, (tokens,), generator=torch.Generator().manual_seed(0)).to(HERE, torch.int32)
@@ -119,7 +127,7 @@ class _Serving:
             eager = wide.run_eager(piece.graph, args)
         oracle = wide.run_wide(piece.graph, args)
         result = self.run(piece, args)
-        served = Served(f"{piece.index + 1} {piece.kind}", ops.count)
+        served = Served(f"{piece.index} {piece.kind}", ops.count)
         for ours, theirs, exact in zip(pytree.tree_leaves(result), eager.outputs, oracle.outputs, strict=True):
             if oracle.unfilled(exact) is None:
                 verdict = judge(ours, theirs, exact)
@@ -176,7 +184,7 @@ def show(console: Console, made: Demo, seconds: float) -> None:
     table = Table(title="pieces: kernels that eager launches, and ours", title_justify="left")
     for column in ("piece", "served by"):
         table.add_column(column)
-    for column in ("eager", "terrazzo", "own ops", "error (eager = 1)"):
+    for column in ("eager", "terrazzo", "as themselves", "error (eager = 1)"):
         table.add_column(column, justify="right")
     table.add_column("")
     for p in made.pieces:
@@ -193,8 +201,11 @@ def show(console: Console, made: Demo, seconds: float) -> None:
     for family, computes in middle.launches:
         kernels.add_row(family, computes)
     console.print(kernels)
-    for reason in list(dict.fromkeys(middle.refusals))[:3]:
+    reasons = list(dict.fromkeys(middle.refusals))
+    for reason in reasons[:SHOWN]:
         console.print(f"not fused: {reason}", highlight=False)
+    if len(reasons) > SHOWN:
+        console.print(f"… and {len(reasons) - SHOWN} more", highlight=False)
     console.print(f"An error up to 2 is right: see tools/oracle.py. {seconds:.0f} s.", highlight=False)
 
 
@@ -205,7 +216,7 @@ def _mark(ok: bool) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=MODEL, help="its tiny twin is served")
-    parser.add_argument("--tokens", type=int, default=TOKENS)
+    parser.add_argument("--tokens", type=number, default=TOKENS)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")

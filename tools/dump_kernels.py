@@ -19,6 +19,7 @@ import difflib
 import json
 import multiprocessing
 import os
+import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -54,6 +55,7 @@ APART = (
     ("stage", ("ops", "source", "stats", "ptx", "sass", "json"),
      "it prints a stage's result alone", "Ask for one after the other."),
     ("ops", ("source", "stats", "ptx", "sass"), "it lists ops and prints nothing else", "Ask for one after the other."),
+    ("ptx", ("sass",), "one of the two is printed", "Ask for one after the other."),
     ("load", ("piece", "dtype"), "a file holds one piece, in dtypes of its own", "Save the piece you mean."),
 )  # fmt: skip
 
@@ -67,7 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = parser_of("dump_kernels", __doc__)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--model", help=f"one of {', '.join(names())}, or tiny-<name>")
+    what.add_argument("--model", help=f"one of {', '.join(names())}, tiny-<name>, or a folder with a "
+                      "config.json")  # fmt: skip
     what.add_argument("--load", metavar="FILE", help="a saved piece")
     what.add_argument("--all-models", action="store_true", help="compile every kernel of every model")
     parser.add_argument("--piece", help="index, or first, middle, last (default: 1)")
@@ -165,14 +168,14 @@ def _piece(args: argparse.Namespace) -> tuple[Piece, str]:
     if args.load:
         # The CPU stands for the device: plans do not depend on it, and fake CUDA tensors need a CUDA build of torch.
         try:
-            return load_piece(args.load, "cpu"), f"--load {args.load}"
+            return load_piece(args.load, "cpu"), f"--load {shlex.quote(args.load)}"
         except OSError as cause:
             raise UserError(f"piece {args.load}", str(cause), stage="tools.dump_kernels") from cause
     found = pieces(args.model, dtype=DTYPES[args.dtype], layers=LAYERS)
     by_name = {str(p.index): p for p in found} | {p.kind: p for p in reversed(found)}
     piece = by_name[_known("piece", args.piece, list(by_name))]
     dtype = "" if args.dtype == "bf16" else f" --dtype {args.dtype}"
-    return piece, f"--model {args.model} --piece {piece.index}{dtype}"
+    return piece, f"--model {shlex.quote(args.model)} --piece {piece.index}{dtype}"
 
 
 def _known(kind: str, name: str, known: Sequence[str]) -> str:

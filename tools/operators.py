@@ -25,7 +25,7 @@ from rich.table import Table
 import terrazzo.tools.device  # noqa: F401  before Triton is imported, whose interpreter it may choose
 from terrazzo.lowering.decompositions import table as decompositions
 from terrazzo.lowering.define import rules
-from terrazzo.lowering.errors import InternalError
+from terrazzo.lowering.errors import InternalError, UserError
 from terrazzo.tools.command import exit_status
 from terrazzo.tools.conformance import read
 from terrazzo.tools.coverage import Coverage
@@ -153,6 +153,11 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help=f"writes {PAGE.name}")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    if options.found and not Path(options.found).is_file():
+        raise UserError(f"--found {options.found}", "there is no such file", stage="tools")
+    if options.write and not options.found:
+        raise UserError("--write", "the page says what a run of the database found", stage="tools",
+                        remedy="Name its file with --found.")  # fmt: skip
     operators = list(core())
     found = Coverage().update(result.coverage for result in read(options.found).values())
     if options.write:

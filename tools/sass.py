@@ -30,13 +30,14 @@ import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import terrazzo.kernels
 from terrazzo.kernels.jobs import CompileJob, SignatureType
 from terrazzo.lowering.errors import UserError
+from terrazzo.tools.command import exit_status, number
 
 # Opt-in shared memory one block may use, per architecture. Source: CUDA C++ Programming Guide, technical specifications
 # per compute capability (163 KB and 227 KB).
@@ -336,15 +337,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     which.add_argument("--jobs", help="a Python file that defines compile_jobs(arch)")
     parser.add_argument("--arch", type=int, choices=sorted(SHARED_LIMIT_BYTES), default=90)
     parser.add_argument("--match", default="", help="only jobs whose family and label contain this")
-    parser.add_argument("--sample", type=int, default=0, help="at most so many configs per family, evenly spaced")
+    parser.add_argument("--sample", type=partial(number, least=0), default=0,
+                        help="at most so many configs per family, evenly spaced; 0: all")  # fmt: skip
     parser.add_argument("--show", choices=("ptx", "sass"), default="", help="print the code as well")
     parser.add_argument("--json", action="store_true", help="rows as JSON")
     options = parser.parse_args(arguments)
     known = [] if options.jobs else families()
     if options.family and options.family not in known:
         parser.error(f"no kernel family {options.family!r}; there are: {', '.join(known)}")
+    if options.jobs and not Path(options.jobs).is_file():
+        parser.error(f"there is no file {options.jobs}")
     names = known if options.all else [options.family or str(Path(options.jobs).resolve())]
     rows = compile_rows(names, options.arch, options.sample, options.match, options.show)
+    if not rows:
+        parser.error(f"no job matches {options.match!r}")
     if options.json:
         print(json.dumps([dataclasses.asdict(row) for row in rows]))
     else:
@@ -353,4 +359,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

@@ -24,7 +24,7 @@ def shown(what) -> str:
 def test_the_demo_is_right_and_says_what_was_fused(device):
     made = demo.demo("llama-3.1-8b", tokens=3)
     assert made.ok and 0 < made.ratio <= 2
-    assert [p.name for p in made.pieces] == ["1 first", "2 middle", "3 middle", "4 last"]
+    assert [p.name for p in made.pieces] == ["0 first", "1 middle", "2 middle", "3 last"]
     for piece in made.pieces:
         assert piece.ok and 0 < piece.kernels < piece.ops and len(piece.launches) == piece.kernels + piece.foreign
         assert piece.state == ("plan captured" if device.type == "cuda" else "plan")

@@ -120,8 +120,8 @@ def config(name: str, tiny: bool = False) -> ModelConfig:
     plain = name.removeprefix("tiny-")
     if plain not in _CONFIGS:
         near = difflib.get_close_matches(plain, _CONFIGS, n=3, cutoff=0.3) or list(_CONFIGS)
-        raise UserError(f"model {name!r}", "there is no model of that name", stage="models",
-                        remedy=f"Did you mean {', '.join(near)}?")  # fmt: skip
+        remedy = f"A folder is given as ./{name}." if Path(name).is_dir() else f"Did you mean {', '.join(near)}?"
+        raise UserError(f"model {name!r}", "there is no model of that name", stage="models", remedy=remedy)
     full = _CONFIGS[plain]
     return _tiny(full) if tiny or plain != name else full
 
@@ -152,6 +152,8 @@ _NAMED = {"Qwen3MoeForCausalLM": {"intermediate_size": "moe_intermediate_size", 
 
 # Entries without which a file says too little, and those that with another value make another model of it.
 _NEEDED = {"hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"}
+# Numbers that may be left out.
+_COUNTS = ("num_key_value_heads", "head_dim", "max_position_embeddings", "num_local_experts", "num_experts_per_tok")
 _PLAIN = {"attention_bias": False, "mlp_bias": False, "partial_rotary_factor": 1.0}
 # The same of one architecture.
 _PLAIN_OF = {"Qwen3MoeForCausalLM": {"norm_topk_prob": True, "mlp_only_layers": [], "decoder_sparse_step": 1}}
@@ -173,14 +175,19 @@ def _read(path: Path) -> ModelConfig:
     if name not in _FAMILIES:
         raise refused(f"its architecture is {name}")
     family, usual = _FAMILIES[name]
-    read = {**usual, **written}
+    read = {**usual, **{key: value for key, value in written.items() if value is not None or key not in _COUNTS}}
     named = {key: _NAMED.get(name, {}).get(key, key) for key in ("intermediate_size", "num_local_experts")}
     if missing := {named.get(key, key) for key in _NEEDED} - set(read):
         raise refused(f"its config.json lacks {', '.join(sorted(missing))}")
     known = _PLAIN | _PLAIN_OF.get(name, {})
     if other := [key for key, plain in known.items() if read.get(key, plain) != plain]:
         raise refused(f"it has {', '.join(other)}")
+    counts = [named.get(key, key) for key in (*sorted(_NEEDED), *_COUNTS) if named.get(key, key) in read]
+    if wrong := [f"{key} is {read[key]!r}" for key in counts if type(read[key]) is not int or read[key] < 1]:
+        raise refused(f"{', '.join(wrong)}, which is no number from 1 on")
     heads, hidden = read["num_attention_heads"], read["hidden_size"]
+    if heads % read.get("num_key_value_heads", heads) or ("head_dim" not in read and hidden % heads):
+        raise refused(f"{heads} heads share no keys evenly, or no {hidden} columns")
     theta, scaling = _rope(read, refused)
     scalar = read.get("query_pre_attn_scalar")
     return ModelConfig(
