@@ -24,6 +24,7 @@ Under TRITON_INTERPRET=1 the call goes to the interpreter, whose small floats ar
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -51,8 +52,9 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 # Compiled kernels by (fn, constexprs, options), then by the arguments' key: equal Kernels share them.
 _COMPILED: dict[tuple, dict[tuple, Binary]] = {}
 
-# Launches noted instead of made, by the thread that does; empty outside `noting`.
+# Launches noted instead of made, by the thread that does; empty outside `noting`. A fork has none of those threads.
 _noting: dict[int, list[tuple[Kernel, tuple]]] = {}
+os.register_at_fork(after_in_child=_noting.clear)
 
 
 def _parse(function: JITCallable, once: Callable[[JITCallable], Any] = JITCallable.parse) -> Any:
@@ -224,7 +226,7 @@ def noting() -> Iterator[list[tuple[Kernel, tuple]]]:
         yield noted
     finally:
         if outer is None:
-            del _noting[thread]
+            _noting.pop(thread, None)
         else:
             _noting[thread] = outer
 

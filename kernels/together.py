@@ -33,8 +33,16 @@ _promised: dict[tuple, Any] = {}
 # Launchers that are built, or being built.
 _launchers: set[str] = set()
 _lock = threading.Lock()
-# A fork has none of the threads that would keep the promises.
-os.register_at_fork(after_in_child=_promised.clear)
+
+
+def _forked() -> None:
+    """A fork has none of the threads that would keep the promises, or that might hold the lock."""
+    global _lock
+    _promised.clear()
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 class Compiling:

@@ -108,7 +108,7 @@ def depend(values: Values) -> Dependencies:
     for made in values.definitions.values():
         if isinstance(made, (Map, Reduce)):
             lengths[made.name] = _shortened(made, lengths, inlined)
-        if not isinstance(made, Map) or (made.name in seen and _rounds(made)):
+        if not isinstance(made, Map) or (made.name in seen and loads(made.expr)):
             continue
         if lengths[made.name] <= INLINED_LENGTH and _cheap(made, values, inlined):
             inlined.add(made.name)
@@ -116,17 +116,12 @@ def depend(values: Values) -> Dependencies:
 
 
 def _seen_rounded(values: Values) -> set[str]:
-    """Values whose memory others than kernels look at: ops that run as themselves, and whoever gave the inputs. Who
-    compares with what those say (the largest of some, say) must read what they read."""
+    """Values whose memory others than kernels look at: ops that run as themselves, and whoever gave the inputs. Later
+    kernels that compare with what those say (the largest of some, say) must read what they read."""
     externs = [made for made in values.definitions.values() if isinstance(made, Extern)]
     return {name for made in externs for name in direct_reads(made, values)} | {
         values.base(name) for _, name in values.mutations
     }
-
-
-def _rounds(made: Map) -> bool:
-    """Whether a value is stored with fewer bits than it is computed with."""
-    return any(isinstance(node, Apply) and node.fn == "keep" for node in walk(made.expr))
 
 
 def _shortened(made: Map | Reduce, lengths: dict[str, int], inlined: set[str]) -> int:

@@ -328,7 +328,8 @@ def flat(offset: Affine) -> Affine:
     written = Affine.of(offset.const)
     for atom, coefficient in offset.terms:
         written += (flat(atom.base) if isinstance(atom, Bounded) else Affine.of(atom)) * coefficient
-    return written
+    # A quotient and its remainder may have become what both are of.
+    return flat(written) if any(isinstance(atom, Bounded) for atom, _ in written.terms) else written
 
 
 def kept(expr: Expr) -> Expr:

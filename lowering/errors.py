@@ -36,10 +36,14 @@ class TerrazzoError(Exception):
 
 def forget_frames(error: BaseException) -> None:
     """Drop the tracebacks of an error that is kept, and of those that led to it: their frames hold a call's tensors."""
-    kept: BaseException | None = error
-    while kept is not None:
-        kept.__traceback__ = None
-        kept = kept.__cause__ or kept.__context__
+    left: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while left:
+        kept = left.pop()
+        if kept is not None and id(kept) not in seen:
+            seen.add(id(kept))
+            kept.__traceback__ = None
+            left += [kept.__cause__, kept.__context__]
 
 
 class UserError(TerrazzoError):

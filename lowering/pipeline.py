@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any
 
 import sympy
@@ -49,6 +50,9 @@ from .specialize import specialize
 # Calls of Python within one another: some seven for each op of a chain (`composer.py`), of which a kernel holds
 # `BODY_LIMIT`.
 DEPTH = 6000
+# It is the process's limit: how many plan, and what it was before the first of them began.
+_nesting = Lock()
+_planning = _limit = 0
 
 
 @dataclass
@@ -138,12 +142,19 @@ def _nested() -> Iterator[None]:
     Raises:
         Unsupported: they are nested deeper.
     """
-    limit = sys.getrecursionlimit()
-    sys.setrecursionlimit(max(limit, DEPTH))
+    global _planning, _limit
+    with _nesting:
+        _planning += 1
+        if _planning == 1:
+            _limit = sys.getrecursionlimit()
+            sys.setrecursionlimit(max(_limit, DEPTH))
     try:
         yield
     except RecursionError:
         fact = f"ops that follow one another nest deeper than {DEPTH} calls"
         raise Unsupported("the piece", fact, stage="plan") from None
     finally:
-        sys.setrecursionlimit(limit)
+        with _nesting:
+            _planning -= 1
+            if not _planning:
+                sys.setrecursionlimit(_limit)

@@ -7,9 +7,10 @@ themselves; whoever calls a piece directly is checked here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from numbers import Integral
 from typing import Any, TypeAlias
 
 import sympy
@@ -59,16 +60,25 @@ class _Plain:
 
     def no_such(self, given: Any) -> str:
         """What is wrong with an argument; '' when nothing is."""
+        whole = isinstance(given, Integral) and not isinstance(given, bool)
         if isinstance(self.value, sympy.Expr):
-            return "" if type(given) is int else f"it is {type(given).__name__}, not an int"
+            return "" if whole else f"it is {type(given).__name__}, not an int"
+        # NumPy's numbers, and members of enumerations, are the numbers they are of.
+        plain = int(given) if whole else float(given) if isinstance(given, float) else given
         # As text not-a-number equals itself, and 0.0 is not -0.0.
-        return "" if repr(given) == repr(self.value) else f"it is {given!r}, not {self.value!r}"
+        return "" if repr(plain) == repr(self.value) else f"it is {given!r}, not {self.value!r}"
 
 
 class Arguments:
-    """The arguments of one piece."""
+    """The arguments of one piece.
 
-    def __init__(self, examples: Examples, held: Sequence[torch.Tensor]) -> None:
+    Args:
+        examples: what they look like.
+        read: positions of those that the piece reads.
+        held: tensors of the piece's own.
+    """
+
+    def __init__(self, examples: Examples, read: Collection[int], held: Sequence[torch.Tensor]) -> None:
         self.count = len(examples.values)
         self._tensors: list[_Tensor] = []
         self._plain: list[_Plain] = []
@@ -76,7 +86,7 @@ class Arguments:
             if isinstance(value, torch.Tensor):
                 shape, stride = tuple(map(_dim, value.shape)), tuple(map(_dim, value.stride()))
                 self._tensors.append(_Tensor(i, value.dtype, shape, stride))
-            elif isinstance(value, (int, float, complex, str, torch.SymInt)):
+            elif i in read and isinstance(value, (int, float, complex, str, torch.SymInt)):
                 self._plain.append(_Plain(i, _dim(value)))
         self._arguments: list[_Tensor | _Plain] = [*self._tensors, *self._plain]
         self._places = examples.symbols()

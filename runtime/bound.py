@@ -5,13 +5,13 @@ structure, on the device of its tensors, and something else instead (the piece's
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
 from .lowered import Loaded, Runner
+from .making import one_of_several
 from .memory import span
 
 
@@ -59,7 +59,7 @@ def at_start(run: Runner, instead: Runner, tensors: Sequence[int], constants: Se
 
 def on_device(run: Runner, device: torch.device) -> Runner:
     """The plan on the device of its tensors, whichever is current: a kernel is launched on the current one."""
-    if not _one_of_several(device):
+    if not one_of_several(device):
         return run
     current: Callable[[], int] = torch.cuda.current_device
 
@@ -70,12 +70,3 @@ def on_device(run: Runner, device: torch.device) -> Runner:
             return run(*args)
 
     return there
-
-
-def entered(device: torch.device) -> AbstractContextManager[Any]:
-    """Inside, the device is the current one, where there are several."""
-    return torch.cuda.device(device) if _one_of_several(device) else nullcontext()
-
-
-def _one_of_several(device: torch.device) -> bool:
-    return device.type == "cuda" and device.index is not None and torch.cuda.device_count() > 1

@@ -15,10 +15,8 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_left
-from collections.abc import Iterator, MutableMapping, Sequence
-from contextlib import contextmanager
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
-from threading import RLock
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -34,13 +32,14 @@ from ..lowering.intake import Examples, held
 from ..lowering.options import Options
 from ..lowering.ranged import Regime
 from .arguments import Arguments
-from .bound import apart, at_start, entered, on_device, structured
+from .bound import apart, at_start, on_device, structured
 from .cache import Shelf
 from .compilers import asked
 from .fingerprint import fingerprint
 from .lowered import Loaded, Lowered, Runner
+from .making import making
 from .memory import copied
-from .warm import Warming, uncollected, warm
+from .warm import Warming, warm
 
 log = logging.getLogger("terrazzo")
 
@@ -63,8 +62,6 @@ class _Regimes:
 
 # While a piece of them lives.
 _SHARED: MutableMapping[tuple[str, Options], Lowered] = WeakValueDictionary()
-# One thread at a time plans and compiles.
-_MAKING = RLock()
 
 
 class CompiledPiece:
@@ -94,7 +91,8 @@ class CompiledPiece:
                             stage="runtime", remedy="Trace the module, or use torch.compile.")  # fmt: skip
         self.graph, self.shelf = graph, shelf
         self.examples = Examples.of(graph, example_inputs)
-        self._arguments = None if guarded else Arguments(self.examples, list(held(graph).values()))
+        read = [i for i, node in enumerate(graph.graph.find_nodes(op="placeholder")) if node.users]
+        self._arguments = None if guarded else Arguments(self.examples, read, list(held(graph).values()))
         self._options, self._steady = options, steady
         self._places = list(self.examples.symbols().values())
         self._tensors = [i for i, v in enumerate(self.examples.values) if isinstance(v, torch.Tensor)]
@@ -126,7 +124,7 @@ class CompiledPiece:
         if run is None:
             run = self._in_range(*key)
         if run is None:
-            with self._making():
+            with making(self._device()):
                 run = self._runs.get(key) or self._compile(*key, args)
                 self._runs[key] = run
         return run
@@ -168,7 +166,7 @@ class CompiledPiece:
             self._unserved = Regime(lo, hi, None, why)
             return (self._unserved,)
         self._ranges = [(lo, hi), *(known for known in self._ranges if known != (lo, hi))]
-        with self._making():
+        with making(self._device()):
             self._serve((lo, hi, ()))
             if not later:
                 self.ready()
@@ -178,15 +176,19 @@ class CompiledPiece:
         """Wait until nothing that `ranged` began is left to compile or to load."""
         if not self._warming:
             return
-        with self._making():
+        with making(self._device()):
             while self._warming:
-                asked, warming = self._warming.popitem()
-                served = self._regimes.pop(asked)
+                asked, warming = next(iter(self._warming.items()))
                 try:
                     warming.finish()
                 except UNCOMPILED as cause:
-                    served = self._lost(asked, cause)
-                self._regimes[asked] = served
+                    self._regimes[asked] = self._lost(asked, cause)
+                except Exception:
+                    del self._regimes[asked]
+                    raise
+                finally:
+                    # Last: whoever finds nothing to wait for takes what is there.
+                    del self._warming[asked]
 
     def _in_range(self, sizes: tuple[int, ...], misaligned: tuple[int, ...]) -> Runner | None:
         """The plan of a range for this size, if there is one."""
@@ -195,7 +197,7 @@ class CompiledPiece:
             return None
         asked = *found, misaligned
         if asked not in self._regimes or self._warming:
-            with self._making():
+            with making(self._device()):
                 if asked not in self._regimes:
                     self._serve(asked)
                 self.ready()
@@ -229,12 +231,6 @@ class CompiledPiece:
         """The range of a piece that runs as the graph it was."""
         lo, hi, _ = asked
         return _Regimes([hi], [self._fall_back(cause)], (Regime(lo, hi, None, str(cause)),))
-
-    @contextmanager
-    def _making(self) -> Iterator[None]:
-        """Inside, this thread plans, compiles and loads, on the device of the piece."""
-        with _MAKING, uncollected(), entered(self._device()):
-            yield
 
     def __call__(self, *args: Any) -> Any:
         """Run the piece; returns what its graph returns.

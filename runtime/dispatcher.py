@@ -177,10 +177,11 @@ class PiecewiseBackend:
         """Give the plan for the entry's size, or the general callable where terrazzo cannot compile it."""
         try:
             entry.run = self._plan(args)
+            entry.misaligned = _misaligned(args)
         except Exception as error:
             self._fall_back(entry, error)
             entry.run = self._general
-        entry.sizes, entry.misaligned = self._sizes(args), _misaligned(args)
+        entry.sizes = self._sizes(args)
         if entry.to_compile:
             self._uncompiled.discard(entry.size)
             # vLLM counts a compile size here; a capture size is none to it, and its figures stay comparable.

@@ -12,10 +12,8 @@ there is.
 
 from __future__ import annotations
 
-import gc
 import logging
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -101,19 +99,6 @@ def warm(plan: Plan, call: Callable[..., Any], device: torch.device, misaligned:
     warming = Warming(device, misaligned)
     warming.begin(plan, call, 0, 0)
     warming.finish()
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Inside, no garbage is collected: planning makes millions of objects that live on, and every full collection among
-    them walks all that the process holds, vLLM's models and tokenizers included."""
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collects:
-            gc.enable()
 
 
 def telling(facts: Facts, lo: int, hi: int) -> list[int]:

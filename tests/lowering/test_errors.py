@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 
-from terrazzo.lowering.errors import InternalError, TerrazzoError, Unsupported, UserError
+from terrazzo.lowering.errors import InternalError, TerrazzoError, Unsupported, UserError, forget_frames
 
 
 @pytest.mark.parametrize("kind", [TerrazzoError, UserError, Unsupported, InternalError])
@@ -21,3 +21,21 @@ def test_an_error_can_be_sent_to_another_process(kind: type[TerrazzoError]) -> N
 def test_what_was_not_given_stays_out_of_the_message() -> None:
     back = pickle.loads(pickle.dumps(UserError("a request", "it is wrong", stage="intake")))
     assert str(back) == "a request: it is wrong [intake]." and (back.remedy, back.source) == ("", "")
+
+
+def test_an_error_that_is_kept_holds_no_frames() -> None:
+    try:
+        try:
+            raise ValueError("first")
+        except ValueError as first:
+            try:
+                raise KeyError("second")
+            except KeyError:
+                raise RuntimeError("third") from first
+    except RuntimeError as raised:
+        error = raised
+    # What led to what may lead back.
+    assert error.__cause__ is not None and error.__context__ is not None
+    error.__cause__.__cause__ = error
+    forget_frames(error)
+    assert not any(e.__traceback__ for e in (error, error.__cause__, error.__context__))

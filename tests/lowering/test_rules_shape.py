@@ -269,3 +269,13 @@ def test_steps_between_two_ends(dtype: torch.dtype, start: float, end: float, st
     if dtype == torch.uint8:
         start = abs(start)
     same(lambda x: torch.linspace(start, end, steps, dtype=dtype, device=x.device) + x, odd(1, dtype=dtype))
+
+
+def test_parts_of_a_join_taken_in_another_order() -> None:
+    # Written out, an index's quotient and remainder become the bounded index that both are of.
+    def fn(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        turned = torch.cat([y[:, 5:], y[:, :5]], 1)
+        other = turned.reshape(8, 5).t().reshape(5, 8)
+        return x - torch.cat([other[:, :6], turned[:, 6:]], 1).amax(1, keepdim=True), other
+
+    same(fn, odd(5, 8), odd(5, 8, seed=1))

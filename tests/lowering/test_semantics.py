@@ -239,11 +239,18 @@ def writes_before_it_sorts(x: Any) -> Any:
     return (x >= torch.topk(x, 1, -1)[0]).sum(1), (x.gather(1, x.argsort(stable=True)) - x.sort(1)[0]).abs().amax()
 
 
+def top_one_of_a_cast(x: Any) -> Any:
+    scores = ((x - x.sum(-1, keepdim=True)) / 1.7).float()
+    least = torch.topk(scores, 1)[0]
+    return torch.softmax(scores.masked_fill(scores < least, float("-inf")), -1).isnan()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_what_an_op_that_runs_as_itself_saw_is_what_others_compare_with_its_results(dtype: torch.dtype) -> None:
     scores = torch.tensor([[3.0, 1.0], [5.0, 1.0], [7.0, 1.0], [10.0, 1.0]], dtype=dtype)
     through_dynamo(top_one, (scores,), itself=True)
     through_dynamo(writes_before_it_sorts, (scores,), itself=True)
+    through_dynamo(top_one_of_a_cast, (odd(64, 40, dtype=dtype),), itself=True)
 
 
 def test_writes_by_mask() -> None:

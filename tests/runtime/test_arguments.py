@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import enum
 import math
 
+import numpy
 import pytest
 import torch
 from torch import fx
@@ -73,6 +75,21 @@ def test_a_number_that_the_plan_holds_is_the_only_one_it_takes(device, planned, 
         piece(x, given)
 
 
+class Color(enum.IntEnum):
+    RED = 3
+
+
+@pytest.mark.parametrize(("planned", "given"), [(3, numpy.int64(3)), (3, Color.RED), (2.0, numpy.float64(2.0))])
+def test_numbers_of_other_types_are_the_numbers_they_are(device, planned, given):
+    x = torch.ones(4, device=device)
+    assert torch.equal(CompiledPiece(fx.symbolic_trace(multiplied), [x, planned])(x, given), x * planned)
+
+
+def test_a_number_that_nothing_reads_is_any(device):
+    x = torch.ones(4, device=device)
+    assert torch.equal(CompiledPiece(fx.symbolic_trace(lambda x, n: x * 2), [x, 3])(x, 5), x * 2)
+
+
 def test_not_a_number_is_the_number_it_was(device):
     x = torch.ones(4, device=device)
     assert CompiledPiece(fx.symbolic_trace(multiplied), [x, math.nan])(x, math.nan).isnan().all()
@@ -99,7 +116,7 @@ def sized(device, made):
 def test_sizes_that_are_one_size_are_equal(device):
     piece = sized(device, lambda n: (torch.empty(n, 8, device=device), torch.empty(n, 8, device=device)))
     x = torch.ones(64, 8, device=device)
-    assert torch.equal(piece(64, x, x), x * 65)
+    assert torch.equal(piece(64, x, x), x * 65) and torch.equal(piece(numpy.int64(64), x, x), x * 65)
     for args, fact in [
         ((64, x, x[:3]), r"number 2: its shape is \(3, 8\), not \(64, 8\)"),
         ((3, x, x), r"number 1: its shape is \(64, 8\), not \(3, 8\)"),

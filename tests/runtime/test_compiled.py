@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 
 from terrazzo.lowering.errors import Unsupported
-from terrazzo.runtime import bound, compiled, lowered
+from terrazzo.runtime import bound, compiled, lowered, making
 from terrazzo.runtime.compiled import CompiledPiece, options_for
 from terrazzo.runtime.memory import copied
 from terrazzo.tools.models import pieces
@@ -311,7 +311,7 @@ def test_the_device_of_the_tensors_is_current_while_a_plan_runs(monkeypatch):
     first, second = torch.device("cuda:0"), torch.device("cuda:1")
     assert bound.on_device(lambda x: x + 1, second)(1) == 2 and entered == []
     assert bound.on_device(lambda x: x + 1, first)(1) == 2 and entered == [first]
-    with bound.entered(first):
+    with making.entered(first):
         assert entered == [first, first]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert bound.on_device(len, first) is len and bound.on_device(len, torch.device("cpu")) is len

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import threading
+
 import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
-from terrazzo.runtime import compiled
+from terrazzo.kernels import launch, together
+from terrazzo.runtime import compiled, making
 from terrazzo.runtime.compiled import CompiledPiece
 from terrazzo.tools.models import pieces
 
@@ -60,4 +64,24 @@ def test_what_else_goes_wrong_later_is_raised_and_leaves_no_plan(later):
     waiting.raises = RuntimeError("the driver")
     with pytest.raises(RuntimeError, match="the driver"):
         piece.ready()
-    assert piece.known(args) is None
+    assert piece.known(args) is None and not piece._warming
+
+
+def test_a_fork_is_alone(later):
+    held, release = threading.Event(), threading.Event()
+
+    def other():
+        with making.making(torch.device("cpu")), launch.noting():
+            held.set()
+            release.wait()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    held.wait()
+    child = os.fork()
+    if child == 0:
+        free = making._one_thread.acquire(blocking=False) and together._lock.acquire(blocking=False)
+        os._exit(0 if free and not launch._noting else 1)
+    release.set()
+    thread.join()
+    assert os.waitpid(child, 0)[1] == 0
