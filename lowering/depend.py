@@ -94,6 +94,9 @@ def depend(values: Values) -> Dependencies:
     for entry in values.inputs:
         graph.add_node(entry.name)
     pinned = set(values.kept)
+    # Whose memory others than kernels look at: ops that run as themselves, and whoever gave the inputs. Later kernels
+    # that compare with what those say (the largest of some, say) must read what they read.
+    seen = {values.base(name) for _, name in values.mutations}
     for made in values.definitions.values():
         graph.add_node(made.name)
         for name in direct_reads(made, values):
@@ -101,8 +104,9 @@ def depend(values: Values) -> Dependencies:
             graph.add_edge(name, made.name, bytes=size)
             if isinstance(made, (Contract, Extern)):
                 pinned.add(name)
+            if isinstance(made, Extern):
+                seen.add(name)
     names = {i.name for i in values.inputs}
-    seen = _seen_rounded(values)
     inlined: set[str] = set()
     lengths: dict[str, int] = {}
     for made in values.definitions.values():
@@ -113,15 +117,6 @@ def depend(values: Values) -> Dependencies:
         if lengths[made.name] <= INLINED_LENGTH and _cheap(made, values, inlined):
             inlined.add(made.name)
     return Dependencies(values, graph, frozenset(pinned - names), frozenset(inlined))
-
-
-def _seen_rounded(values: Values) -> set[str]:
-    """Values whose memory others than kernels look at: ops that run as themselves, and whoever gave the inputs. Later
-    kernels that compare with what those say (the largest of some, say) must read what they read."""
-    externs = [made for made in values.definitions.values() if isinstance(made, Extern)]
-    return {name for made in externs for name in direct_reads(made, values)} | {
-        values.base(name) for _, name in values.mutations
-    }
 
 
 def _shortened(made: Map | Reduce, lengths: dict[str, int], inlined: set[str]) -> int:

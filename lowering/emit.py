@@ -212,7 +212,7 @@ class _Writer:
     def wide(self, group: Group) -> bool:
         """Whether 32 bits do not hold some offset, or what it is divided out of."""
         offsets = [flat(o) for o in (*(load.offset for load in group.loads), *(s.offset for s in group.stores))]
-        inner = [a.base for o in offsets for a in o.atoms() if isinstance(a, (Div, Mod, Bounded))]
+        inner = [flat(a.base) for o in offsets for a in o.atoms() if isinstance(a, (Div, Mod, Bounded))]
         return any(max(abs(x) for x in o.range) >= 2**31 for o in (*offsets, *inner))
 
     def prepared(self, kernel: Kernel) -> str:

@@ -194,8 +194,8 @@ class Calls:
         if same:
             return name
         ours = isinstance(self.values.definitions.get(view.base), (Map, Reduce, Contract, Empty))
-        start = "" if ours else f"{name}.storage_offset()"
-        offset = " + ".join(filter(None, [start, str(view.offset) if view.offset or ours else ""]))
+        beyond = f" + {view.offset}" if view.offset else ""
+        offset = str(view.offset) if ours else f"{name}.storage_offset(){beyond}"
         return f"{name}.as_strided({_tuple(view.layout.shape)}, {_tuple(view.layout.stride)}, {offset})"
 
     def dtype(self, name: str) -> torch.dtype:

@@ -7,7 +7,7 @@ themselves; whoever calls a piece directly is checked here.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from numbers import Integral
@@ -15,9 +15,10 @@ from typing import Any, TypeAlias
 
 import sympy
 import torch
+from torch import fx
 
 from ..lowering.errors import UserError
-from ..lowering.intake import Examples
+from ..lowering.intake import Examples, held
 
 # A size or a stride: fixed, or computed from the sizes.
 Dim: TypeAlias = int | sympy.Expr
@@ -73,25 +74,25 @@ class Arguments:
     """The arguments of one piece.
 
     Args:
+        graph: the piece; a number that nothing in it reads may be any.
         examples: what they look like.
-        read: positions of those that the piece reads.
-        held: tensors of the piece's own.
     """
 
-    def __init__(self, examples: Examples, read: Collection[int], held: Sequence[torch.Tensor]) -> None:
+    def __init__(self, graph: fx.GraphModule, examples: Examples) -> None:
         self.count = len(examples.values)
         self._tensors: list[_Tensor] = []
         self._plain: list[_Plain] = []
-        for i, value in enumerate(examples.values):
+        placeholders = graph.graph.find_nodes(op="placeholder")
+        for i, (node, value) in enumerate(zip(placeholders, examples.values, strict=True)):
             if isinstance(value, torch.Tensor):
                 shape, stride = tuple(map(_dim, value.shape)), tuple(map(_dim, value.stride()))
                 self._tensors.append(_Tensor(i, value.dtype, shape, stride))
-            elif i in read and isinstance(value, (int, float, complex, str, torch.SymInt)):
+            elif node.users and isinstance(value, (int, float, complex, str, torch.SymInt)):
                 self._plain.append(_Plain(i, _dim(value)))
         self._arguments: list[_Tensor | _Plain] = [*self._tensors, *self._plain]
         self._places = examples.symbols()
         self._at = lru_cache(maxsize=1024)(self._wanted)
-        self._held_needs_grad = any(tensor.requires_grad for tensor in held)
+        self._held_needs_grad = any(tensor.requires_grad for tensor in held(graph).values())
 
     def check(self, args: Sequence[Any]) -> None:
         """Cost: a few attribute reads per tensor, and at sizes that are new an evaluation of each size and stride.

@@ -4,7 +4,7 @@ structure, on the device of its tensors, and something else instead (the piece's
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -61,10 +61,9 @@ def on_device(run: Runner, device: torch.device) -> Runner:
     """The plan on the device of its tensors, whichever is current: a kernel is launched on the current one."""
     if not one_of_several(device):
         return run
-    current: Callable[[], int] = torch.cuda.current_device
 
     def there(*args: Any) -> Any:
-        if current() == device.index:
+        if torch.cuda.current_device() == device.index:
             return run(*args)
         with torch.cuda.device(device):
             return run(*args)

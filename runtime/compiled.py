@@ -38,7 +38,7 @@ from .compilers import asked
 from .fingerprint import fingerprint
 from .lowered import Loaded, Lowered, Runner
 from .making import making
-from .memory import copied
+from .memory import copied, misaligned
 from .warm import Warming, warm
 
 log = logging.getLogger("terrazzo")
@@ -91,8 +91,7 @@ class CompiledPiece:
                             stage="runtime", remedy="Trace the module, or use torch.compile.")  # fmt: skip
         self.graph, self.shelf = graph, shelf
         self.examples = Examples.of(graph, example_inputs)
-        read = [i for i, node in enumerate(graph.graph.find_nodes(op="placeholder")) if node.users]
-        self._arguments = None if guarded else Arguments(self.examples, read, list(held(graph).values()))
+        self._arguments = None if guarded else Arguments(graph, self.examples)
         self._options, self._steady = options, steady
         self._places = list(self.examples.symbols().values())
         self._tensors = [i for i, v in enumerate(self.examples.values) if isinstance(v, torch.Tensor)]
@@ -140,7 +139,7 @@ class CompiledPiece:
     def _key(self, args: Sequence[Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Sizes, and inputs that are not aligned."""
         sizes = tuple(args[p] if d is None else args[p].shape[d] for p, d in self._places)
-        return sizes, tuple(i for i in self._tensors if args[i].data_ptr() & 15)
+        return sizes, misaligned(args, self._tensors)
 
     def ranged(self, lo: int, hi: int, *, later: bool = False) -> tuple[Regime, ...]:
         """Plans for every number of tokens from `lo` to `hi`, made and compiled now, for aligned inputs.
@@ -184,6 +183,7 @@ class CompiledPiece:
                 except UNCOMPILED as cause:
                     self._regimes[asked] = self._lost(asked, cause)
                 except Exception:
+                    # Nothing half-loaded is served.
                     del self._regimes[asked]
                     raise
                 finally:

@@ -41,6 +41,7 @@ from torch import fx
 from ..lowering.errors import TerrazzoError, forget_frames
 from . import vllm_compat
 from .cudagraph import CUDA, Captured, GraphDriver, capture
+from .memory import misaligned
 
 _REMEDY = "tools/dump_kernels.py on this piece shows the stage that failed."
 
@@ -258,4 +259,4 @@ class PiecewiseBackend:
 
 def _misaligned(args: Sequence[Any]) -> tuple[int, ...]:
     """Positions of the tensors that do not start at a multiple of 16 bytes."""
-    return tuple(i for i, arg in enumerate(args) if isinstance(arg, torch.Tensor) and arg.data_ptr() & 15)
+    return misaligned(args, (i for i, arg in enumerate(args) if isinstance(arg, torch.Tensor)))

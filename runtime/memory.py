@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from typing import Any
+
 import torch
+
+
+def misaligned(args: Sequence[Any], tensors: Iterable[int]) -> tuple[int, ...]:
+    """Which of the arguments at these positions, tensors, do not start at a multiple of 16 bytes."""
+    return tuple(i for i in tensors if args[i].data_ptr() & 15)
 
 
 def copied(tensor: torch.Tensor, whole: bool) -> torch.Tensor:

@@ -88,11 +88,12 @@ def demo(model: str = MODEL, tokens: int = TOKENS) -> Demo:
     Raises:
         UserError: there is no such model, or it has fewer positions.
     """
-    if tokens > (most := config(model, tiny=True).max_positions):
-        raise UserError(f"{tokens} tokens", f"the tiny twin of {model} has {most} positions", stage="tools.demo")
+    twin = config(model, tiny=True)
+    if tokens > twin.max_positions:
+        fact = f"the tiny twin of {model} has {twin.max_positions} positions"
+        raise UserError(f"{tokens} tokens", fact, stage="tools.demo")
     parts = whole(model, tiny=True, device=HERE)
-    vocab = config(model, tiny=True).vocab
-    ids = torch.randint(0, vocab, (tokens,), generator=torch.Generator().manual_seed(0)).to(HERE, torch.int32)
+    ids = torch.randint(0, twin.vocab, (tokens,), generator=torch.Generator().manual_seed(0)).to(HERE, torch.int32)
     positions = torch.arange(tokens, device=HERE)
     served = _Serving(parts, tokens)
     for _ in range(SETTLING):
