@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
+import torch
 import triton
 from triton.backends.nvidia import driver as nvidia
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as LaidOutDescriptor
@@ -93,7 +95,8 @@ def _encoded(descriptor: Any, meta: dict[str, Any]) -> list:
     if known is not None and known[0] is meta:
         return known[1]
     shape, strides = descriptor.shape, descriptor.strides
-    made = driver.active.utils.fill_tma_descriptor(
+    encode = partial(
+        driver.active.utils.fill_tma_descriptor,
         descriptor.base.data_ptr(),
         meta["swizzle"],
         meta["elem_size"],
@@ -103,6 +106,12 @@ def _encoded(descriptor: Any, meta: dict[str, Any]) -> list:
         strides,
         1 if descriptor.padding == "nan" else 0,
     )
+    try:
+        made = encode()
+    except RuntimeError:
+        # A thread that has not asked the GPU for anything yet has no context, and this gives it one.
+        torch.cuda.mem_get_info()
+        made = encode()
     flat = [made, *shape, *strides]
     descriptor.encoded = meta, flat
     return flat

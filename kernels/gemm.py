@@ -12,7 +12,6 @@ The tokens `m` are a run-time argument of every kernel: `GemmProblem.m` only cho
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from math import ceil, isnan, log, nan
@@ -22,14 +21,13 @@ import torch
 import triton
 import triton.language as tl
 
-from ..lowering.errors import InternalError, Unsupported
+from ..lowering.errors import InternalError
 from .target import Target
 from .tma import TMA_ALIGNMENT_BYTES
 
 KINDS = ("one", "pair", "head", "norm", "sum")
 # Operands, by Triton's names.
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8e4nv"}
-FAMILIES = ("gemm_stream", "gemm_skinny", "gemm_persistent", "gemm_simple", "gemm_vendor")
 
 
 @dataclass(frozen=True)
@@ -58,6 +56,7 @@ class GemmProblem:
         w_steady: and a parameter of which the caller promises that it is there before any plan runs (`Options.steady`).
         summed: columns whose sums the epilogue leaves (`functions.store_sums`) or uses (`sum_of_heads`), and that every
             tile therefore has to hold; 0: none.
+        scaled: the epilogue scales rows by sums that an earlier kernel left in parts (`functions.load_parts`).
         bare: cuBLAS was chosen for it together with what follows, which is a kernel of its own.
     """
 
@@ -80,6 +79,7 @@ class GemmProblem:
     w_given: bool = False
     w_steady: bool = False
     summed: int = 0
+    scaled: bool = False
     bare: bool = False
 
     @property
@@ -230,11 +230,6 @@ def row_of(table: Table, problem: GemmProblem) -> Mapping[int, Measured]:
     return {m: hit for m, hit in row.items() if hit.config.block_n >= problem.summed} if problem.summed else row
 
 
-def lookup(table: Table, buckets: tuple[int, ...], problem: GemmProblem) -> Measured | None:
-    """Return the entry measured for exactly this N and K in the bucket that holds m, if there is one (see `row_of`)."""
-    return in_bucket(row_of(table, problem), buckets, problem.m)
-
-
 def in_bucket(row: Mapping[int, Measured], buckets: tuple[int, ...], m: int) -> Measured | None:
     """Return a row's entry in the bucket that holds m, if there is one."""
     return next((row.get(bound) for bound in buckets if m <= bound), None)
@@ -281,51 +276,6 @@ def reference(
     if epilogue is not None:
         return epilogue(*parts)
     return torch.stack(parts) if len(parts) == 2 else parts[0]
-
-
-def pick(problem: GemmProblem, target: Target) -> tuple[str, Any, str]:
-    """Choose family and config: the least estimated (or measured) time among the families that support the problem.
-
-    Returns:
-        family name, its config, and why, refusals of the other families included.
-
-    Raises:
-        Unsupported: no family takes the dtype.
-    """
-    timed: list[tuple[float, str, Any, str]] = []
-    refused = []
-    families = {name: importlib.import_module(f".{name}", __package__) for name in FAMILIES}
-    lacks = {name: _lack(name, target) or family.supports(problem) for name, family in families.items()}
-    for name, family in families.items():
-        reason = lacks[name]
-        if name in ("gemm_skinny", "gemm_simple") and any(other == "gemm_stream" for _, other, _, _ in timed):
-            reason = "gemm_stream reads W as fast, and asks for it earlier"
-        if problem.bare and name != "gemm_vendor" and lacks["gemm_vendor"] is None:
-            reason = "cuBLAS was chosen for it together with what follows, which is a kernel of its own"
-        if reason is not None:
-            refused.append(f"not {name}: {reason}")
-            continue
-        config, why = family.choose(problem, target)
-        timed.append((family.estimate_us(problem, config, target), name, config, why))
-    if not timed:
-        raise Unsupported("GEMM", "; ".join(refused), stage="kernels.gemm", remedy="The op runs as itself.")
-    _, best, config, why = min(timed, key=lambda entry: entry[0])
-    slower = [f"{name} would take {us:.1f} us" for us, name, _, _ in timed if name != best]
-    return best, config, "; ".join([why, *slower, *refused])
-
-
-def _lack(family: str, target: Target) -> str | None:
-    """What a family needs of a device and this one does not have, or None."""
-    if family == "gemm_vendor" and target.arch < 90:
-        return f"on sm_{target.arch} cuBLAS was never timed beside gemm_simple"
-    if family != "gemm_simple" and target.arch < 90:
-        # Tensor descriptors are TMA only from Hopper on.
-        return f"sm_{target.arch} has no TMA"
-    if family == "gemm_stream" and target.interpreted:
-        return "Gluon has no interpreter"
-    if family == "gemm_stream" and target.arch != 90:
-        return f"sm_{target.arch} has no products by warpgroups"
-    return None
 
 
 @triton.jit

@@ -38,6 +38,11 @@ def x_box(config: Config) -> list[int]:
     return [2, config.block_m // 2, config.block_k]
 
 
+def extra_box(config: Config) -> list[int] | None:
+    """The rows of x beside those."""
+    return [config.extra_m, config.block_k] if config.extra_m else None
+
+
 def describe_x(x: torch.Tensor, box: list[int]) -> Any:
     """x [M, K], or as [halves of a tile, M, K], whose second half overlaps the first where M is less than a tile.
 
@@ -55,15 +60,36 @@ def describe_x(x: torch.Tensor, box: list[int]) -> Any:
     return made
 
 
+def describe_extra(x: torch.Tensor, config: Config) -> Any:
+    """x, of which a tile of so many rows is taken.
+
+    Raises:
+        Unsupported: base or row stride is not a multiple of 16 bytes.
+    """
+    box = [config.extra_m, config.block_k]
+    return descriptor(x, box, "x", layout(tuple(box), x.dtype))
+
+
+def together(problem: GemmProblem, config: Config) -> bool:
+    """Whether the columns of a pair are rows of one product: 16 of it are one warp's, of which a thread has one of the
+    upper eight and that of the lower eight which belongs to it."""
+    shares = problem.paired and problem.layout == "nk" and not config.tokens_first
+    return shares and problem.n % 8 == 0 and 2 * config.block_n == 16 * config.warps
+
+
 def w_box(problem: GemmProblem, config: Config) -> list[int]:
-    """A tile of W, or, where heads are wider than it, as much of either half of one."""
+    """A tile of W; of pairs that share it, eight columns of the first and the eight that belong to them in turn; or,
+    where heads are wider than it, as much of either half of one."""
+    if together(problem, config):
+        return [config.block_n // 8, 2, 8, config.block_k]
     if whole_heads(problem, config.block_n):
         return w_block(problem, config.block_n, config.block_k)
     return [2, config.block_n // 2, config.block_k]
 
 
-def describe_w(w: torch.Tensor, box: list[int], halves: int) -> Any:
-    """W as it is stored, or as [halves of heads, columns of a half, K].
+def describe_w(w: torch.Tensor, box: list[int], problem: GemmProblem) -> Any:
+    """W as it is stored, as [halves of heads, columns of a half, K], or as [eights, first or second of a pair, columns
+    of eight, K].
 
     Raises:
         Unsupported: base or row stride is not a multiple of 16 bytes.
@@ -71,6 +97,11 @@ def describe_w(w: torch.Tensor, box: list[int], halves: int) -> Any:
     made = descriptor(w, box[-2:], "W", layout(tuple(box), w.dtype))
     if len(box) == 3:
         (rows, depth), (stride, one) = made.shape, made.strides
+        halves = problem.halves
         made.shape, made.strides = [rows // halves, halves, depth], [halves * stride, stride, one]
         made.block_shape = box
+    elif len(box) == 4:
+        (_, depth), (stride, one) = made.shape, made.strides
+        made.shape = [problem.n // 8, 2, 8, depth]
+        made.strides, made.block_shape = [8 * stride, problem.pair_offset * stride, stride, one], box
     return made

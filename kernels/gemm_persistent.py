@@ -47,6 +47,8 @@ def supports(problem: GemmProblem) -> str | None:
         return f"{problem.m} tokens: reading W is the cost, and the families for few tokens do nothing else"
     if problem.dtype.itemsize == 1:
         return "it does not multiply eight-bit floats"
+    if problem.scaled:
+        return "it does not add up parts of rows' sums"
     if problem.dtype == torch.float32 and not problem.allow_tf32 and problem.paired:
         return "a pair of fp32 accumulators in IEEE precision spills registers"
     if problem.dtype == torch.float32 and not problem.allow_tf32 and problem.halves > 32:

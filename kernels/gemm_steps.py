@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import tma, warpgroup_mma
+from triton.experimental.gluon.language.nvidia.hopper import tma, warpgroup_mma, warpgroup_mma_wait
 
 from .functions import sum_of_parts as triton_sum_of_parts
 from .gemm import first_row as triton_first_row
@@ -29,16 +29,34 @@ def let_successor_start():
 
 
 @gluon.jit
-def ask_w(w_desc, n, k, ready, tile, APART: gl.constexpr, KN: gl.constexpr, pred):
-    if APART > 0:
-        # The two boxes that belong together, of a head that is wider than the tile.
-        first = n // 2
-        at = [first // APART * 2, first % APART, k]
-        tma.async_copy_global_to_shared(w_desc, at, ready, tile, pred=pred)
-    elif KN:
-        tma.async_copy_global_to_shared(w_desc, [k, n], ready, tile, pred=pred)
-    else:
-        tma.async_copy_global_to_shared(w_desc, [n, k], ready, tile, pred=pred)
+def ask_w(
+    w_desc,
+    n,
+    k,
+    ready,
+    ring,
+    slot,
+    ACCS: gl.constexpr,
+    PAIR_OFFSET: gl.constexpr,
+    APART: gl.constexpr,
+    TOGETHER: gl.constexpr,
+    KN: gl.constexpr,
+    pred,
+):
+    """A step's tiles of W, at column n."""
+    for a in gl.static_range(ACCS):
+        tile = ring.index(slot * ACCS + a)
+        column = n + a * PAIR_OFFSET
+        if APART > 0:
+            # The two boxes that belong together, of a head that is wider than the tile.
+            at = [column // 2 // APART * 2, column // 2 % APART, k]
+        elif TOGETHER:
+            at = [column // 8, 0, 0, k]
+        elif KN:
+            at = [k, column]
+        else:
+            at = [column, k]
+        tma.async_copy_global_to_shared(w_desc, at, ready.index(slot), tile, pred=pred)
 
 
 @gluon.constexpr_function
@@ -48,8 +66,13 @@ def folds(block_m: int) -> bool:
 
 
 @gluon.jit
-def ask_x(x_desc, m, k, ready, tile, BLOCK_M: gl.constexpr, pred):
-    tma.async_copy_global_to_shared(x_desc, [0, m, k] if folds(BLOCK_M) else [m, k], ready, tile, pred=pred)
+def ask_x(descs, rows, k, ready, rings, slot, BLOCK_M: gl.constexpr, EXTRA_M: gl.constexpr, pred):
+    """A step's tile of x and, where there are EXTRA_M rows, the one beside it; descriptors, first rows and rings of
+    both."""
+    at = [0, rows[0], k] if folds(BLOCK_M) else [rows[0], k]
+    tma.async_copy_global_to_shared(descs[0], at, ready.index(slot), rings[0].index(slot), pred=pred)
+    if EXTRA_M > 0:
+        tma.async_copy_global_to_shared(descs[1], [rows[1], k], ready.index(slot), rings[1].index(slot), pred=pred)
 
 
 @gluon.jit
@@ -66,6 +89,71 @@ def multiply(w, x, acc, TOKENS_FIRST: gl.constexpr, KN: gl.constexpr):
         return warpgroup_mma(x, w if KN else w.permute((1, 0)), acc, is_async=True)
     else:
         return warpgroup_mma(w.permute((1, 0)) if KN else w, x.permute((1, 0)), acc, is_async=True)
+
+
+@gluon.jit
+def multiplied(acc, acc2, extra, extra2, SEPARATE: gl.constexpr, EXTRA_M: gl.constexpr, STEPS: gl.constexpr):
+    """The accumulators that there are, once all but the products of so many last steps are in them."""
+    PENDING: gl.constexpr = STEPS * (2 if SEPARATE else 1) * (2 if EXTRA_M > 0 else 1)
+    if SEPARATE and EXTRA_M > 0:
+        acc, acc2, extra, extra2 = warpgroup_mma_wait(PENDING, deps=(acc, acc2, extra, extra2))
+    elif SEPARATE:
+        acc, acc2 = warpgroup_mma_wait(PENDING, deps=(acc, acc2))
+    elif EXTRA_M > 0:
+        acc, extra = warpgroup_mma_wait(PENDING, deps=(acc, extra))
+    else:
+        acc = warpgroup_mma_wait(PENDING, deps=(acc,))
+    return acc, acc2, extra, extra2
+
+
+@gluon.jit
+def in_fours(acc):
+    """Sums of tensor cores with the four adjacent ones that a thread has in a row of their own: it stores those at
+    once, and a warp whole lines."""
+    ROWS: gl.constexpr = acc.shape[0]
+    COLS: gl.constexpr = acc.shape[1]
+    apart = acc.reshape([ROWS // 16, 2, 8, COLS // 8, 4, 2])
+    return apart.permute((0, 3, 2, 4, 1, 5)).reshape([ROWS * COLS // 4, 4])
+
+
+@gluon.jit
+def out_of_fours(fours, ROWS: gl.constexpr, COLS: gl.constexpr):
+    """The matrix that `in_fours` was given."""
+    apart = fours.reshape([ROWS // 16, COLS // 8, 8, 4, 2, 2])
+    return apart.permute((0, 4, 2, 1, 3, 5)).reshape([ROWS, COLS])
+
+
+@gluon.jit
+def places(fours):
+    laid: gl.constexpr = fours.type.layout
+    row = gl.expand_dims(gl.arange(0, fours.shape[0], gl.SliceLayout(1, laid)), 1)
+    return row * 4 + gl.expand_dims(gl.arange(0, 4, gl.SliceLayout(0, laid)), 0)
+
+
+@gluon.jit
+def leave(memory, acc):
+    """Store sums as `collect` finds them."""
+    fours = in_fours(acc)
+    gl.store(memory + places(fours), fours)
+
+
+@gluon.jit
+def collect(memory, like, SPLIT_K: gl.constexpr, STRIDE: gl.constexpr):
+    """The sums of all splits, in their order; of one, its own."""
+    if SPLIT_K == 1:
+        return like
+    else:
+        fours = in_fours(like)
+        return out_of_fours(sum_of_splits(memory, places(fours), SPLIT_K, STRIDE), like.shape[0], like.shape[1])
+
+
+@gluon.jit
+def pairs_apart(acc):
+    """Of a tile in which eight rows of W and the eight that belong to them follow one another, either kind."""
+    ROWS: gl.constexpr = acc.shape[0]
+    COLS: gl.constexpr = acc.shape[1]
+    both = acc.reshape([ROWS // 16, 2, 8, COLS]).permute((0, 2, 3, 1))
+    return gl.split(both.reshape([ROWS // 2, COLS, 2]))
 
 
 @gluon.constexpr_function
@@ -99,6 +187,7 @@ def rows_and_columns(
     HALVES: gl.constexpr,
     TOKENS_FIRST: gl.constexpr,
     WARPS: gl.constexpr,
+    FOLDS: gl.constexpr,
 ):
     """Where the elements of a tile's epilogue lie: `m` and `n`, each along its own axis; of heads, in first halves. And
     which are there and the tile's own: as no row is read beyond the last, some are there twice, or another tile's."""
@@ -110,11 +199,11 @@ def rows_and_columns(
     first = first_row(m0, m_size, BLOCK_M)
     m = first + row
     HALF: gl.constexpr = BLOCK_M // 2
-    if folds(BLOCK_M):
+    if FOLDS:
         twice = gl.where(m_size > HALF, gl.maximum(BLOCK_M - m_size, 0), 0)
         m = gl.where(row < HALF, m, m - twice)
     own = (m >= m0) & (m < m_size)
-    if folds(BLOCK_M):
+    if FOLDS:
         own = own & ((row < HALF) | (m >= first + HALF))
     n = n0 // ACROSS + gl.expand_dims(gl.arange(0, WIDE, gl.SliceLayout(M_AXIS, laid)), M_AXIS)
     return gl.minimum(m, m_size - 1), n, (n < N // ACROSS) & own
@@ -132,10 +221,14 @@ def finish(
     HALVES: gl.constexpr,
     TOKENS_FIRST: gl.constexpr,
     PAIRED: gl.constexpr,
+    TOGETHER: gl.constexpr,
     WARPS: gl.constexpr,
+    FOLDS: gl.constexpr,
     EPILOGUE: gl.constexpr,
 ):
     """The epilogue, on sums laid out as it stores them."""
+    if TOGETHER:
+        acc, acc2 = pairs_apart(acc)
     BLOCK_M: gl.constexpr = acc.shape[0 if TOKENS_FIRST else 1]
     BLOCK_N: gl.constexpr = acc.shape[1 if TOKENS_FIRST else 0]
     ACROSS: gl.constexpr = 2 if HALVES > 0 else 1
@@ -143,7 +236,7 @@ def finish(
     if HALVES > 0:
         # Of a head that is wider than the tile, the tile holds as much of both halves.
         acc, acc2 = halves_apart(acc, min(HALVES, BLOCK_N // 2), TOKENS_FIRST, WARPS)
-    m, n, mask = rows_and_columns(m0, n0, m_size, N, BLOCK_M, BLOCK_N, HALVES, TOKENS_FIRST, WARPS)
+    m, n, mask = rows_and_columns(m0, n0, m_size, N, BLOCK_M, BLOCK_N, HALVES, TOKENS_FIRST, WARPS, FOLDS)
     acc = gl.convert_layout(acc, laid)
     acc2 = gl.convert_layout(acc2, laid) if PAIRED or HALVES > 0 else acc
     EPILOGUE(acc, acc2, m, n, mask, t)

@@ -21,7 +21,8 @@ from math import inf
 from typing import Any
 
 from ..kernels import rows
-from ..kernels.gemm import GemmProblem, pick
+from ..kernels.gemm import GemmProblem
+from ..kernels.gemm_pick import pick
 from ..kernels.segments import pdl_pays
 from ..kernels.target import Target
 from .options import Options

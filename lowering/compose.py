@@ -21,7 +21,7 @@ from typing import Any
 from .composer import Composer, Refused
 from .elements import Elements
 from .expr import loads
-from .group import FEW_TOKENS, FEW_TOKENS_OF_NORMS, MANY_TOKENS, Group
+from .group import FEW_TOKENS_OF_NORMS, MANY_TOKENS, Group
 from .heads import Heads
 from .size import alike
 from .values import Contract, Extern, Item, Map, Parts, Reduce, SumOfParts, Values
@@ -99,7 +99,7 @@ def _product(given: tuple[Any, ...], product: Contract, sums: Sequence[Reduce]) 
             several = any(not alike(made.rows, product.m) for made in sums)
             widths &= {made.cols for made in sums} if several else set()
         halves = [half for half in HALVES if product.n % (2 * half) == 0 and 2 * half in widths]
-        few = FEW_TOKENS_OF_NORMS if sums else FEW_TOKENS
+        few = FEW_TOKENS_OF_NORMS if sums else product.few
         # In this order: a plan for a range of sizes is cut where it asks for the number of tokens.
         if len(composer.order) > 1 and halves and (product.m <= few or product.m >= MANY_TOKENS):
             for half in halves:

@@ -16,7 +16,7 @@ import networkx as nx
 from .affine import Affine
 from .cost import distinct, footprint
 from .expr import Apply, Const, Load, loads, walk
-from .group import BODY_LIMIT, EXPENSIVE, FEW_TOKENS
+from .group import BODY_LIMIT, EXPENSIVE
 from .size import typical
 from .values import Contract, Definition, Extern, Item, Map, Reduce, Values
 
@@ -150,7 +150,7 @@ def _cheap(made: Map, values: Values, inlined: set[str]) -> bool:
         if isinstance(node, Load):
             product = values.definitions.get(node.value)
             if isinstance(product, Contract) and (
-                typical(made.layout.nbytes) <= typical(product.layout.nbytes) or product.m <= FEW_TOKENS
+                typical(made.layout.nbytes) <= typical(product.layout.nbytes) or product.m <= product.few
             ):
                 return False
             read.setdefault(node.value, []).append(node.offset)

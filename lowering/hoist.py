@@ -41,7 +41,7 @@ from .values import Contract, Definition, Extern, Item, Layout, Map, Parts, Redu
 # 1.05, 0.97 and 1.05, with few (2026-11-26, with configs measured so) 0.98, 0.98 and 0.98. Mistral-Nemo-12B and
 # Qwen3-14B, whose 5120 columns are 40 parts of 128, took 0.97 and 0.99 at 128 (H200, 2026-11-26, both tuned). Other
 # rows of more than 4096, and these on another card, were not tried.
-MOST_TOKENS, MOST_TOKENS_OF_FEW_PARTS, MOST_COLUMNS = MANY_PARTS_TOKENS, 128, 5120
+MOST_TOKENS, MOST_COLUMNS = MANY_PARTS_TOKENS, 5120
 
 
 @dataclass(frozen=True)
@@ -111,9 +111,11 @@ def _scaled(name: str, products: Sequence[Definition], values: Values) -> Scaled
     total = values.definitions.get(summed.pop()) if len(summed) == 1 else None
     if not isinstance(total, Reduce) or not _sums_rows(total, rows, cols):
         return None
-    if any(not _out_of_a_product(expr, rows, cols, values) for expr in (total.expr, rest)):
+    sources = [_products(expr, rows, cols, values) for expr in (total.expr, rest)]
+    if not all(sources):
         return None
-    if rows > MOST_TOKENS and (rows > MOST_TOKENS_OF_FEW_PARTS or cols > MOST_COLUMNS or cols % part_width(rows, cols)):
+    few = min(p.few for p in (*products, *sources[0], *sources[1]) if isinstance(p, Contract))
+    if rows > MOST_TOKENS and (rows > few or cols > MOST_COLUMNS or cols % part_width(rows, cols)):
         return None
     return Scaled(made, scale, rest, total, tuple(products))  # type: ignore[arg-type]
 
@@ -151,18 +153,18 @@ def _sums_rows(made: Reduce, rows: int, cols: int) -> bool:
     return plain and made.reduced == (len(made.domain) - 1,) and alike(made.rows, rows) and alike(made.cols, cols)
 
 
-def _out_of_a_product(expr: Expr, rows: int, cols: int, values: Values) -> bool:
-    """Whether an expression is computed, element by element, from a product with these rows and columns."""
-    found = False
+def _products(expr: Expr, rows: int, cols: int, values: Values) -> list[Contract]:
+    """The products with these rows and columns from which an expression is computed, element by element."""
+    found: list[Contract] = []
     seen: set[str] = set()
     stack = [node.value for node in loads(expr)]
     while stack:
         name = stack.pop()
         made = values.definitions.get(name)
         if isinstance(made, Reduce):
-            return False
+            return []
         if isinstance(made, Contract):
-            found |= alike(made.m, rows) and alike(made.n, cols)
+            found += [made] if alike(made.m, rows) and alike(made.n, cols) else []
         elif isinstance(made, Map) and name not in seen:
             seen.add(name)
             stack += [node.value for node in loads(made.expr)]

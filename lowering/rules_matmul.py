@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from ..kernels.gemm_stream_table import few_tokens
 from ..kernels.tma import TMA_ALIGNMENT_BYTES
 from .affine import variables
 from .define import FLOAT8, Definer, at_flat, rule, rule_named
@@ -34,7 +35,7 @@ def _product(d: Definer, node: Node, name: str, a: Ref, b: Ref, layout: Layout) 
     m, k = x.layout.shape[-2:]
     n = w.layout.shape[-1]
     if len(x.layout.shape) == 2 and x.layout.dtype in FLOATS and x.layout.dtype == w.layout.dtype and k:
-        d.put(Contract(name, layout, x, w, m, n, k, node.source, rounded=name == node.name))
+        d.put(Contract(name, layout, x, w, m, n, k, node.source, rounded=name == node.name, few=_few(d, w)))
         return
     if len(x.layout.shape) == 3 and x.layout.shape[0] == 1 and x.layout.dtype in FLOATS and k:
         _single(d, node, name, x, w, layout)
@@ -46,12 +47,22 @@ def _product(d: Definer, node: Node, name: str, a: Ref, b: Ref, layout: Layout) 
     d.map(node, _sum_of_products(d, node, a, b, layout, k), name=name, layout=layout)
 
 
+def _few(d: Definer, w: View) -> int:
+    """Up to so many rows reading W is what a product costs, or it was measured as if."""
+    k, n = w.layout.shape
+    whole = isinstance(k, int) and isinstance(n, int)
+    if not whole or d.arch != 90 or w.layout.dtype.itemsize != 2 or w.layout.stride[0] != 1:
+        return FEW_TOKENS
+    return few_tokens(n, k)
+
+
 def _single(d: Definer, node: Node, name: str, x: View, w: View, layout: Layout) -> None:
     """A batch of one product."""
     a, b = (replace(v, layout=replace(v.layout, shape=v.layout.shape[1:], stride=v.layout.stride[1:])) for v in (x, w))
     (m, k), n = a.layout.shape, b.layout.shape[1]
     matrix = Layout.contiguous((m, n), layout.dtype, layout.device)
-    d.put(Contract(f"{name}_matrix", matrix, a, b, m, n, k, node.source, rounded=name == node.name))
+    rounded = name == node.name
+    d.put(Contract(f"{name}_matrix", matrix, a, b, m, n, k, node.source, rounded=rounded, few=_few(d, b)))
     value = d.read(Ref(f"{name}_matrix"), variables(layout.shape)[1:])
     d.map(node, value, name=name, layout=layout)
 

@@ -320,6 +320,7 @@ def gemm_problem(
         w_given=given,
         w_steady=steady,
         summed=group.summed,
+        scaled=bool(group.parts_read),
         bare=bare,
     )
 

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+from ..kernels.gemm_stream_table import MOST_TOKENS
 from .affine import contiguous_strides
 from .expr import Expr
 from .ir import Input, Node, Output, Spec
@@ -126,8 +127,12 @@ class SumOfParts(Reduce):
 @dataclass(frozen=True)
 class Contract:
     """`m × k` times `k × n`, accumulated in fp32; `a` and `b` are the operands as geometry over values in memory.
-    `rounded`: an op of the piece ends with these sums, so that eager rounds them here; otherwise they are inside one,
-    such as `addmm`, that rounds later."""
+
+    Args:
+        rounded: an op of the piece ends with these sums, so that eager rounds them here; otherwise they are inside one,
+            such as `addmm`, that rounds later.
+        few: up to so many rows reading `b` is what it costs, and what follows it stands in its epilogue.
+    """
 
     name: str
     layout: Layout
@@ -138,6 +143,7 @@ class Contract:
     k: int
     source: str = ""
     rounded: bool = True
+    few: int = MOST_TOKENS
 
 
 @dataclass(frozen=True)

@@ -38,23 +38,28 @@ from terrazzo.tools.command import exit_status, sizes
 from terrazzo.tools.measure import chain, interleaved_us, layers_of
 
 PACKAGES = ("lowering", "kernels", "runtime", "tools")
-FINISH = "finish(acc, acc2, m0, n0, m_size, t, N, HALVES, TOKENS_FIRST, PAIRED, WARPS, EPILOGUE)"
-NEVER = "gl.max(gl.max(acc, 0), 0) == 0.12345"
+NEVER = "if gl.max(gl.max(total, 0), 0) == 0.12345: "
 X = (
-    ("        ask_x(x_desc, first, ahead, ready.index(free), x_ring.index(free), BLOCK_M, there)\n", ""),
+    ("        ask_x(descs, rows, ahead, ready, rings, free, BLOCK_M, EXTRA_M, there)\n", ""),
     (
         "mbarrier.expect(ready.index(free), STEP_BYTES, pred=there)",
-        "mbarrier.expect(ready.index(free), STEP_BYTES - x_desc.block_type.nbytes, pred=there)",
+        "mbarrier.expect(ready.index(free), STEP_BYTES - X_BYTES, pred=there)",
     ),
 )
 PRODUCTS = (
     ("        acc = multiply(w, x, acc, TOKENS_FIRST, KN)\n", ""),
-    ("            acc2 = multiply(w_ring.index(slot * ACCS + 1), x, acc2, TOKENS_FIRST, KN)\n", ""),
-    ("            acc, acc2 = warpgroup_mma_wait(2, deps=(acc, acc2))\n", "            pass\n"),
-    ("            acc = warpgroup_mma_wait(1, deps=(acc,))\n        # The", "            pass\n        # The"),
+    ("            extra = multiply(w, extra_ring.index(slot), extra, TOKENS_FIRST, KN)\n", "            pass\n"),
+    ("            acc2 = multiply(w, x, acc2, TOKENS_FIRST, KN)\n", ""),
+    (
+        "                extra2 = multiply(w, extra_ring.index(slot), extra2, TOKENS_FIRST, KN)\n",
+        "                pass\n",
+    ),
+    ("        acc, acc2, extra, extra2 = multiplied(acc, acc2, extra, extra2, SEPARATE, EXTRA_M, 1)\n", ""),
 )
 # The accumulators have to be needed for something.
-EPILOGUE = ((f"        {FINISH}\n    # Nothing", f"        if {NEVER}:\n            {FINISH}\n    # Nothing"),)
+EPILOGUE = tuple((f"finish(\n{call}", f"{NEVER}finish(\n{call}") for call in (
+    "            total, total2, m0, n0,", "                total, total2, m0 + BLOCK_M, n0,",
+))  # fmt: skip
 MEMORY = (("(n < N // ACROSS) & own\n", "(n < N // ACROSS) & own & (m_size < 0)\n"),)
 WAITS = (("griddepcontrol.wait; // $0", "mov.u32 $0, 0;"),)
 # Files of `kernels`, and what stands in place of their lines.

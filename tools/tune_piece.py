@@ -32,6 +32,7 @@ import torch
 import terrazzo.tools.device as place  # before Triton is imported, whose interpreter it may choose
 from terrazzo.kernels import gemm_persistent, gemm_stream, gemm_vendor
 from terrazzo.kernels.gemm import GemmProblem, table_columns
+from terrazzo.kernels.gemm_boxes import together
 from terrazzo.kernels.target import Target
 from terrazzo.kernels.together import compiling_together
 from terrazzo.runtime import compilers
@@ -49,6 +50,8 @@ REPLAYS = (5, 11, 21)
 # Largest change of a result, relative to its RMS, that another order of sums explains in 16 bits; in eight, where it
 # moves what is quantised next across a tie, to a neighbour that is a sixteenth of it apart.
 CHANGE, CHANGE_OF_EIGHT = 2e-2, 5e-2
+# Tokens for which streaming products are tried, beside the other families from 129 on.
+MOST_BESIDE = 384
 # Dtypes whose products have kernels to choose among.
 TUNED = ("bf16", "fp16", "fp8")
 
@@ -76,39 +79,60 @@ class Launch:
         return self.planned.problem
 
 
+def beside(m: int) -> list[tuple[int, int]]:
+    """Tokens of a tile, and those beside them, where one, two or three such tiles hold so many with few to spare."""
+    sides = [(side, extra) for side in (64, 128, 256) for extra in (0, 16, 32, 64, 128) if extra < side]
+    found = []
+    for tiles in (1, 2, 3) if m > 128 else (1,):
+        needed = -(-m // tiles)
+        fitting = [side for side in sides if needed <= sum(side) <= 1.3 * needed]
+        found += [min(fitting, key=sum)] if fitting else []
+    return [side for side in dict.fromkeys(found) if m > 128 or side[1]]
+
+
 def stream_space(problem: GemmProblem, target: Target) -> Iterator[gemm_stream.Config]:
     """Tiles of either orientation, as deep in bytes whatever the dtype, rings for one and two programs a
     multiprocessor."""
     whole, accs = max(8, 1 << (problem.m - 1).bit_length()), problem.accumulators
     wider = 2 // problem.dtype.itemsize
     if problem.m <= 32:
-        shapes = [(whole, 64, False, k, s) for k in (64, 128) for s in (1, 2, 4)]
-        shapes += [(64, n, True, k, s) for n in (32, 64) for k in (64, 128, 256) for s in (1, 2)]
+        shapes = [(whole, 64, False, k, s, 0) for k in (64, 128) for s in (1, 2, 4)]
+        shapes += [(64, n, True, k, s, 0) for n in (32, 64) for k in (64, 128, 256) for s in (1, 2)]
     else:
-        tiles = ((min(whole, 128), (64, 128)), (64, (64, 128)))
-        shapes = [(m, n, False, k, s) for m, ns in tiles for n in ns for k in (64, 128) for s in (1, 2)]
-        shapes += [(m, n, True, k, s) for m, _ in tiles for n in (32, 64, 128) for k in (64, 128) for s in (1, 2)]
-        shapes += [(128, 128, True, 64, s) for s in (3, 4) if whole > 64]
-    shapes = [(m, max(n, problem.summed), tokens_first, k, split) for m, n, tokens_first, k, split in shapes]
-    for (m, n, tokens_first, k, split), warps, resident in itertools.product(dict.fromkeys(shapes), (4, 8), (1, 2)):
-        tiles_of_w = -(-problem.n // n) * -(-problem.m // m)
+        tiles = [min(whole, 128), 64] if problem.m <= 128 else []
+        shapes = [(m, n, False, k, s, 0) for m in tiles for n in (64, 128) for k in (64, 128) for s in (1, 2)]
+        shapes += [(m, n, True, k, s, 0) for m in tiles for n in (32, 64, 128) for k in (64, 128) for s in (1, 2)]
+        shapes += [(128, 128, first, 64, s, 0) for first in (False, True) for s in (3, 4, 6) if 64 < problem.m <= 128]
+        widths = (32, 64, 128) if problem.paired else (64, 128)
+        for m, extra in beside(problem.m):
+            shapes += [(m, n, False, k, s, extra) for n in widths for k in (64, 128) for s in (1, 2, 3, 4, 6)]
+    shapes = [(m, max(n, problem.summed), first, k, split, extra) for m, n, first, k, split, extra in shapes]
+    for shape, warps, resident in itertools.product(dict.fromkeys(shapes), (4, 8), (1, 2)):
+        m, n, tokens_first, k, split, extra = shape
+        tiles_of_w = -(-problem.n // n) * -(-problem.m // (m + extra))
         programs, rows = tiles_of_w * split, m if tokens_first else n
-        sums_per_thread = m * n * accs / (32 * warps)
-        base = gemm_stream.Config(m, n, k * wider, 1, warps, split, tokens_first)
+        sums_per_thread = (m + extra) * n * accs / (32 * warps)
+        base = gemm_stream.Config(m, n, k * wider, 1, warps, split, tokens_first, extra)
         one = gemm_stream.smem_bytes(problem, base) - 1024
         stages = min(8, (target.smem_bytes // resident - 2048) // one)
         tiles_at_once = (stages - 1) * max(1, min(resident, programs / target.sm_count))
         in_flight = n * base.block_k * accs * problem.dtype.itemsize * tiles_at_once
+        # Programs that all find a multiprocessor of their own need not share one.
+        alone = programs <= target.sm_count
+        if resident == 2 and alone or resident == 1 and not alone and warps == 4 and problem.m > 64:
+            continue
         fits = 0.4 <= programs / target.sm_count <= 6 and (split == 1 or tiles_of_w <= 100)
-        holds = sums_per_thread <= 128 and (warps == 4 or (rows >= 128 and sums_per_thread >= 32))
+        rows = 2 * n if together(problem, base) else rows
+        holds = sums_per_thread <= 160 and (warps == 4 or (rows >= 128 and sums_per_thread >= 32))
         if fits and holds and stages >= 2 and in_flight >= 24_000:
             yield replace(base, stages=stages)
 
 
 def space(problem: GemmProblem, target: Target) -> Iterator[tuple[Any, Any]]:
     """Families and configs that a problem is tuned over."""
-    if gemm_stream.supports(problem) is None:
+    if problem.m <= MOST_BESIDE:
         yield from ((gemm_stream, config) for config in dict.fromkeys(stream_space(problem, target)))
+    if gemm_persistent.supports(problem) is not None:
         return
     for config in as_planned(problem, persistent_space(problem), target):
         if gemm_persistent.smem_bytes(problem, config) <= target.smem_bytes:
@@ -150,9 +174,10 @@ class Tuning:
         with compiling_together(compilers.asked()):
             for launch in self.launches:
                 for family, config in space(launch.problem, target):
-                    how = {"pdl": True}
+                    how: dict[str, Any] = {"pdl": True}
                     if family is gemm_stream:
-                        how |= {name: getattr(launch.planned, name) for name in ("leads", "parts", "loads")}
+                        given = ("leads", "parts", "loads")
+                        how |= {name: getattr(launch.planned, name) for name in given if hasattr(launch.planned, name)}
                     made = launch.candidates[config] = family.prepare(
                         launch.planned.epilogue, config, launch.problem, **how
                     )

@@ -87,3 +87,17 @@ def test_a_place_is_described_once_and_not_held() -> None:
     first = descriptors(x)
     assert descriptors(x) is first and descriptors(x[:8]) is not first and len(made) == 2
     assert isinstance(first.base, Place) and first.base.data_ptr() == x.data_ptr()
+
+
+def test_a_thread_without_a_context_is_given_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def fill(*args: Any) -> str:
+        if not asked:
+            raise RuntimeError("Triton Error [CUDA]: Failed to create tensor map descriptor: invalid device context")
+        return "map"
+
+    monkeypatch.setattr(type(driver), "active", SimpleNamespace(utils=SimpleNamespace(fill_tma_descriptor=fill)))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: asked.append("memory"))
+    Binary(compiled(Launcher([META])))((1, 1, 1), 0, (described(), 64, 5), QUIET)
+    assert asked == ["memory"]

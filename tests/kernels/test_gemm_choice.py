@@ -11,9 +11,10 @@ import torch
 import triton
 
 from terrazzo.kernels import gemm_persistent, gemm_simple, gemm_skinny, gemm_stream, gemm_vendor, workspace
-from terrazzo.kernels.gemm import GemmProblem, lookup, measured, pick, reference, tma_obstacle
+from terrazzo.kernels.gemm import GemmProblem, in_bucket, measured, reference, row_of, tma_obstacle
 from terrazzo.kernels.gemm_jobs import measured_problem, silu_mul_sample, store_sample
 from terrazzo.kernels.gemm_persistent_table import vendor_us
+from terrazzo.kernels.gemm_pick import pick
 from terrazzo.kernels.target import NAMED, Target
 from terrazzo.lowering.errors import Unsupported
 
@@ -151,9 +152,11 @@ def test_most_rows_are_level_with_the_vendor() -> None:
 
 
 def _rows(name: str) -> list[tuple[GemmProblem, gemm_stream.Config]]:
-    """A device's rows: the problem, and what was best."""
-    found = gemm_stream.CONFIGS[name].items()
-    return [(measured_problem(m, *key), entry.config) for key, row in found for m, entry in row.items()]
+    """A device's rows for which there is a rule: the problem, and what was best."""
+    found = [
+        (measured_problem(m, *key), hit) for key, row in gemm_stream.CONFIGS[name].items() for m, hit in row.items()
+    ]
+    return [(problem, hit.config) for problem, hit in found if problem.m <= gemm_stream.MOST_TOKENS]
 
 
 def _same_tile(problem: GemmProblem, best: gemm_stream.Config) -> bool:
@@ -234,14 +237,14 @@ def test_every_split_has_a_step_and_a_grid_holds_any_n() -> None:
     assert launch.arguments(x, w, ())[0] == (68750, 1, 1)
 
 
-def test_lookup_takes_the_bucket_that_holds_m() -> None:
+def test_a_row_is_of_one_shape_and_serves_the_bucket_that_holds_m() -> None:
     table = measured(gemm_simple.Config, "N K kind m bm bn bk st wp us cuBLAS\n64 32 one 16 16 16 16 1 4 2.0 3.0", "")
-    hit = lookup(table, (16, 64), GemmProblem(9, 64, 32, torch.float16))
+    half = GemmProblem(9, 64, 32, torch.float16)
+    hit = in_bucket(row_of(table, half), (16, 64), 9)
     assert hit is not None
     assert (hit.config, hit.us) == (gemm_simple.Config(16, 16, 16, 1, 4), 2.0)
-    assert lookup(table, (16, 64), GemmProblem(17, 64, 32, torch.float16)) is None
-    assert lookup(table, (16, 64), GemmProblem(9, 64, 32, torch.float32)) is None
-    assert lookup(table, (16, 64), GemmProblem(9, 64, 32, torch.float16, "kn")) is None
+    assert in_bucket(row_of(table, half), (16, 64), 17) is None
+    assert not row_of(table, replace(half, dtype=torch.float32)) and not row_of(table, replace(half, layout="kn"))
 
 
 @pytest.mark.parametrize("family", [gemm_stream, gemm_skinny, gemm_persistent, gemm_simple])

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from terrazzo.kernels import gemm_persistent, gemm_simple, gemm_skinny, gemm_stream
 from terrazzo.kernels.gemm import GemmProblem, reference
+from terrazzo.kernels.gemm_boxes import together
 from terrazzo.lowering.errors import Unsupported
 
 from .oracle import check
@@ -26,6 +27,8 @@ STREAM_SPLIT = gemm_stream.Config(8, 64, 64, 3, 4, 3)
 TOKENS_FIRST = gemm_stream.Config(64, 32, 64, 3, 4, 2, tokens_first=True)
 TALL = gemm_stream.Config(128, 64, 128, 2, 4, 1)
 TALL_TOKENS = gemm_stream.Config(128, 32, 64, 3, 4, 2, tokens_first=True)
+BESIDE_TOKENS = gemm_stream.Config(64, 64, 64, 3, 4, 2, extra_m=16)
+TALL_BESIDE = gemm_stream.Config(128, 64, 64, 2, 4, 1, extra_m=64)
 PERSISTENT = gemm_persistent.Config(64, 64, 64, 3, 4, group_m=2)
 FLAT = gemm_persistent.Config(64, 128, 64, 2, 4, flatten=True, runs=2)
 QUARTERS = gemm_persistent.Config(64, 128, 64, 2, 4, flatten=True, runs=4)
@@ -43,6 +46,8 @@ FAMILIES = [
     pytest.param(gemm_stream, TOKENS_FIRST, id="stream-tokens-first", marks=pytest.mark.gpu),
     pytest.param(gemm_stream, TALL, id="stream-tall", marks=pytest.mark.gpu),
     pytest.param(gemm_stream, TALL_TOKENS, id="stream-tall-tokens-split", marks=pytest.mark.gpu),
+    pytest.param(gemm_stream, BESIDE_TOKENS, id="stream-beside-split", marks=pytest.mark.gpu),
+    pytest.param(gemm_stream, TALL_BESIDE, id="stream-tall-beside", marks=pytest.mark.gpu),
     pytest.param(gemm_persistent, PERSISTENT, id="persistent"),
     pytest.param(gemm_persistent, FLAT, id="persistent-flat"),
     pytest.param(gemm_persistent, QUARTERS, id="persistent-quarters"),
@@ -225,6 +230,24 @@ def test_pairs_side_by_side(config: Any, layout: str, device: torch.device) -> N
     for n in (40, 72, 64 + config.extra_n, 200):
         problem = GemmProblem(67, n, 136, torch.float16, layout, paired=True, pair_offset=n + 8)
         run(gemm_persistent, config, problem, device, silu_mul, glu)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [(5, 72, 136), (80, 8, 64), (161, 200, 136), (192, 512, 512)])
+@pytest.mark.parametrize(
+    "config",
+    [
+        gemm_stream.Config(64, 32, 64, 3, 4, 1),
+        gemm_stream.Config(64, 32, 64, 3, 4, 2, extra_m=16),
+        gemm_stream.Config(128, 64, 64, 2, 8, 3, extra_m=32),
+    ],
+)
+def test_pairs_that_share_the_rows_of_a_product(config: Any, size: tuple[int, int, int], device: torch.device) -> None:
+    # N ends within a tile, and the other half of the pair begins behind columns of neither.
+    for offset in (size[1], size[1] + 8):
+        problem = GemmProblem(*size, torch.bfloat16, paired=True, pair_offset=offset)
+        assert together(problem, config)
+        run(gemm_stream, config, problem, device, silu_mul, glu)
 
 
 @pytest.mark.parametrize("paired", [False, True], ids=["one", "pair"])

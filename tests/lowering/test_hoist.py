@@ -11,7 +11,7 @@ from hypothesis import given as drawn
 from hypothesis import seed, settings
 from hypothesis import strategies as st
 
-from terrazzo.lowering import hoist
+from terrazzo.lowering import hoist, rules_matmul
 from terrazzo.lowering.group import Group
 from terrazzo.runtime.compiled import CompiledPiece
 
@@ -89,6 +89,16 @@ def test_nothing_is_left_between_the_products(fn: Callable[..., Any], tokens: in
     first, second = groups(same(fn, *given(tokens)))
     assert first.contract is not None and [s.summed for s in first.stores if s.summed] == [32]
     assert second.contract is not None and [r.parts for r in second.reductions] == [N // 32]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "measured", "done"), [(129, 128, False), (129, 192, True), (192, 192, True), (193, 192, False)]
+)
+def test_more_tokens_where_products_were_measured_so(
+    tokens: int, measured: int, done: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rules_matmul, "_few", lambda d, w: measured)
+    assert hoisted(same(chain, *given(tokens))) is done
 
 
 def test_products_of_one_operand_each_sum_its_parts() -> None:
@@ -251,7 +261,6 @@ def test_a_range_in_which_nothing_is_hoisted_is_not_cut(
     fn: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hoist, "MOST_TOKENS", 32)
-    monkeypatch.setattr(hoist, "MOST_TOKENS_OF_FEW_PARTS", 32)
     _, found = at_every_size(fn, lambda n: [odd(n, N, dtype=BF16), odd(N, N, dtype=BF16, seed=1)], 30, 36)
     assert len(found) == 1 and found[0].plan is not None
     _, found = at_every_size(chain, given, 30, 36)
