@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cache
 
-from .gemm import GemmProblem, Measured, Table, in_bucket, measured, nearest, row_of
+from .gemm import GemmProblem, Measured, Table, in_bucket, joined, measured, nearest, row_of
 from .target import Target
 
 # Beyond, reading W is no longer the cost; products that were measured with more tokens stream all the same.
 MOST_TOKENS = 128
 # The m of CONFIGS' rows.
-BUCKETS = (8, 16, 32, 64, 96, MOST_TOKENS, 144, 160, 192, 272, 320)
+BUCKETS = (8, 16, 32, 64, 96, MOST_TOKENS, 144, 160, 192, 320)
 # Those that a row may lack: where it has the next one, that serves their m as well.
 BETWEEN = (96, 144, 160)
 # Kinds of products that were measured with norms and rotations in epilogues, for as many tokens as they have rows.
@@ -57,30 +57,26 @@ class Config:
 
 # What `tools/tune_piece.py` found best where the GEMM runs: in the model's middle piece, its neighbours' kernels around
 # it. A row serves the m below it too; `us` is what the launch adds to the piece, counted from the end of the kernel
-# before: less than W's bytes take, where they were on their way by then. In most of the H100's rows of
-# 4096x4096 and 2048x2048 the piece's first product asked early as well, which it does no more.
+# before: less than W's bytes take, where they were on their way by then. Rows "alone" are timed as `gemm_persistent`'s
+# are, beside which they are chosen. In most of the H100's rows of 4096x4096 and 2048x2048 the piece's first product
+# asked early as well, which it does no more.
 CONFIGS: dict[str, Table] = {
-    "h200": measured(
-        Config,
-        """
+    "h200": joined(
+        measured(
+            Config,
+            """
     N     K kind    m   bm  bn  bk  st  wp  sk  tf  ex      us
  2048  2048  sum    8   8  64 128   8   4   2   0   0     8.8
  2048  2048  sum   16  16  64 128   8   4   2   0   0     9.2
  2048  2048  sum   32  32  64 128   8   4   2   0   0     9.7
  2048  2048  sum   64  64  32 128   8   4   1   1   0     9.0
  2048  2048  sum  128  64  32 128   8   4   1   1   0     7.7
- 2048  2048 sum   160  64  64 128   6   4   2   0  16     9.2
- 2048  2048 sum   192  64  64 128   5   4   2   0  32    10.3
  2048  6144  sum   64  64  32 128   8   4   2   1   0    10.8
  2048  8192  sum    8   8  64 128   8   4   4   0   0    10.3
  2048  8192  sum   16  16  64 128   8   4   4   0   0    10.8
  2048  8192  sum   32  32  64 128   8   4   4   0   0    11.0
  2048  8192  sum   64  64  32 128   8   4   2   1   0    12.9
  2048  8192  sum  128  64  32 128   8   4   1   1   0    15.8
- 2048  8192 sum   160  64  64 128   6   4   2   0  16    18.1
- 2048  8192 sum   192  64  64 128   5   4   2   0  32    18.5
- 2048  8192 one   272 128  64  64   8   4   2   0  16    20.7
- 2048  8192 one   320 128  64  64   8   4   2   0  32    21.5
  2560  4096  sum   64  64  32 128   8   4   1   1   0    12.0
  2560  4096  sum  128  64  64 128   7   4   1   0   0    14.2
  2560  9728  sum   64  64  32 128   8   4   1   1   0    19.0
@@ -90,8 +86,6 @@ CONFIGS: dict[str, Table] = {
  3072  2048 head   32  32  64 128   4   4   2   0   0     6.3
  3072  2048 head   64  64  32 128   8   4   1   1   0     5.6
  3072  2048 head  128  64  64 128   7   4   1   1   0     6.4
- 3072  2048 head  160  64  64 128   6   4   1   0  16     9.5
- 3072  2048 head  192  64  64 128   5   4   1   0  32     9.2
  3072  3072  sum   64  64  32 128   8   4   1   1   0    10.6
  3072  3072  sum  128  64  64 128   7   4   1   0   0    12.6
  3072  8192  sum   64  64  32 128   8   4   1   1   0    18.2
@@ -108,31 +102,17 @@ CONFIGS: dict[str, Table] = {
  4096  4096  sum   32  32  64 128   8   4   2   0   0    15.3
  4096  4096  sum   64  64  32 128   8   4   1   1   0    14.3
  4096  4096  sum  128  64  64 128   7   4   1   0   0    16.8
- 4096  4096 one   144 128  64  64   8   4   2   0  16    13.8
- 4096  4096 sum   160  64  64 128   6   4   1   0  16    18.9
- 4096  4096 one   160  64  64 128   6   4   1   0  16    14.4
- 4096  4096 sum   192  64  64 128   5   4   1   0  32    18.3
- 4096  4096 one   272 128  64  64   8   4   1   0  16    18.3
  4096 11008  sum   64  64  32 128   8   4   1   1   0    26.8
  4096 12288  sum    8   8  64 128   6   4   4   0   0    24.5
  4096 12288  sum   16  16  64 128   8   4   2   0   0    25.4
  4096 12288  sum   32  32  64 128   8   4   2   0   0    26.3
  4096 12288  sum   64  64  32 128   8   4   1   1   0    28.3
  4096 12288  sum  128 128  64  64   8   4   2   1   0    35.0
- 4096 12288 one   144 128  64  64   8   4   2   0  16    33.0
- 4096 12288 one   160 128  64  64   8   4   2   0  32    34.5
- 4096 12288 one   192 128  64  64   7   4   2   0  64    35.8
- 4096 12288 one   272 256  64  64   5   4   2   0  16    45.6
  4096 14336  sum    8   8  64 128   6   4   4   0   0    28.0
  4096 14336  sum   16  16  64 128   8   4   2   0   0    28.9
  4096 14336  sum   32  32  64 128   8   4   2   0   0    29.9
  4096 14336  sum   64  64  32 128   8   4   1   1   0    33.0
- 4096 14336 sum    96  64  64 128   5   4   2   0  32    34.8
  4096 14336  sum  128 128  64  64   8   4   2   1   0    39.1
- 4096 14336 sum   144 128  64  64   8   4   2   0  16    39.3
- 4096 14336 sum   160 128  64  64   8   4   2   0  32    40.8
- 4096 14336 sum   192 128  64  64   7   4   2   0  64    43.9
- 4096 14336 one   272 256  64  64   5   4   2   0  16    52.2
  4608  3584 head  128 128  64 128   4   4   1   0   0    16.2
  5120  3072 head   64  64  64 128   7   4   1   1   0    10.5
  5120  3072 head  128 128  64 128   4   8   1   1   0    14.0
@@ -161,14 +141,7 @@ CONFIGS: dict[str, Table] = {
  6144  4096 head   16  16  64 128   8   4   1   0   0    12.7
  6144  4096 head   32  32  64 128   8   4   1   0   0    13.0
  6144  4096 head   64  64  64 128   7   4   1   1   0    14.4
- 6144  4096 head   96  64  64 128   5   4   1   0  32    17.5
  6144  4096 head  128 128  64 128   4   4   1   0   0    19.5
- 6144  4096 head  144 128  64  64   8   4   1   0  16    21.5
- 6144  4096 one   144 128  64  64   8   4   1   0  16    18.0
- 6144  4096 head  160  64  64  64   6   4   1   0  16    24.9
- 6144  4096 one   160 128  64  64   8   4   1   0  32    18.6
- 6144  4096 head  192 128  64  64   7   4   1   0  64    24.0
- 6144  4096 one   192 128  64  64   7   4   1   0  64    19.6
  6144  5120 head   16  16  64 128   8   4   1   0   0    15.2
  6144  5120 head   64  64  64 128   7   4   1   1   0    17.0
  6144  5120 head  128 128  64 128   4   4   1   0   0    23.8
@@ -180,9 +153,6 @@ CONFIGS: dict[str, Table] = {
  8192  2048 pair   32  32  64 128   5   4   1   0   0    16.3
  8192  2048 pair   64  64  64 128   4   4   1   1   0    17.4
  8192  2048 pair  128 128  64  64   7   4   1   0   0    21.6
- 8192  2048 pair  144 128  32  64   4   4   1   0  16    22.0
- 8192  2048 pair  160  64  64  64   4   8   1   0  16    23.8
- 8192  2048 pair  192 128  64  64   5   8   1   0  64    24.2
  8192  3072 pair   64  64  32  64   6   4   1   1   0    26.3
  8192  3072 pair  128 128  64  64   7   4   1   0   0    28.2
  8192  3584 head   64  64  64 128   7   4   1   0   0    14.8
@@ -203,9 +173,6 @@ CONFIGS: dict[str, Table] = {
 14336  4096 pair   32  32  64 128   2   4   1   0   0    58.2
 14336  4096 pair   64  64  64 128   2   4   1   1   0    60.1
 14336  4096 pair  128 128 128  64   4   8   1   1   0    65.2
-14336  4096 pair  144 128  64  64   3   4   1   0  16    67.8
-14336  4096 pair  160 128  64  64   3   4   1   0  32    73.1
-14336  4096 pair  192 128  32  64   3   4   1   0  64    88.2
 14336  5120 pair   16  16  64 128   3   4   1   0   0    68.8
 14336  5120 pair   64  64  64 128   4   4   1   0   0    75.0
 14336  5120 pair  128 128  64  64   3   4   1   0   0    80.4
@@ -216,7 +183,54 @@ CONFIGS: dict[str, Table] = {
 32768  5120 pair   16  16  64 128   6   4   1   0   0   152.0
 32768  5120 pair  128 128  64  64   3   4   1   0   0   176.3
 """,
-        "added to a piece, NVIDIA H200, torch 2.11, triton 3.6, bf16, 2026-11-26",
+            "added to a piece, NVIDIA H200, torch 2.11, triton 3.6, bf16, 2026-11-26",
+        ),
+        measured(
+            Config,
+            """
+    N     K kind    m   bm  bn  bk  st  wp  sk  tf  ex      us
+ 2048  2048  sum  160  64  64 128   6   4   2   0  16     9.2
+ 2048  2048  sum  192  64  64 128   5   4   2   0  32    10.3
+ 2048  8192  sum  160  64  64 128   6   4   2   0  16    18.1
+ 2048  8192  sum  192  64  64 128   5   4   2   0  32    18.5
+ 3072  2048 head  160  64  64 128   6   4   1   0  16     9.5
+ 3072  2048 head  192  64  64 128   5   4   1   0  32     9.2
+ 4096  4096  sum  144  64  64 128   6   4   1   0  16    19.1
+ 4096  4096  sum  160  64  64 128   6   4   1   0  16    18.9
+ 4096  4096  sum  192  64  64 128   5   4   1   0  32    18.3
+ 4096 14336  sum   96  64  64 128   5   4   2   0  32    34.8
+ 4096 14336  sum  144 128  64  64   8   4   2   0  16    39.3
+ 4096 14336  sum  160 128  64  64   8   4   2   0  32    40.8
+ 4096 14336  sum  192 128  64  64   7   4   2   0  64    43.9
+ 6144  4096 head   96  64  64 128   5   4   1   0  32    17.5
+ 6144  4096 head  144 128  64  64   8   4   1   0  16    21.5
+ 6144  4096 head  160  64  64  64   6   4   1   0  16    24.9
+ 6144  4096 head  192 128  64  64   7   4   1   0  64    24.0
+ 8192  2048 pair  144 128  32  64   4   4   1   0  16    22.0
+ 8192  2048 pair  160  64  64  64   4   8   1   0  16    23.8
+ 8192  2048 pair  192 128  64  64   5   8   1   0  64    24.2
+14336  4096 pair  144 128  64  64   3   4   1   0  16    67.8
+14336  4096 pair  160 128  64  64   3   4   1   0  32    73.1
+14336  4096 pair  192 128  32  64   3   4   1   0  64    88.2
+""",
+            "added to a piece, NVIDIA H200, torch 2.11, triton 3.6, bf16, 2026-11-27",
+        ),
+        measured(
+            Config,
+            """
+    N     K kind    m   bm  bn  bk  st  wp  sk  tf  ex      us
+ 2048  8192  one  320 128  64  64   8   4   2   0  32    21.5
+ 4096  4096  one  144 128  64  64   8   4   2   0  16    13.8
+ 4096  4096  one  160  64  64 128   6   4   1   0  16    14.4
+ 4096 12288  one  144 128  64  64   8   4   2   0  16    33.0
+ 4096 12288  one  160 128  64  64   8   4   2   0  32    34.5
+ 4096 12288  one  192 128  64  64   7   4   2   0  64    35.8
+ 6144  4096  one  144 128  64  64   8   4   1   0  16    18.0
+ 6144  4096  one  160 128  64  64   8   4   1   0  32    18.6
+ 6144  4096  one  192 128  64  64   7   4   1   0  64    19.6
+""",
+            "alone, NVIDIA H200, torch 2.11, triton 3.6, bf16, 2026-11-27",
+        ),
     ),
     "h100": measured(
         Config,
