@@ -45,7 +45,7 @@ from .gemm_steps import (
     rows_and_columns,
     sum_of_parts,
     wait_for_predecessor,
-)  # fmt: skip
+)
 from .gemm_stream_rule import alike, asks_early, estimate_us
 from .gemm_stream_table import BUCKETS, CONFIGS, MOST_TOKENS, Config, known, measurement, smem_bytes
 from .jobs import CompileJob

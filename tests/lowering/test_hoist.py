@@ -242,6 +242,12 @@ def test_one_plan_serves_every_size_of_a_range() -> None:
     assert regime.plan is not None and "load_parts" in regime.plan.source
 
 
+def test_a_range_is_cut_where_products_were_measured_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules_matmul, "_few", lambda d, w: 192)
+    _, found = at_every_size(chain, given, 190, 194)
+    assert [(r.hi, "load_parts" in r.plan.source) for r in found if r.plan is not None] == [(192, True), (194, False)]
+
+
 @pytest.mark.parametrize("fn", [sums_of_ones_own, norms_of_heads, row_sums_of_an_input])
 @pytest.mark.parametrize("tokens", [TOKENS, 200])
 def test_other_sums_are_what_they_were(fn: Callable[..., Any], tokens: int) -> None:
