@@ -182,7 +182,7 @@ def _scaled(
         fact = f"its operands' rows do not begin at multiples of {TMA_ALIGNMENT_BYTES} bytes, or are empty"
         raise Unsupported(node.name, fact, stage="define")
     sums = Layout.contiguous((m, n), torch.float32, layout.device)
-    d.put(Contract(f"{name}_sums", sums, a, b, m, n, k, node.source, rounded=False))
+    d.put(Contract(f"{name}_sums", sums, a, b, m, n, k, node.source, rounded=False, few=FEW_TOKENS))
     row, col = variables(layout.shape)
     value = d.read(Ref(f"{name}_sums"), (row, col))
     # Columns first, as vLLM's own kernel does: what overflows on the way, and how it rounds, is then the same.

@@ -14,7 +14,6 @@ from typing import Any, TypeAlias
 
 import torch
 
-from ..kernels.gemm_stream_table import MOST_TOKENS
 from .affine import contiguous_strides
 from .expr import Expr
 from .ir import Input, Node, Output, Spec
@@ -143,7 +142,7 @@ class Contract:
     k: int
     source: str = ""
     rounded: bool = True
-    few: int = MOST_TOKENS
+    few: int = 0
 
 
 @dataclass(frozen=True)

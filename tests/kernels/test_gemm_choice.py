@@ -11,11 +11,10 @@ import torch
 import triton
 
 from terrazzo.kernels import gemm_persistent, gemm_simple, gemm_skinny, gemm_stream, gemm_vendor, workspace
-from terrazzo.kernels.gemm import GemmProblem, in_bucket, measured, reference, row_of, tma_obstacle
+from terrazzo.kernels.gemm import GemmProblem, reference, tma_obstacle
 from terrazzo.kernels.gemm_jobs import measured_problem, silu_mul_sample, store_sample
 from terrazzo.kernels.gemm_persistent_table import vendor_us
 from terrazzo.kernels.gemm_pick import pick
-from terrazzo.kernels.gemm_stream_table import few_tokens
 from terrazzo.kernels.target import NAMED, Target
 from terrazzo.lowering.errors import Unsupported
 
@@ -236,31 +235,6 @@ def test_every_split_has_a_step_and_a_grid_holds_any_n() -> None:
     launch.problem = wide
     x, w = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in ((64, 64), (wide.n, 64)))
     assert launch.arguments(x, w, ())[0] == (68750, 1, 1)
-
-
-def test_products_with_rows_stream_for_more_tokens() -> None:
-    down = GemmProblem(192, 4096, 14336, torch.bfloat16, summed=64)
-    pair = GemmProblem(192, 14336, 4096, torch.bfloat16, paired=True, pair_offset=14336, scaled=True)
-    for problem in (down, pair, replace(down, m=129)):
-        name, config, why = pick(problem, H200)
-        assert name == "gemm_stream" and config.extra_m and "measured" in why
-        assert few_tokens(problem.n * problem.accumulators, problem.k) == 192
-    assert gemm_stream.together(pair, gemm_stream.choose(pair, H200)[0])
-    for other in (replace(down, m=193), replace(down, n=4608), replace(down, layout="kn")):
-        assert gemm_stream.supports(other) is not None
-    # Parts of rows' sums are read by families for few tokens alone, and by the one for all problems.
-    assert pick(replace(pair, n=14848, pair_offset=14848), H200)[0] == "gemm_simple"
-    assert few_tokens(29696, 4096) == 128
-
-
-def test_a_row_is_of_one_shape_and_serves_the_bucket_that_holds_m() -> None:
-    table = measured(gemm_simple.Config, "N K kind m bm bn bk st wp us cuBLAS\n64 32 one 16 16 16 16 1 4 2.0 3.0", "")
-    half = GemmProblem(9, 64, 32, torch.float16)
-    hit = in_bucket(row_of(table, half), (16, 64), 9)
-    assert hit is not None
-    assert (hit.config, hit.us) == (gemm_simple.Config(16, 16, 16, 1, 4), 2.0)
-    assert in_bucket(row_of(table, half), (16, 64), 17) is None
-    assert not row_of(table, replace(half, dtype=torch.float32)) and not row_of(table, replace(half, layout="kn"))
 
 
 @pytest.mark.parametrize("family", [gemm_stream, gemm_skinny, gemm_persistent, gemm_simple])

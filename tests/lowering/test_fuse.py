@@ -161,7 +161,7 @@ def test_many_tokens_leave_the_residual_to_the_norm() -> None:
 def test_what_cublas_leaves_to_a_kernel_of_its_own_joins_another() -> None:
     journal = Journal()
     # On an H100 cuBLAS is fastest for all four products.
-    make(published("llama-3.1-8b")[1], 130, Options(Target.named("h100")), "a title", journal)
+    make(published("llama-3.1-8b")[1], 257, Options(Target.named("h100")), "a title", journal)
     selected = journal.result("select")
     kernels = [k for k in selected.kernels if k.family]
     vendors = [k for k in kernels if k.family == "gemm_vendor"]
