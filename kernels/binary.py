@@ -108,8 +108,10 @@ def _encoded(descriptor: Any, meta: dict[str, Any]) -> list:
     )
     try:
         made = encode()
-    except RuntimeError:
-        # A thread that has not asked the GPU for anything yet has no context, and this gives it one.
+    except RuntimeError as error:
+        if "context" not in str(error):
+            raise
+        # A thread that has not asked the GPU for anything yet has none, and this gives it one.
         torch.cuda.mem_get_info()
         made = encode()
     flat = [made, *shape, *strides]

@@ -1,4 +1,4 @@
-"""What every GEMM family shares: the problem, the alignment rule of TMA, measured tables, the pick between families.
+"""What every GEMM family shares: the problem, the alignment rule of TMA, measured tables, device functions.
 
     y[M, N] = epilogue(x[M, K] @ W)        W stored [N, K] ("nk", as nn.Linear keeps it) or [K, N] ("kn")
 

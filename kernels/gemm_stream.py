@@ -62,7 +62,7 @@ __all__ = [
 def supports(problem: GemmProblem) -> str | None:
     """Return why this family cannot do the problem, or None."""
     if problem.m > MOST_TOKENS and not known(problem):
-        return f"{problem.m} tokens, and beyond {MOST_TOKENS} reading W is no longer the cost"
+        return f"{problem.m} tokens: beyond {MOST_TOKENS} reading W is no longer the cost, and it was not measured"
     if problem.dtype not in (torch.float16, torch.bfloat16, torch.float8_e4m3fn):
         return f"dtype {problem.dtype} is not float16, bfloat16 or float8_e4m3fn"
     if problem.dtype.itemsize == 1 and problem.layout == "kn":
@@ -111,6 +111,7 @@ def gemm_stream_kernel(
     LEADS: gl.constexpr,
     ASKS_EARLY: gl.constexpr,
     WARPS: gl.constexpr,
+    LEAVES_PARTS: gl.constexpr,
     LOAD_PARTS: gl.constexpr,
     LOADS: gl.constexpr,
     EPILOGUE: gl.constexpr,
@@ -215,11 +216,6 @@ def gemm_stream_kernel(
         gl.thread_barrier()
     if LOAD_PARTS is not None and EXTRA_M == 0:
         t = t + (sum_of_parts(parts, n),)
-    if LOADS is not None:
-        if not EARLY:
-            read = LOADS(m, n, mask, t)
-        t = t + read
-
     TILE: gl.constexpr = ROWS * COLS
     SUMS: gl.constexpr = ACCS * ROWS * (COLS + EXTRA_M)
     parts_of_tile = partials + unit.to(gl.int64) * (SPLIT_K * SUMS)
@@ -233,22 +229,28 @@ def gemm_stream_kernel(
             leave(extra_parts + split * SUMS, extra)
         if SEPARATE and EXTRA_M > 0:
             leave(extra_parts + split * SUMS + ROWS * EXTRA_M, extra2)
+    # Of large tiles behind the stores, where sums need no registers, or behind the sums, where epilogues need most.
+    LAST: gl.constexpr = LOADS is not None and EXTRA_M > 0 and LEAVES_PARTS
+    if LOADS is not None and not LAST:
+        t = t + (read if EARLY else LOADS(m, n, mask, t))
+    if SPLIT_K > 1:
         # Every thread's partial is written before one of them releases it by counting in.
         gl.thread_barrier()
         finishes = gl.atomic_add(counters + unit, 1, sem="acq_rel", scope="gpu") == SPLIT_K - 1
     if finishes:
         total = collect(parts_of_tile, acc, SPLIT_K, SUMS)
         total2 = collect(parts_of_tile + TILE, acc2, SPLIT_K, SUMS) if SEPARATE else total
+        given = t + LOADS(m, n, mask, t) if LAST else t
         finish(
-            total, total2, m0, n0, m_size, t, N, HALVES, TOKENS_FIRST, PAIRED, TOGETHER, WARPS, folds(BLOCK_M),
+            total, total2, m0, n0, m_size, given, N, HALVES, TOKENS_FIRST, PAIRED, TOGETHER, WARPS, folds(BLOCK_M),
             EPILOGUE,
         )  # fmt: skip
         if EXTRA_M > 0:
             total = collect(extra_parts, extra, SPLIT_K, SUMS)
             total2 = collect(extra_parts + ROWS * EXTRA_M, extra2, SPLIT_K, SUMS) if SEPARATE else total
-            given = t_extra + LOADS(m_extra, n_extra, mask_extra, t_extra) if LOADS is not None else t_extra
+            beside = t_extra + LOADS(m_extra, n_extra, mask_extra, t_extra) if LOADS is not None else t_extra
             finish(
-                total, total2, m0 + BLOCK_M, n0, m_size, given, N, HALVES, TOKENS_FIRST, PAIRED, TOGETHER, WARPS,
+                total, total2, m0 + BLOCK_M, n0, m_size, beside, N, HALVES, TOKENS_FIRST, PAIRED, TOGETHER, WARPS,
                 False, EPILOGUE,
             )  # fmt: skip
         if SPLIT_K > 1:
@@ -287,6 +289,7 @@ def _constexprs(
         "LEADS": leads,
         "ASKS_EARLY": asks_early(problem, leads),
         "WARPS": config.warps,
+        "LEAVES_PARTS": problem.summed > 0 and not problem.halves,
         "LOAD_PARTS": parts,
         "LOADS": loads,
         "EPILOGUE": epilogue,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from math import ceil
+from math import ceil, inf
 
 import triton
 
 from .gemm import GemmProblem
 from .gemm_persistent import MEASURED_SM_COUNT
-from .gemm_stream_table import Config, measurement, smem_bytes
+from .gemm_stream_table import MOST_TOKENS, Config, measurement, smem_bytes
 from .target import Target
 
 
@@ -31,10 +31,13 @@ FLOPS = 500e12
 
 
 def estimate_us(problem: GemmProblem, config: Config, target: Target) -> float:
-    """Estimate the time of a config: its own measurement, else W's bytes, and those that come again from L2."""
+    """Estimate the time of a config: its own measurement, else W's bytes, and those that come again from L2. More than
+    `MOST_TOKENS` are not estimated where nothing was measured on the device."""
     hit = measurement(problem, target)
     if hit is not None and hit.config == config:
         return hit.us
+    if hit is None and problem.m > MOST_TOKENS:
+        return inf
     tiles_m, tiles_n = ceil(max(problem.m, 1) / config.tokens), ceil(problem.n / config.block_n)
     again = problem.weight_bytes * (tiles_m - 1) + tiles_n * problem.m * problem.k * problem.dtype.itemsize
     stream_us = (problem.weight_bytes + AGAIN * again) / target.bandwidth_bytes_s * 1e6

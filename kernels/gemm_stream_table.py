@@ -24,13 +24,13 @@ class Config:
 
     Args:
         block_m: tokens per tile: at least 8, or 64 where tokens are the rows.
-        block_n: columns of W per tile: at least 64, or 16 where tokens are the rows.
+        block_n: columns of W per tile: at least 64, 32 of a pair in one product, or 16 where tokens are the rows.
         block_k: depth per pipeline step.
         stages: tiles in the ring.
-        warps: 4, or 8 for tiles of 128 rows.
+        warps: 4, or 8 for tiles of 128 rows, a pair's together.
         split_k: programs that share one output tile.
         tokens_first: tokens are the rows of the product.
-        extra_m: tokens beside those, of accumulators of their own, so that a tile may hold 256 + 16; not where tokens
+        extra_m: tokens beside those, of accumulators of their own, so that a tile may hold 128 + 16; not where tokens
             are the rows.
     """
 
@@ -197,21 +197,17 @@ CONFIGS: dict[str, Table] = {
  3072  2048 head  192  64  64 128   5   4   1   0  32     9.2
  4096  4096  sum  144  64  64 128   6   4   1   0  16    19.1
  4096  4096  sum  160  64  64 128   6   4   1   0  16    18.9
- 4096  4096  sum  192  64  64 128   5   4   1   0  32    18.3
  4096 14336  sum   96  64  64 128   5   4   2   0  32    34.8
  4096 14336  sum  144 128  64  64   8   4   2   0  16    39.3
  4096 14336  sum  160 128  64  64   8   4   2   0  32    40.8
- 4096 14336  sum  192 128  64  64   7   4   2   0  64    43.9
  6144  4096 head   96  64  64 128   5   4   1   0  32    17.5
  6144  4096 head  144 128  64  64   8   4   1   0  16    21.5
  6144  4096 head  160  64  64  64   6   4   1   0  16    24.9
- 6144  4096 head  192 128  64  64   7   4   1   0  64    24.0
  8192  2048 pair  144 128  32  64   4   4   1   0  16    22.0
  8192  2048 pair  160  64  64  64   4   8   1   0  16    23.8
  8192  2048 pair  192 128  64  64   5   8   1   0  64    24.2
 14336  4096 pair  144 128  64  64   3   4   1   0  16    67.8
 14336  4096 pair  160 128  64  64   3   4   1   0  32    73.1
-14336  4096 pair  192 128  32  64   3   4   1   0  64    88.2
 """,
             "added to a piece, NVIDIA H200, torch 2.11, triton 3.6, bf16, 2026-11-27",
         ),
@@ -303,7 +299,9 @@ CONFIGS: dict[str, Table] = {
 def measurement(problem: GemmProblem, target: Target) -> Measured | None:
     """Return what was measured for the problem's N and K in the bucket that holds its m: on this device, or else on the
     one with the nearest bandwidth, the time by the ratio of the two."""
-    return next((hit for table in _tables(target) if (hit := _in_row(table, problem)) is not None), None)
+    # What more tokens cost depends on more than bandwidth.
+    tables = _tables(target) if problem.m <= MOST_TOKENS else _tables(target)[:1]
+    return next((hit for table in tables if (hit := _in_row(table, problem)) is not None), None)
 
 
 def known(problem: GemmProblem) -> bool:
@@ -317,15 +315,17 @@ def _in_row(table: Table, problem: GemmProblem) -> Measured | None:
 
 
 @cache
-def few_tokens(n: int, k: int) -> int:
+def few_tokens(n: int, k: int, target: Target) -> int:
     """Up to so many tokens a 16-bit product streams and takes what follows it into its epilogue, where W is stored as
-    [N, K]: more than `MOST_TOKENS` where it was measured so.
+    [N, K]: `MOST_TOKENS`, or more where it was measured so on the device.
 
     Args:
         n, k: columns of W, those of both halves of a pair, and depth.
+        target: the device.
     """
+    table = CONFIGS[nearest(CONFIGS, target)[0]]
     keys = [(n // 2 if kind == "pair" else n, k, kind) for kind in FUSED]
-    return max((m for table in CONFIGS.values() for key in keys for m in table.get(key, ())), default=MOST_TOKENS)
+    return max((MOST_TOKENS, *(m for key in keys for m in table.get(key, ()))))
 
 
 @cache

@@ -171,8 +171,8 @@ def _span(problem: Any) -> Span | None:
 
 
 def _grid(span: Span) -> list[int]:
-    """Sizes to ask at, the largest among them: powers of two, then multiples of 16, of 32, of 64, and 16 to each
-    power; where cuBLAS starts with another tile, 16 beyond a power, as well."""
+    """Sizes to ask at, the largest among them: powers of two, then multiples of 16 up to 160, of 32, of 64, and 16 to
+    each power; where cuBLAS starts with another tile, 16 beyond a power, as well."""
 
     def bounds() -> Iterator[int]:
         bound = 1
@@ -180,7 +180,7 @@ def _grid(span: Span) -> list[int]:
             yield bound
             if bound >= 256 and bound.bit_count() == 1 and bound + 16 < span.hi:
                 yield bound + 16
-            step = bound if bound < 16 else 16 if bound < 128 else 32 if bound < 512 else 64
+            step = bound if bound < 16 else 16 if bound < 160 else 32 if bound < 512 else 64
             bound += max(step, (1 << bound.bit_length()) // 32)
         yield span.hi
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ..kernels.target import Target
 from .affine import Affine, delinearize, linear, variables
 from .errors import Unsupported
 from .expr import Const, Expr, const, keep, load
@@ -98,7 +99,7 @@ def define(trace: Trace, options: Options) -> Values:
     """
     rules()
     computable = COMPUTABLE | ({FLOAT8} if options.target.arch >= FLOAT8_ARCH else set())
-    definer = Definer(trace, computable, options.target.arch)
+    definer = Definer(trace, computable, options.target)
     for node in trace.nodes:
         definer.node(node)
     return definer.finish()
@@ -107,8 +108,8 @@ def define(trace: Trace, options: Options) -> Values:
 class Definer:
     """Collects definitions while `define` walks the trace; the rules' view of the piece."""
 
-    def __init__(self, trace: Trace, computable: Collection[torch.dtype], arch: int) -> None:
-        self.trace, self.computable, self.arch = trace, computable, arch
+    def __init__(self, trace: Trace, computable: Collection[torch.dtype], target: Target) -> None:
+        self.trace, self.computable, self.target, self.arch = trace, computable, target, target.arch
         self.definitions: dict[str, Definition] = {}
         self.views: dict[str, View] = {}
         self.layouts: dict[str, Layout] = {}

@@ -43,7 +43,7 @@ from .ir import Trace
 from .narrow import narrow
 from .options import Options
 from .schedule import schedule
-from .select import select
+from .select import in_vain, select
 from .size import Whole
 from .specialize import specialize
 
@@ -124,10 +124,13 @@ def _planned(
     while True:
         hoisted = journal.run(hoist, values, vain) if options.fuse else values
         fused = journal.run(fuse, journal.run(depend, hoisted), options)
-        if fused.stranded <= vain:
+        found = fused.stranded
+        if found <= vain:
+            selected = journal.run(select, journal.run(narrow, fused), options, misaligned)
+            found = in_vain(selected, options)
+        if found <= vain:
             break
-        vain |= fused.stranded
-    selected = journal.run(select, journal.run(narrow, fused), options, misaligned)
+        vain |= found
     if selected.vendors:
         # What cuBLAS leaves to a kernel of its own may join another one instead.
         fused = journal.run(fuse, barring(fused.dependencies, selected.vendors), options)

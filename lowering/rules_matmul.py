@@ -53,7 +53,7 @@ def _few(d: Definer, w: View) -> int:
     whole = isinstance(k, int) and isinstance(n, int)
     if not whole or d.arch != 90 or w.layout.dtype.itemsize != 2 or w.layout.stride[0] != 1:
         return FEW_TOKENS
-    return few_tokens(n, k)
+    return few_tokens(n, k, d.target)
 
 
 def _single(d: Definer, node: Node, name: str, x: View, w: View, layout: Layout) -> None:

@@ -24,13 +24,13 @@ from ..kernels.gemm import GemmProblem
 from ..kernels.rows import LOOP_FROM
 from ..kernels.segments import Problem
 from .affine import Div, Indirect, Mod
-from .choices import Table, by_size, choose
+from .choices import Table, at_size, by_size, choose
 from .compose import compose
 from .composer import Refused
 from .cost import traffic
 from .expr import varies
 from .fuse import Fused
-from .group import COL, Group
+from .group import COL, FEW_TOKENS, Group
 from .options import Options
 from .size import Size, Undecided, alike, typical
 from .values import Contract, Item, Values, View
@@ -90,6 +90,20 @@ class Selected:
         return "\n".join(
             f"{k.family or k.group.kind} {k.name}: {k.config or ''} {k.why}".rstrip() for k in self.kernels
         )
+
+
+def in_vain(selected: Selected, options: Options) -> frozenset[str]:
+    """Products of more than few tokens past which a scale was hoisted and that do not stream, as what was measured is
+    another kind of product."""
+    hoisted, found = selected.values.hoisted, set()
+    for kernel in selected.kernels:
+        product = kernel.group.contract
+        if product is None or not kernel.group.parts_read or options.target.interpreted:
+            continue
+        families = kernel.by_size or ((at_size(kernel.problem).m, kernel),)
+        if any(size > FEW_TOKENS and choice.family != "gemm_stream" for size, choice in families):
+            found.add(hoisted[product.name])
+    return frozenset(found)
 
 
 def select(fused: Fused, options: Options, misaligned: Collection[str] = ()) -> Selected:

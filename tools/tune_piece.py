@@ -130,7 +130,7 @@ def stream_space(problem: GemmProblem, target: Target) -> Iterator[gemm_stream.C
 
 def space(problem: GemmProblem, target: Target) -> Iterator[tuple[Any, Any]]:
     """Families and configs that a problem is tuned over."""
-    if problem.m <= MOST_BESIDE:
+    if problem.m <= MOST_BESIDE and gemm_stream.supports(replace(problem, m=1)) is None:
         yield from ((gemm_stream, config) for config in dict.fromkeys(stream_space(problem, target)))
     if gemm_persistent.supports(problem) is not None:
         return
@@ -174,6 +174,9 @@ class Tuning:
         with compiling_together(compilers.asked()):
             for launch in self.launches:
                 for family, config in space(launch.problem, target):
+                    if family is not gemm_stream and getattr(launch.planned, "loads", None) is not None:
+                        # The others' epilogues read for themselves.
+                        continue
                     how: dict[str, Any] = {"pdl": True}
                     if family is gemm_stream:
                         given = ("leads", "parts", "loads")
