@@ -42,8 +42,7 @@ from .values import Contract, Definition, Extern, Item, Layout, Map, Parts, Redu
 # Qwen3-14B, whose 5120 columns are 40 parts of 128, took 0.97 and 0.99 at 128 (H200, 2026-11-26, both tuned). Other
 # rows of more than 4096, and these on another card, were not tried. Beyond 128 it pays where all products that the norm
 # lies between were measured so (`Contract.few`): pieces of Llama-3.1-8B and 3.2-1B took 0.96 and 0.92 at 130 tokens,
-# 0.96 and 0.93 at 144, 0.99 and 0.96 at 160, 0.96 and 0.90 at 192 (H200, 2026-11-27), six shapes by a rule 1.00 to
-# 1.22.
+# 0.96 and 0.93 at 144, 0.99 and 0.96 at 160, 1B's 0.90 at 192 (H200, 2026-11-27), six shapes by a rule 1.00 to 1.22.
 MOST_TOKENS, MOST_COLUMNS = MANY_PARTS_TOKENS, 5120
 
 
