@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from math import inf
 from typing import Any
 
 from ..lowering.errors import Unsupported
@@ -26,15 +27,10 @@ def pick(problem: GemmProblem, target: Target) -> tuple[str, Any, str]:
     families = {name: importlib.import_module(f".{name}", __package__) for name in FAMILIES}
     lacks = {name: _lack(name, target) or family.supports(problem) for name, family in families.items()}
     for name, family in families.items():
-        reason = lacks[name]
-        if name in ("gemm_skinny", "gemm_simple") and any(other == "gemm_stream" for _, other, _, _ in timed):
+        reason, streams = lacks[name], any(other == "gemm_stream" for _, other, _, _ in timed)
+        if streams and name in ("gemm_skinny", "gemm_simple"):
             reason = "gemm_stream reads W as fast, and asks for it earlier"
-        if (
-            name in ("gemm_persistent", "gemm_vendor")
-            and _leaves_parts(problem)
-            and timed
-            and timed[0][1] == "gemm_stream"
-        ):
+        if streams and name in ("gemm_persistent", "gemm_vendor") and _leaves_parts(problem):
             reason = "where no norm stands between products they were measured together, all of gemm_stream"
         if problem.bare and name != "gemm_vendor" and lacks["gemm_vendor"] is None:
             reason = "cuBLAS was chosen for it together with what follows, which is a kernel of its own"
@@ -42,7 +38,11 @@ def pick(problem: GemmProblem, target: Target) -> tuple[str, Any, str]:
             refused.append(f"not {name}: {reason}")
             continue
         config, why = family.choose(problem, target)
-        timed.append((family.estimate_us(problem, config, target), name, config, why))
+        us = family.estimate_us(problem, config, target)
+        if name == "gemm_stream" and us == inf:
+            refused.append(f"not {name}: {problem.m} tokens, and it was not measured for so many on this device")
+            continue
+        timed.append((us, name, config, why))
     if not timed:
         raise Unsupported("GEMM", "; ".join(refused), stage="kernels.gemm", remedy="The op runs as itself.")
     _, best, config, why = min(timed, key=lambda entry: entry[0])

@@ -11,8 +11,12 @@ from hypothesis import given as drawn
 from hypothesis import seed, settings
 from hypothesis import strategies as st
 
+from terrazzo.kernels.target import Target
 from terrazzo.lowering import hoist, rules_matmul
 from terrazzo.lowering.group import Group
+from terrazzo.lowering.intake import Examples
+from terrazzo.lowering.options import Options
+from terrazzo.lowering.pipeline import plan, trace
 from terrazzo.runtime.compiled import CompiledPiece
 
 from .equal import compare, copied, odd, same, traced
@@ -240,6 +244,25 @@ def test_results_repeat_bit_by_bit() -> None:
 def test_one_plan_serves_every_size_of_a_range() -> None:
     _, [regime] = at_every_size(chain, given, 120, 128)
     assert regime.plan is not None and "load_parts" in regime.plan.source
+
+
+def gate_and_up_apart(x: Any, w: Any, r: Any, g: Any, w1: Any, w2: Any) -> Any:
+    linear = torch.nn.functional.linear
+    h = r + linear(x, w)
+    a = normed(h, g)
+    return h, torch.nn.functional.silu(linear(a, w1)) * linear(a, w2)
+
+
+@pytest.mark.parametrize(("tokens", "scaled"), [(128, True), (160, False)])
+def test_a_norm_stays_where_what_was_measured_is_another_kind_of_product(tokens: int, scaled: bool) -> None:
+    # Rows for 160 tokens are of gate and up as a pair of one product.
+    shapes = ((tokens, 2048), (2048, 2048), (tokens, 2048), (2048,), (16384, 2048), (16384, 2048))
+    args = [torch.empty(shape, dtype=BF16) for shape in shapes]
+    graph = traced(gate_and_up_apart, len(args))
+    made = plan(trace(graph, Examples.of(graph, args)), {}, Options(Target.named("h200")))
+    products = [kernel for kernel in made.schedule.launches() if kernel.group.contract is not None]
+    assert [kernel.problem.scaled for kernel in products] == [False, scaled, scaled]
+    assert all(kernel.family != "gemm_simple" for kernel in products)
 
 
 def test_a_range_is_cut_where_products_were_measured_to(monkeypatch: pytest.MonkeyPatch) -> None:
