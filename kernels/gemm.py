@@ -113,6 +113,11 @@ class GemmProblem:
         return "sum" if self.summed else "one"
 
     @property
+    def leaves_parts(self) -> bool:
+        """Whether the epilogue leaves sums over columns for another product that scales its rows."""
+        return self.summed > 0 and not self.halves
+
+    @property
     def accumulators(self) -> int:
         return 2 if self.paired else 1
 

@@ -60,16 +60,6 @@ def describe_x(x: torch.Tensor, box: list[int]) -> Any:
     return made
 
 
-def describe_extra(x: torch.Tensor, config: Config) -> Any:
-    """x, of which a tile of so many rows is taken.
-
-    Raises:
-        Unsupported: base or row stride is not a multiple of 16 bytes.
-    """
-    box = [config.extra_m, config.block_k]
-    return descriptor(x, box, "x", layout(tuple(box), x.dtype))
-
-
 def together(problem: GemmProblem, config: Config) -> bool:
     """Whether the columns of a pair are rows of one product: 16 of it are one warp's, of which a thread has one of the
     upper eight and that of the lower eight which belongs to it."""

@@ -30,7 +30,7 @@ def pick(problem: GemmProblem, target: Target) -> tuple[str, Any, str]:
         reason, streams = lacks[name], any(other == "gemm_stream" for _, other, _, _ in timed)
         if streams and name in ("gemm_skinny", "gemm_simple"):
             reason = "gemm_stream reads W as fast, and asks for it earlier"
-        if streams and name in ("gemm_persistent", "gemm_vendor") and _leaves_parts(problem):
+        if streams and name in ("gemm_persistent", "gemm_vendor") and problem.leaves_parts:
             reason = "where no norm stands between products they were measured together, all of gemm_stream"
         if problem.bare and name != "gemm_vendor" and lacks["gemm_vendor"] is None:
             reason = "cuBLAS was chosen for it together with what follows, which is a kernel of its own"
@@ -48,11 +48,6 @@ def pick(problem: GemmProblem, target: Target) -> tuple[str, Any, str]:
     _, best, config, why = min(timed, key=lambda entry: entry[0])
     slower = [f"{name} would take {us:.1f} us" for us, name, _, _ in timed if name != best]
     return best, config, "; ".join([why, *slower, *refused])
-
-
-def _leaves_parts(problem: GemmProblem) -> bool:
-    """Whether the epilogue leaves sums over columns for another product that scales its rows."""
-    return problem.summed > 0 and not problem.halves
 
 
 def _lack(family: str, target: Target) -> str | None:

@@ -28,7 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from . import workspace
 from .gemm import GemmProblem, k_per_split, reference, tma_obstacle, type_name
-from .gemm_boxes import box_type, describe_extra, describe_w, describe_x, extra_box, together, w_box, x_box
+from .gemm_boxes import box_type, describe_w, describe_x, extra_box, together, w_box, x_box
 from .gemm_jobs import job_configs, label, sample
 from .gemm_steps import (
     as_rows,
@@ -289,7 +289,7 @@ def _constexprs(
         "LEADS": leads,
         "ASKS_EARLY": asks_early(problem, leads),
         "WARPS": config.warps,
-        "LEAVES_PARTS": problem.summed > 0 and not problem.halves,
+        "LEAVES_PARTS": problem.leaves_parts,
         "LOAD_PARTS": parts,
         "LOADS": loads,
         "EPILOGUE": epilogue,
@@ -317,7 +317,8 @@ class StreamGemm:
         constexprs = _constexprs(problem, config, epilogue, pdl, leads, parts, loads)
         self.kernel = Kernel(gemm_stream_kernel, constexprs, num_warps=config.warps, pdl=pdl)
         self._describe_x = Descriptors(partial(describe_x, box=x_box(config)))
-        self._describe_extra = Descriptors(partial(describe_extra, config=config))
+        extra = extra_box(config)
+        self._describe_extra = extra and Descriptors(partial(describe_x, box=extra))
         self._describe_w = Descriptors(partial(describe_w, box=w_box(problem, config), problem=problem))
 
     def arguments(self, x: torch.Tensor, w: torch.Tensor, t: tuple) -> tuple[tuple[int, int, int], tuple]:
@@ -326,7 +327,7 @@ class StreamGemm:
         tiles = ceil(self.problem.n / config.block_n) * ceil(m / config.tokens)
         sums = config.block_n * config.tokens * self.problem.accumulators
         scratch = workspace.for_splits(x.device, tiles, config.split_k, sums, self.slot)
-        extra = self._describe_extra(x) if config.extra_m else None
+        extra = self._describe_extra and self._describe_extra(x)
         described = self._describe_x(x), extra, self._describe_w(w)
         return (tiles, config.split_k, 1), (*described, scratch.partials, scratch.counters, m, t)
 

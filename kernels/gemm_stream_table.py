@@ -323,7 +323,7 @@ def few_tokens(n: int, k: int, target: Target) -> int:
         n, k: columns of W, those of both halves of a pair, and depth.
         target: the device.
     """
-    table = CONFIGS[nearest(CONFIGS, target)[0]]
+    table = _tables(target)[0]
     keys = [(n // 2 if kind == "pair" else n, k, kind) for kind in FUSED]
     return max((MOST_TOKENS, *(m for key in keys for m in table.get(key, ()))))
 

@@ -110,9 +110,10 @@ def stream_space(problem: GemmProblem, target: Target) -> Iterator[gemm_stream.C
     for shape, warps, resident in itertools.product(dict.fromkeys(shapes), (4, 8), (1, 2)):
         m, n, tokens_first, k, split, extra = shape
         tiles_of_w = -(-problem.n // n) * -(-problem.m // (m + extra))
-        programs, rows = tiles_of_w * split, m if tokens_first else n
+        programs = tiles_of_w * split
         sums_per_thread = (m + extra) * n * accs / (32 * warps)
         base = gemm_stream.Config(m, n, k * wider, 1, warps, split, tokens_first, extra)
+        rows = m if tokens_first else 2 * n if together(problem, base) else n
         one = gemm_stream.smem_bytes(problem, base) - 1024
         stages = min(8, (target.smem_bytes // resident - 2048) // one)
         tiles_at_once = (stages - 1) * max(1, min(resident, programs / target.sm_count))
@@ -122,7 +123,6 @@ def stream_space(problem: GemmProblem, target: Target) -> Iterator[gemm_stream.C
         if resident == 2 and alone or resident == 1 and not alone and warps == 4 and problem.m > 64:
             continue
         fits = 0.4 <= programs / target.sm_count <= 6 and (split == 1 or tiles_of_w <= 100)
-        rows = 2 * n if together(problem, base) else rows
         holds = sums_per_thread <= 160 and (warps == 4 or (rows >= 128 and sums_per_thread >= 32))
         if fits and holds and stages >= 2 and in_flight >= 24_000:
             yield replace(base, stages=stages)
@@ -174,13 +174,13 @@ class Tuning:
         with compiling_together(compilers.asked()):
             for launch in self.launches:
                 for family, config in space(launch.problem, target):
-                    if family is not gemm_stream and getattr(launch.planned, "loads", None) is not None:
-                        # The others' epilogues read for themselves.
-                        continue
                     how: dict[str, Any] = {"pdl": True}
-                    if family is gemm_stream:
-                        given = ("leads", "parts", "loads")
-                        how |= {name: getattr(launch.planned, name) for name in given if hasattr(launch.planned, name)}
+                    if isinstance(launch.planned, gemm_stream.StreamGemm):
+                        if family is gemm_stream:
+                            how |= {name: getattr(launch.planned, name) for name in ("leads", "parts", "loads")}
+                        elif launch.planned.loads is not None:
+                            # The others' epilogues read for themselves.
+                            continue
                     made = launch.candidates[config] = family.prepare(
                         launch.planned.epilogue, config, launch.problem, **how
                     )
