@@ -16,6 +16,7 @@ from triton.experimental.gluon import language as gl
 from .gemm import GemmProblem, type_name, w_block, whole_heads
 from .gemm_steps import folds
 from .gemm_stream_table import Config
+from .ptx import MOST_COLUMNS
 from .tma import descriptor
 
 
@@ -41,6 +42,12 @@ def x_box(config: Config) -> list[int]:
 def extra_box(config: Config) -> list[int] | None:
     """The rows of x beside those."""
     return [config.extra_m, config.block_k] if config.extra_m else None
+
+
+def beside(problem: GemmProblem, config: Config) -> bool:
+    """Whether rows of x may stand beside a tile: whole lines of shared memory, that one instruction can multiply."""
+    line = config.block_k * problem.dtype.itemsize == 128
+    return line and config.tokens <= MOST_COLUMNS and not config.tokens_first
 
 
 def describe_x(x: torch.Tensor, box: list[int]) -> Any:

@@ -9,6 +9,7 @@ from triton.experimental.gluon.language.nvidia.hopper import tma, warpgroup_mma,
 from .functions import sum_of_parts as triton_sum_of_parts
 from .gemm import first_row as triton_first_row
 from .gemm import sum_of_splits as triton_sum_of_splits
+from .ptx import next_two_are_one
 
 # For Gluon, which cannot call what Triton interprets.
 first_row = gluon.jit(triton_first_row.fn)
@@ -66,13 +67,40 @@ def folds(block_m: int) -> bool:
 
 
 @gluon.jit
-def ask_x(descs, rows, k, ready, rings, slot, BLOCK_M: gl.constexpr, EXTRA_M: gl.constexpr, pred):
-    """A step's tile of x and, where there are EXTRA_M rows, the one beside it; descriptors, first rows and rings of
-    both."""
+def eights_of_rows(DTYPE: gl.constexpr, ROWS: gl.constexpr, DEPTH: gl.constexpr):
+    """A ring of rows of x: TMA and the tensor cores put eight of them after another."""
+    laid: gl.constexpr = gl.NVMMASharedLayout.get_default_for([8, DEPTH], DTYPE)
+    return gl.allocate_shared_memory(DTYPE, [ROWS // 8, 8, DEPTH], laid)
+
+
+@gluon.jit
+def from_row(ring, slot, TOKENS: gl.constexpr, ROW: gl.constexpr):
+    """A slot's tile, of so many tokens, from a row on."""
+    return ring.index(slot * (TOKENS // 8) + ROW // 8)
+
+
+@gluon.jit
+def rows_of(ring, slot, TOKENS: gl.constexpr, FIRST: gl.constexpr, ROWS: gl.constexpr, DEPTH: gl.constexpr):
+    """Some rows of a slot's tile, as a matrix."""
+    return as_rows(from_row(ring, slot, TOKENS, FIRST), ROWS, DEPTH)
+
+
+@gluon.jit
+def ask_x(descs, rows, k, ready, ring, slot, BLOCK_M: gl.constexpr, EXTRA_M: gl.constexpr, pred):
+    """A step's tile of x and, where there are EXTRA_M rows, the one beside it; descriptors and first rows of both."""
+    TOKENS: gl.constexpr = BLOCK_M + EXTRA_M
     at = [0, rows[0], k] if folds(BLOCK_M) else [rows[0], k]
-    tma.async_copy_global_to_shared(descs[0], at, ready.index(slot), rings[0].index(slot), pred=pred)
+    tile = as_box(from_row(ring, slot, TOKENS, 0), descs[0])
+    tma.async_copy_global_to_shared(descs[0], at, ready.index(slot), tile, pred=pred)
     if EXTRA_M > 0:
-        tma.async_copy_global_to_shared(descs[1], [rows[1], k], ready.index(slot), rings[1].index(slot), pred=pred)
+        beside = as_box(from_row(ring, slot, TOKENS, BLOCK_M), descs[1])
+        tma.async_copy_global_to_shared(descs[1], [rows[1], k], ready.index(slot), beside, pred=pred)
+
+
+@gluon.jit
+def as_box(tile, desc):
+    """Memory as what a descriptor brings."""
+    return tile._reinterpret(desc.dtype, desc.block_shape, desc.layout)
 
 
 @gluon.jit
@@ -92,9 +120,17 @@ def multiply(w, x, acc, TOKENS_FIRST: gl.constexpr, KN: gl.constexpr):
 
 
 @gluon.jit
+def multiply_both(w, x, more, acc, extra, KN: gl.constexpr):
+    """The same for x and the rows that follow it, in one instruction."""
+    next_two_are_one()
+    return multiply(w, x, acc, False, KN), multiply(w, more, extra, False, KN)
+
+
+@gluon.jit
 def multiplied(acc, acc2, extra, extra2, SEPARATE: gl.constexpr, EXTRA_M: gl.constexpr, STEPS: gl.constexpr):
-    """The accumulators that there are, once all but the products of so many last steps are in them."""
-    PENDING: gl.constexpr = STEPS * (2 if SEPARATE else 1) * (2 if EXTRA_M > 0 else 1)
+    """The accumulators that there are, once all but the products of so many last steps are in them; where tokens stand
+    beside a tile, two products are one."""
+    PENDING: gl.constexpr = STEPS * (2 if SEPARATE else 1)
     if SEPARATE and EXTRA_M > 0:
         acc, acc2, extra, extra2 = warpgroup_mma_wait(PENDING, deps=(acc, acc2, extra, extra2))
     elif SEPARATE:

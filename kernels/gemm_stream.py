@@ -7,8 +7,8 @@ launch.py). Triton's pipeliner issues both loads of a step together, behind the 
 Gluon. What the epilogue reads is asked for before the loop.
 Either operand may be the one a warpgroup takes 64 rows of: W (accumulators [BLOCK_N, BLOCK_M]), so that few tokens cost
 nothing; or x (accumulators [BLOCK_M, BLOCK_N]), so that a tile may be as narrow as 16 columns of W and few columns
-still occupy every multiprocessor. Where it is W, EXTRA_M tokens may stand beside BLOCK_M in accumulators of their own,
-as 128 + 16 for 136; and both halves of a pair may be rows of one product (`gemm_boxes.together`).
+still occupy every multiprocessor. Where it is W, EXTRA_M tokens may follow BLOCK_M in accumulators of their own, as 128
++ 16 for 136, multiplied by one instruction (ptx.py); and a pair may be rows of one product (`gemm_boxes.together`).
 Split-K programs write fp32 partials and count in; the last to arrive sums them in the order of the splits, so results
 repeat bit by bit.
 Bytes: W, x per column tile (L2), partials 8 * split_k * M * N (L2). FLOPs: 2 * M * N * K per accumulator.
@@ -28,13 +28,14 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from . import workspace
 from .gemm import GemmProblem, k_per_split, reference, tma_obstacle, type_name
-from .gemm_boxes import box_type, describe_w, describe_x, extra_box, together, w_box, x_box
+from .gemm_boxes import beside, box_type, describe_w, describe_x, extra_box, together, w_box, x_box
 from .gemm_jobs import job_configs, label, sample
 from .gemm_steps import (
     as_rows,
     ask_w,
     ask_x,
     collect,
+    eights_of_rows,
     finish,
     first_row,
     folds,
@@ -42,7 +43,9 @@ from .gemm_steps import (
     let_successor_start,
     multiplied,
     multiply,
+    multiply_both,
     rows_and_columns,
+    rows_of,
     sum_of_parts,
     wait_for_predecessor,
 )
@@ -133,11 +136,9 @@ def gemm_stream_kernel(
         if LEADS:
             let_successor_start()
     w_ring = gl.allocate_shared_memory(w_desc.dtype, [STAGES * ACCS] + w_desc.block_shape, w_desc.layout)
-    x_ring = gl.allocate_shared_memory(x_desc.dtype, [STAGES] + x_desc.block_shape, x_desc.layout)
-    extra_ring = x_ring
-    X_BYTES: gl.constexpr = x_desc.block_type.nbytes // BLOCK_M * (BLOCK_M + EXTRA_M)
-    if EXTRA_M > 0:
-        extra_ring = gl.allocate_shared_memory(x_desc.dtype, [STAGES] + extra_desc.block_shape, extra_desc.layout)
+    TOKENS: gl.constexpr = BLOCK_M + EXTRA_M
+    x_ring = eights_of_rows(x_desc.dtype, STAGES * TOKENS, BLOCK_K)
+    X_BYTES: gl.constexpr = x_desc.block_type.nbytes // BLOCK_M * TOKENS
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     STEP_BYTES: gl.constexpr = ACCS * w_desc.block_type.nbytes + X_BYTES
     for s in gl.static_range(STAGES):
@@ -150,11 +151,11 @@ def gemm_stream_kernel(
         wait_for_predecessor()
         if LEADS:
             let_successor_start()
-    descs, rings = (x_desc, extra_desc), (x_ring, extra_ring)
+    descs = (x_desc, extra_desc)
     rows = (first_row(m0, m_size, BLOCK_M), first_row(m0 + BLOCK_M, m_size, EXTRA_M))
     for s in gl.static_range(STAGES):
         k = k0 + s * BLOCK_K
-        ask_x(descs, rows, k, ready, rings, s, BLOCK_M, EXTRA_M, k < k_end)
+        ask_x(descs, rows, k, ready, x_ring, s, BLOCK_M, EXTRA_M, k < k_end)
     # What the epilogue reads: nothing waits for it before the product is done.
     EARLY: gl.constexpr = (2 if PAIRED else 1) * BLOCK_M * BLOCK_N <= 64 * 32 * WARPS and EXTRA_M == 0
     m, n, mask = rows_and_columns(m0, n0, m_size, N, BLOCK_M, BLOCK_N, HALVES, TOKENS_FIRST, WARPS, folds(BLOCK_M))
@@ -180,24 +181,25 @@ def gemm_stream_kernel(
     acc = gl.zeros([ROWS, COLS], gl.float32, sums)
     acc2, extra, extra2 = acc, acc, acc
     if EXTRA_M > 0:
-        more: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, EXTRA_M, DEPTH])
-        extra = gl.zeros([ROWS, EXTRA_M], gl.float32, more)
+        laid: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, EXTRA_M, DEPTH])
+        extra = gl.zeros([ROWS, EXTRA_M], gl.float32, laid)
         extra2 = extra
     slot, parity = 0, 0
     for k in range(k0, k_end, BLOCK_K):
         mbarrier.wait(ready.index(slot), parity)
-        x = as_rows(x_ring.index(slot), BLOCK_M, BLOCK_K)
+        x = rows_of(x_ring, slot, TOKENS, 0, BLOCK_M, BLOCK_K)
+        more = rows_of(x_ring, slot, TOKENS, BLOCK_M, EXTRA_M, BLOCK_K) if EXTRA_M > 0 else x
         w = w_ring.index(slot * ACCS)
         if APART > 0 or TOGETHER:
             w = as_rows(w, W_ROWS, BLOCK_K)
-        acc = multiply(w, x, acc, TOKENS_FIRST, KN)
         if EXTRA_M > 0:
-            extra = multiply(w, extra_ring.index(slot), extra, TOKENS_FIRST, KN)
-        if SEPARATE:
-            w = w_ring.index(slot * ACCS + 1)
-            acc2 = multiply(w, x, acc2, TOKENS_FIRST, KN)
-            if EXTRA_M > 0:
-                extra2 = multiply(w, extra_ring.index(slot), extra2, TOKENS_FIRST, KN)
+            acc, extra = multiply_both(w, x, more, acc, extra, KN)
+        else:
+            acc = multiply(w, x, acc, TOKENS_FIRST, KN)
+        if SEPARATE and EXTRA_M > 0:
+            acc2, extra2 = multiply_both(w_ring.index(slot * ACCS + 1), x, more, acc2, extra2, KN)
+        elif SEPARATE:
+            acc2 = multiply(w_ring.index(slot * ACCS + 1), x, acc2, TOKENS_FIRST, KN)
         acc, acc2, extra, extra2 = multiplied(acc, acc2, extra, extra2, SEPARATE, EXTRA_M, 1)
         # The step before this one has been multiplied: its slot takes the tiles that come STAGES steps after it.
         free = gl.where(slot == 0, STAGES - 1, slot - 1)
@@ -205,7 +207,7 @@ def gemm_stream_kernel(
         there = (ahead < k_end) & (k > k0)
         mbarrier.expect(ready.index(free), STEP_BYTES, pred=there)
         ask_w(w_desc, n0, ahead, ready, w_ring, free, ACCS, PAIR_OFFSET, APART, TOGETHER, KN, there)
-        ask_x(descs, rows, ahead, ready, rings, free, BLOCK_M, EXTRA_M, there)
+        ask_x(descs, rows, ahead, ready, x_ring, free, BLOCK_M, EXTRA_M, there)
         last = slot == STAGES - 1
         slot = gl.where(last, 0, slot + 1)
         parity = gl.where(last, parity ^ 1, parity)
@@ -248,9 +250,9 @@ def gemm_stream_kernel(
         if EXTRA_M > 0:
             total = collect(extra_parts, extra, SPLIT_K, SUMS)
             total2 = collect(extra_parts + ROWS * EXTRA_M, extra2, SPLIT_K, SUMS) if SEPARATE else total
-            beside = t_extra + LOADS(m_extra, n_extra, mask_extra, t_extra) if LOADS is not None else t_extra
+            given = t_extra + LOADS(m_extra, n_extra, mask_extra, t_extra) if LOADS is not None else t_extra
             finish(
-                total, total2, m0 + BLOCK_M, n0, m_size, beside, N, HALVES, TOKENS_FIRST, PAIRED, TOGETHER, WARPS,
+                total, total2, m0 + BLOCK_M, n0, m_size, given, N, HALVES, TOKENS_FIRST, PAIRED, TOGETHER, WARPS,
                 False, EPILOGUE,
             )  # fmt: skip
         if SPLIT_K > 1:
@@ -312,6 +314,7 @@ class StreamGemm:
         slot: int,
     ) -> None:
         assert config.stages > 1, "a ring of one slot is never refilled"
+        assert not config.extra_m or beside(problem, config), "one instruction multiplies what follows one another"
         self.config, self.problem, self.epilogue = config, problem, epilogue
         self.parts, self.loads, self.leads, self.slot = parts, loads, leads, slot
         constexprs = _constexprs(problem, config, epilogue, pdl, leads, parts, loads)

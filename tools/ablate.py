@@ -40,20 +40,20 @@ from terrazzo.tools.measure import chain, interleaved_us, layers_of
 PACKAGES = ("lowering", "kernels", "runtime", "tools")
 NEVER = "if gl.max(gl.max(total, 0), 0) == 0.12345: "
 X = (
-    ("        ask_x(descs, rows, ahead, ready, rings, free, BLOCK_M, EXTRA_M, there)\n", ""),
+    ("        ask_x(descs, rows, ahead, ready, x_ring, free, BLOCK_M, EXTRA_M, there)\n", ""),
     (
         "mbarrier.expect(ready.index(free), STEP_BYTES, pred=there)",
         "mbarrier.expect(ready.index(free), STEP_BYTES - X_BYTES, pred=there)",
     ),
 )
 PRODUCTS = (
-    ("        acc = multiply(w, x, acc, TOKENS_FIRST, KN)\n", ""),
-    ("            extra = multiply(w, extra_ring.index(slot), extra, TOKENS_FIRST, KN)\n", "            pass\n"),
-    ("            acc2 = multiply(w, x, acc2, TOKENS_FIRST, KN)\n", ""),
+    ("            acc, extra = multiply_both(w, x, more, acc, extra, KN)\n", "            pass\n"),
+    ("            acc = multiply(w, x, acc, TOKENS_FIRST, KN)\n", "            pass\n"),
     (
-        "                extra2 = multiply(w, extra_ring.index(slot), extra2, TOKENS_FIRST, KN)\n",
-        "                pass\n",
+        "            acc2, extra2 = multiply_both(w_ring.index(slot * ACCS + 1), x, more, acc2, extra2, KN)\n",
+        "            pass\n",
     ),
+    ("            acc2 = multiply(w_ring.index(slot * ACCS + 1), x, acc2, TOKENS_FIRST, KN)\n", "            pass\n"),
     ("        acc, acc2, extra, extra2 = multiplied(acc, acc2, extra, extra2, SEPARATE, EXTRA_M, 1)\n", ""),
 )
 # The accumulators have to be needed for something.

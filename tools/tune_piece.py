@@ -81,7 +81,7 @@ class Launch:
 
 def beside(m: int) -> list[tuple[int, int]]:
     """Tokens of a tile, and those beside them, where one, two or three such tiles hold so many with few to spare."""
-    sides = [(side, extra) for side in (64, 128, 256) for extra in (0, 16, 32, 64, 128) if extra < side]
+    sides = [(side, extra) for side in (64, 128) for extra in (0, 16, 32, 64)] + [(256, 0)]
     found = []
     for tiles in (1, 2, 3) if m > 128 else (1,):
         needed = -(-m // tiles)
@@ -105,7 +105,8 @@ def stream_space(problem: GemmProblem, target: Target) -> Iterator[gemm_stream.C
         shapes += [(128, 128, first, 64, s, 0) for first in (False, True) for s in (3, 4, 6) if 64 < problem.m <= 128]
         widths = (32, 64, 128) if problem.paired else (64, 128)
         for m, extra in beside(problem.m):
-            shapes += [(m, n, False, k, s, extra) for n in widths for k in (64, 128) for s in (1, 2, 3, 4, 6)]
+            depths = (64,) if extra else (64, 128)
+            shapes += [(m, n, False, k, s, extra) for n in widths for k in depths for s in (1, 2, 3, 4, 6)]
     shapes = [(m, max(n, problem.summed), first, k, split, extra) for m, n, first, k, split, extra in shapes]
     for shape, warps, resident in itertools.product(dict.fromkeys(shapes), (4, 8), (1, 2)):
         m, n, tokens_first, k, split, extra = shape

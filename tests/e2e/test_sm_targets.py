@@ -68,6 +68,14 @@ def test_eight_warps_wait_for_each_others_products_before_the_rings_memory_is_us
 
 
 @pytest.mark.slow
+def test_tokens_beside_a_tile_are_multiplied_with_it():
+    rows = compile_isolated("gemm_stream", 90, match="x128+16x", show="ptx")
+    assert {"paired" in row.label for row in rows} == {"halves" in row.label for row in rows} == {True, False}
+    for row in rows:
+        assert set(re.findall(r"m64n(\d+)k16", row.code)) == {"144"}, row.label
+
+
+@pytest.mark.slow
 def test_the_last_tiles_held_columns_wait_for_the_others_products():
     """Within the loop what is held changes lanes in memory of its own, behind it in the ring's."""
     rows = compile_isolated("gemm_persistent", 90, match="held", show="ptx")

@@ -21,8 +21,8 @@ def test_products_with_rows_stream_for_more_tokens() -> None:
     for problem in (down, pair, replace(down, m=129)):
         name, config, why = pick(problem, H200)
         assert name == "gemm_stream" and config.extra_m and "measured" in why
-        assert few_tokens(problem.n * problem.accumulators, problem.k, H200) == 160
-    for other in (replace(down, m=161), replace(down, n=4608), replace(down, layout="kn")):
+        assert few_tokens(problem.n * problem.accumulators, problem.k, H200) == 192
+    for other in (replace(down, m=193), replace(down, n=4608), replace(down, layout="kn")):
         assert gemm_stream.supports(other) is not None
     # On another device neither is taken for more tokens than it was measured for there.
     h100 = Target.named("h100")

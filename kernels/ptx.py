@@ -1,0 +1,85 @@
+"""One instruction of the tensor cores for two products of the same rows: a change of Triton's PTX.
+
+Triton's tiles are powers of two, while a warpgroup multiplies by any multiple of eight columns up to 256. Two products
+of one tile, by 128 columns and by 16, are two instructions, which both read the tile from shared memory, and the second
+takes as long as one of 50 columns or more. Where a kernel notes in its PTX that its next two products are one, because
+their columns follow one another in shared memory, their instructions become one, of 144 columns. Triton lets others
+change what it compiles between two stages (`add_stages_inspection_hook`). What is not as expected stays as Triton made
+it, which is right as well.
+
+Importing this has Triton do so in the process; PTX without such a note passes as it is.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+# Of one instruction.
+MOST_COLUMNS = 256
+
+_NOTE = "// the next two products are one"
+_PRODUCT = re.compile(
+    r"wgmma\.mma_async\.sync\.aligned\.m64n(?P<columns>\d+)(?P<kind>k\d+\.\S+) \{(?P<sums>[^}]*)\}, "
+    r"(?P<tile>%rd\d+), (?P<other>%rd\d+), (?P<rest>[^;]*);"
+)
+# The end of a group of products, which a later wait counts, and what has to come before the first.
+_COMMIT, _FENCE = "wgmma.commit_group.sync.aligned;", "wgmma.fence.sync.aligned;"
+
+
+@gluon.jit
+def next_two_are_one():
+    """Note that the next two products have the same first operand, and that the rows of the second one's other operand
+    follow those of the first one's in shared memory. They are one group to wait for."""
+    gl.inline_asm_elementwise(
+        "// the next two products are one $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )  # fmt: skip
+
+
+def widened(ptx: str) -> str:
+    """PTX in which two products are one where a note says that they are."""
+    before, *noted = re.split(f"(?={_NOTE})", ptx)
+    return before + "".join(map(_widened, noted))
+
+
+def _widened(ptx: str) -> str:
+    """What follows one note."""
+    groups = ptx.split(_COMMIT, 2)
+    if len(groups) < 3:
+        return ptx
+    first, second, rest = groups
+    steps, others = list(_PRODUCT.finditer(first)), list(_PRODUCT.finditer(second))
+    if not steps or [_alike(step) for step in steps] != [_alike(other) for other in others]:
+        return ptx
+    for step, other in zip(steps, others, strict=True):
+        columns = int(step["columns"]) + int(other["columns"])
+        if columns > MOST_COLUMNS:
+            return ptx
+        one = f"wgmma.mma_async.sync.aligned.m64n{columns}{step['kind']} {{{step['sums']},{other['sums']}}}, "
+        one += f"{step['tile']}, {step['other']}, {step['rest']};"
+        first, second = first.replace(step[0], one), second.replace(other[0], "")
+    return first + _COMMIT + second.replace(_FENCE, "") + rest
+
+
+def _alike(product: re.Match[str]) -> tuple[str, ...]:
+    """What two products have in common that can be one."""
+    return product["kind"], product["tile"], product["rest"]
+
+
+def _install() -> None:
+    others = triton.knobs.runtime.add_stages_inspection_hook
+
+    def change(backend: Any, stages: dict[str, Any], options: Any, language: Any, capability: Any) -> None:
+        if others is not None:
+            others(backend, stages, options, language, capability)
+        if (emit := stages.get("ptx")) is not None:
+            stages["ptx"] = lambda source, metadata: widened(emit(source, metadata))
+
+    triton.knobs.runtime.add_stages_inspection_hook = change
+
+
+_install()
