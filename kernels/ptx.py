@@ -27,6 +27,8 @@ _PRODUCT = re.compile(
     r"wgmma\.mma_async\.sync\.aligned\.m64n(?P<columns>\d+)(?P<kind>k\d+\.\S+) \{(?P<sums>[^}]*)\}, "
     r"(?P<tile>%rd\d+), (?P<other>%rd\d+), (?P<rest>[^;]*);"
 )
+_REGISTER = re.compile(r"%r\d+")
+_BLOCK = re.compile(r"\bbra\b|^\$L__BB", re.MULTILINE)
 # The end of a group of products, which a later wait counts, and what has to come before the first.
 _COMMIT, _FENCE = "wgmma.commit_group.sync.aligned;", "wgmma.fence.sync.aligned;"
 
@@ -54,6 +56,10 @@ def _widened(ptx: str) -> str:
     first, second, rest = groups
     steps, others = list(_PRODUCT.finditer(first)), list(_PRODUCT.finditer(second))
     if not steps or [_alike(step) for step in steps] != [_alike(other) for other in others]:
+        return ptx
+    between = _PRODUCT.sub("", first[steps[0].start() :] + second[: others[-1].end()])
+    # The second one's accumulators may be set only now, where there is no loop; and another block is another path.
+    if set(_REGISTER.findall(others[0]["sums"])) & set(_REGISTER.findall(between)) or _BLOCK.search(between):
         return ptx
     for step, other in zip(steps, others, strict=True):
         columns = int(step["columns"]) + int(other["columns"])
