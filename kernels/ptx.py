@@ -13,6 +13,8 @@ Importing this has Triton do so in the process; PTX without such a note passes a
 from __future__ import annotations
 
 import re
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import triton
@@ -23,6 +25,8 @@ from triton.experimental.gluon import language as gl
 MOST_COLUMNS = 256
 
 _NOTE = "// the next two products are one"
+# What Triton's cache has is known by what it was made of: a kernel with the note is made of this file as well.
+_NOTED = gl.constexpr(f"{_NOTE} ({sha256(Path(__file__).read_bytes()).hexdigest()[:8]}) $0")
 _PRODUCT = re.compile(
     r"wgmma\.mma_async\.sync\.aligned\.m64n(?P<columns>\d+)(?P<kind>k\d+\.\S+) \{(?P<sums>[^}]*)\}, "
     r"(?P<tile>%rd\d+), (?P<other>%rd\d+), (?P<rest>[^;]*);"
@@ -37,9 +41,7 @@ _COMMIT, _FENCE = "wgmma.commit_group.sync.aligned;", "wgmma.fence.sync.aligned;
 def next_two_are_one():
     """Note that the next two products have the same first operand, and that the rows of the second one's other operand
     follow those of the first one's in shared memory. They are one group to wait for."""
-    gl.inline_asm_elementwise(
-        "// the next two products are one $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-    )  # fmt: skip
+    gl.inline_asm_elementwise(_NOTED, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 def widened(ptx: str) -> str:
