@@ -25,8 +25,9 @@ def test_products_with_rows_stream_for_more_tokens() -> None:
     for other in (replace(down, m=193), replace(down, n=4608), replace(down, layout="kn")):
         assert gemm_stream.supports(other) is not None
     # On another device neither is taken for more tokens than it was measured for there.
-    h100 = Target.named("h100")
-    assert few_tokens(28672, 4096, h100) == 128 and pick(replace(down, summed=0), h100)[0] != "gemm_stream"
+    h100, other = Target.named("h100"), replace(down, k=12288, m=192, summed=0)
+    assert pick(other, H200)[0] == "gemm_stream" and pick(other, h100)[0] != "gemm_stream"
+    assert pick(replace(other, m=160), h100)[0] == "gemm_stream" and few_tokens(24576, 4096, h100) == 160
 
 
 def test_few_tokens_are_never_fewer_than_without_rows() -> None:
