@@ -120,9 +120,9 @@ def multiply(w, x, acc, TOKENS_FIRST: gl.constexpr, KN: gl.constexpr):
 
 
 @gluon.jit
-def multiply_both(w, x, more, acc, extra, KN: gl.constexpr):
+def multiply_both(w, x, more, acc, extra, KN: gl.constexpr, NOTE: gl.constexpr):
     """The same for x and the rows that follow it, in one instruction."""
-    next_two_are_one()
+    next_two_are_one(NOTE)
     return multiply(w, x, acc, False, KN), multiply(w, more, extra, False, KN)
 
 

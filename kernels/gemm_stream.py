@@ -2,9 +2,8 @@
 
 Schedule: a ring of `stages` tiles in shared memory. Every program asks for its first tiles of W at once, then waits for
 the previous kernel (programmatic dependent launch), then asks for the tiles of x beside them: what memory has to give
-flows across the border between two kernels. Where W may be what another kernel still computes it waits first (see
-launch.py). Triton's pipeliner issues both loads of a step together, behind the wait, so the ring is written out, in
-Gluon. What the epilogue reads is asked for before the loop.
+flows across the border between two kernels. Where another kernel may still compute W it waits first (see launch.py).
+Triton's pipeliner issues both loads of a step together, behind the wait, so the ring is written out, in Gluon.
 Either operand may be the one a warpgroup takes 64 rows of: W (accumulators [BLOCK_N, BLOCK_M]), so that few tokens cost
 nothing; or x (accumulators [BLOCK_M, BLOCK_N]), so that a tile may be as narrow as 16 columns of W and few columns
 still occupy every multiprocessor. Where it is W, EXTRA_M tokens may follow BLOCK_M in accumulators of their own, as 128
@@ -53,6 +52,7 @@ from .gemm_stream_rule import alike, asks_early, estimate_us
 from .gemm_stream_table import BUCKETS, CONFIGS, MOST_TOKENS, Config, known, measurement, smem_bytes
 from .jobs import CompileJob
 from .launch import Kernel
+from .ptx import NOTE
 from .target import Target
 from .tma import Descriptors
 
@@ -100,6 +100,7 @@ def gemm_stream_kernel(
     PAIR_OFFSET: gl.constexpr,
     BLOCK_M: gl.constexpr,
     EXTRA_M: gl.constexpr,
+    NOTE: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr,
@@ -122,8 +123,7 @@ def gemm_stream_kernel(
     SEPARATE: gl.constexpr = PAIRED and not TOGETHER
     ACCS: gl.constexpr = 2 if SEPARATE else 1
     APART: gl.constexpr = HALVES if BLOCK_N < 2 * HALVES else 0
-    # Programs that share a tile of W follow one another: the second finds it in L2. All in the grid's first dimension:
-    # the others end at 65535.
+    # Programs that share a tile of W follow one another: the second finds it in L2. The grid's others end at 65535.
     unit, split = gl.program_id(0), gl.program_id(1)
     tiles_m = gl.cdiv(m_size, BLOCK_M + EXTRA_M)
     tile_m, tile_n = unit % tiles_m, unit // tiles_m
@@ -193,11 +193,11 @@ def gemm_stream_kernel(
         if APART > 0 or TOGETHER:
             w = as_rows(w, W_ROWS, BLOCK_K)
         if EXTRA_M > 0:
-            acc, extra = multiply_both(w, x, more, acc, extra, KN)
+            acc, extra = multiply_both(w, x, more, acc, extra, KN, NOTE)
         else:
             acc = multiply(w, x, acc, TOKENS_FIRST, KN)
         if SEPARATE and EXTRA_M > 0:
-            acc2, extra2 = multiply_both(w_ring.index(slot * ACCS + 1), x, more, acc2, extra2, KN)
+            acc2, extra2 = multiply_both(w_ring.index(slot * ACCS + 1), x, more, acc2, extra2, KN, NOTE)
         elif SEPARATE:
             acc2 = multiply(w_ring.index(slot * ACCS + 1), x, acc2, TOKENS_FIRST, KN)
         acc, acc2, extra, extra2 = multiplied(acc, acc2, extra, extra2, SEPARATE, EXTRA_M, 1)
@@ -250,15 +250,14 @@ def gemm_stream_kernel(
         if EXTRA_M > 0:
             total = collect(extra_parts, extra, SPLIT_K, SUMS)
             total2 = collect(extra_parts + ROWS * EXTRA_M, extra2, SPLIT_K, SUMS) if SEPARATE else total
-            given = t_extra + LOADS(m_extra, n_extra, mask_extra, t_extra) if LOADS is not None else t_extra
+            given = t_extra if LOADS is None else t_extra + LOADS(m_extra, n_extra, mask_extra, t_extra)
             finish(
                 total, total2, m0 + BLOCK_M, n0, m_size, given, N, HALVES, TOKENS_FIRST, PAIRED, TOGETHER, WARPS,
                 False, EPILOGUE,
             )  # fmt: skip
         if SPLIT_K > 1:
             gl.store(counters + unit, 0)
-    # Nothing else may take the barriers' memory before the end, as they are not invalidated: for each, that would cost
-    # a barrier of all threads.
+    # Nothing else may take the barriers' memory: to invalidate them would cost a barrier of all threads for each.
     ready._keep_alive()
 
 
@@ -277,6 +276,7 @@ def _constexprs(
         "PAIR_OFFSET": problem.pair_offset if problem.paired else 0,
         "BLOCK_M": config.block_m,
         "EXTRA_M": config.extra_m,
+        "NOTE": NOTE if config.extra_m else "",
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
         "STAGES": config.stages,
@@ -379,21 +379,21 @@ def compile_jobs(arch: int) -> Iterable[CompileJob]:
 
 def _job(problem: GemmProblem, config: Config) -> CompileJob:
     extra = extra_box(config)
-    beside: dict[str, Any] = {"extra_desc": extra and box_type(extra, problem.dtype)}
+    more: dict[str, Any] = {"extra_desc": extra and box_type(extra, problem.dtype)}
     return CompileJob(
         family="gemm_stream",
         label=f"{label(problem)}: {config}",
         fn=gemm_stream_kernel,
         signature={
             "x_desc": box_type(x_box(config), problem.dtype),
-            **(beside if extra else {}),
+            **(more if extra else {}),
             "w_desc": box_type(w_box(problem, config), problem.dtype),
             "partials": "*fp32",
             "counters": "*i32",
             "m_size": "i32",
             "t": ("*bf16" if problem.dtype.itemsize == 1 else f"*{type_name(problem.dtype)}",),
         },
-        constexprs={**_constexprs(problem, config, sample(problem), pdl=True), **({} if extra else beside)},
+        constexprs={**_constexprs(problem, config, sample(problem), pdl=True), **({} if extra else more)},
         num_warps=config.warps,
         divisible=("partials", "counters", "t"),
     )

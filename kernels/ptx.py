@@ -25,8 +25,8 @@ from triton.experimental.gluon import language as gl
 MOST_COLUMNS = 256
 
 _NOTE = "// the next two products are one"
-# What Triton's cache has is known by what it was made of: a kernel with the note is made of this file as well.
-_NOTED = gl.constexpr(f"{_NOTE} ({sha256(Path(__file__).read_bytes()).hexdigest()[:8]}) $0")
+# A kernel's constexpr: what Triton's cache has is known by what it was made of, which is this file as well then.
+NOTE = f"{_NOTE} ({sha256(Path(__file__).read_bytes()).hexdigest()[:8]}) $0"
 _PRODUCT = re.compile(
     r"wgmma\.mma_async\.sync\.aligned\.m64n(?P<columns>\d+)(?P<kind>k\d+\.\S+) \{(?P<sums>[^}]*)\}, "
     r"(?P<tile>%rd\d+), (?P<other>%rd\d+), (?P<rest>[^;]*);"
@@ -38,10 +38,10 @@ _COMMIT, _FENCE = "wgmma.commit_group.sync.aligned;", "wgmma.fence.sync.aligned;
 
 
 @gluon.jit
-def next_two_are_one():
+def next_two_are_one(NOTE: gl.constexpr):
     """Note that the next two products have the same first operand, and that the rows of the second one's other operand
     follow those of the first one's in shared memory. They are one group to wait for."""
-    gl.inline_asm_elementwise(_NOTED, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    gl.inline_asm_elementwise(NOTE, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 def widened(ptx: str) -> str:

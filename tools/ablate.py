@@ -47,10 +47,10 @@ X = (
     ),
 )
 PRODUCTS = (
-    ("            acc, extra = multiply_both(w, x, more, acc, extra, KN)\n", "            pass\n"),
+    ("            acc, extra = multiply_both(w, x, more, acc, extra, KN, NOTE)\n", "            pass\n"),
     ("            acc = multiply(w, x, acc, TOKENS_FIRST, KN)\n", "            pass\n"),
     (
-        "            acc2, extra2 = multiply_both(w_ring.index(slot * ACCS + 1), x, more, acc2, extra2, KN)\n",
+        "            acc2, extra2 = multiply_both(w_ring.index(slot * ACCS + 1), x, more, acc2, extra2, KN, NOTE)\n",
         "            pass\n",
     ),
     ("            acc2 = multiply(w_ring.index(slot * ACCS + 1), x, acc2, TOKENS_FIRST, KN)\n", "            pass\n"),
