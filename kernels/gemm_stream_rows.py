@@ -162,12 +162,12 @@ MORE_H200 = """
 14336  4096 pair  192 128  64  64   5   8   1   0  64    82.3
 """
 
-# Timed as the rows of `gemm_persistent` are, beside which they are chosen.
+# Timed as the rows of `gemm_persistent` are, beside which they are chosen; with two
+# instructions for a tile and what stands beside it, which are one since.
 ALONE_H200 = """
     N     K kind    m   bm  bn  bk  st  wp  sk  tf  ex      us
  2048  8192  one  320 128  64  64   8   4   2   0  32    21.5
  4096  4096  one  144 128  64  64   8   4   2   0  16    13.8
- 4096  4096  one  160  64  64  64   8   4   1   0  16    14.4
  4096 12288  one  144 128  64  64   8   4   2   0  16    33.0
  4096 12288  one  160 128  64  64   8   4   2   0  32    34.5
  4096 12288  one  192 128  64  64   7   4   2   0  64    35.8

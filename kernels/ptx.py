@@ -31,8 +31,9 @@ _PRODUCT = re.compile(
     r"wgmma\.mma_async\.sync\.aligned\.m64n(?P<columns>\d+)(?P<kind>k\d+\.\S+) \{(?P<sums>[^}]*)\}, "
     r"(?P<tile>%rd\d+), (?P<other>%rd\d+), (?P<rest>[^;]*);"
 )
-_REGISTER = re.compile(r"%r\d+")
-_BLOCK = re.compile(r"\bbra\b|^\$L__BB", re.MULTILINE)
+_REGISTER = re.compile(r"%[rf]\d+")
+# What ends a block, or waits for something.
+_ELSEWHERE = re.compile(r"\bbra\b|^\$L__BB|wait|\bbar\.", re.MULTILINE)
 # The end of a group of products, which a later wait counts, and what has to come before the first.
 _COMMIT, _FENCE = "wgmma.commit_group.sync.aligned;", "wgmma.fence.sync.aligned;"
 
@@ -59,9 +60,10 @@ def _widened(ptx: str) -> str:
     steps, others = list(_PRODUCT.finditer(first)), list(_PRODUCT.finditer(second))
     if not steps or [_alike(step) for step in steps] != [_alike(other) for other in others]:
         return ptx
-    between = _PRODUCT.sub("", first[steps[0].start() :] + second[: others[-1].end()])
-    # The second one's accumulators may be set only now, where there is no loop; and another block is another path.
-    if set(_REGISTER.findall(others[0]["sums"])) & set(_REGISTER.findall(between)) or _BLOCK.search(between):
+    between = _PRODUCT.sub("", first + second[: others[-1].end()])
+    # The second one's accumulators may be set only now, where there is no loop.
+    sums = {register for other in others for register in _REGISTER.findall(other["sums"])}
+    if sums & set(_REGISTER.findall(between)) or _ELSEWHERE.search(between):
         return ptx
     for step, other in zip(steps, others, strict=True):
         columns = int(step["columns"]) + int(other["columns"])
@@ -81,9 +83,13 @@ def _alike(product: re.Match[str]) -> tuple[str, ...]:
 def _install() -> None:
     others = triton.knobs.runtime.add_stages_inspection_hook
 
-    def change(backend: Any, stages: dict[str, Any], options: Any, language: Any, capability: Any) -> None:
+    def change(*given: Any) -> Any:
+        if not given:
+            # From 3.7 on Triton asks for a key and a digest of what a hook does, also for kernels that are not ours.
+            return others() if others is not None else ("", "")
         if others is not None:
-            others(backend, stages, options, language, capability)
+            others(*given)
+        stages = given[1]
         if (emit := stages.get("ptx")) is not None:
             stages["ptx"] = lambda source, metadata: widened(emit(source, metadata))
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ..kernels.gemm_stream_table import MOST_TOKENS
 from ..kernels.target import Target
 from .affine import Affine, delinearize, linear, variables
 from .errors import Unsupported
@@ -278,6 +279,7 @@ class Definer:
     def finish(self) -> Values:
         """The collected definitions, with outputs whose geometry differs from their value's copied to it."""
         outputs = tuple(self._output(i, o) for i, o in enumerate(self.trace.outputs))
+        self._measured_together()
         return Values(
             self.trace.inputs,
             self.definitions,
@@ -289,6 +291,12 @@ class Definer:
             self.trace.nodes,
             self.trace.absolute,
         )
+
+    def _measured_together(self) -> None:
+        """Products that count as of few tokens for more than others were measured so in one piece: all for as many."""
+        more = [made for made in self.definitions.values() if isinstance(made, Contract) and made.few > MOST_TOKENS]
+        few = min((made.few for made in more), default=0)
+        self.definitions.update({made.name: replace(made, few=few) for made in more})
 
     def _output(self, position: int, output: Any) -> Any:
         if output.kind != "value":

@@ -81,7 +81,8 @@ class Launch:
 
 def beside(m: int) -> list[tuple[int, int]]:
     """Tokens of a tile, and those beside them, where one, two or three such tiles hold so many with few to spare."""
-    sides = [(side, extra) for side in (64, 128) for extra in (0, 8, 16, 32, 64)] + [(256, 0)]
+    sides = [(side, extra) for side in (64, 128) for extra in (0, 8, 16, 32, 64) if extra < side]
+    sides.append((256, 0))
     found = []
     for tiles in (1, 2, 3) if m > 128 else (1,):
         needed = -(-m // tiles)

@@ -19,16 +19,20 @@ def products(
     columns: int,
     first: int,
     steps: int = 2,
+    blocks: int = 1,
     tile: int = 10,
     rest: str = "%p1, 1, 1, 0, 0",
     before: Sequence[str] = (),
+    file: str = "r",
 ) -> str:
-    """A group of products: their accumulators from a register on, and a tile and what it is multiplied by a step."""
-    sums = ",".join(f"%r{first + i}" for i in range(columns // 2))
+    """A group of products: for each block of 64 rows its accumulators, from a register on, and for each step a tile and
+    what it is multiplied by."""
     lines = [*before, "wgmma.fence.sync.aligned;"]
-    for step in range(steps):
-        operands = f"{{{sums}}}, %rd{tile + step}, %rd{1000 + columns + step}, {rest}"
-        lines.append(f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.bf16.bf16 {operands};")
+    for block in range(blocks):
+        sums = ",".join(f"%{file}{first + 1000 * block + i}" for i in range(columns // 2))
+        for step in range(steps):
+            operands = f"{{{sums}}}, %rd{tile + 50 * block + step}, %rd{1000 + columns + step}, {rest}"
+            lines.append(f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.bf16.bf16 {operands};")
     return "\n".join([*lines, "wgmma.commit_group.sync.aligned;"]) + "\n"
 
 
@@ -54,6 +58,12 @@ def test_each_note_is_of_the_two_that_follow_it() -> None:
     assert columns_of(widened(plain + both + plain + both)) == [128, 128, 16, 16, 96, 96] * 2
 
 
+def test_of_more_than_64_rows_each_block_has_its_own() -> None:
+    changed = widened(f"{NOTE}\n{products(128, 100, blocks=2)}{products(16, 200, blocks=2)}")
+    assert columns_of(changed) == [144] * 4
+    assert [match[:6] for match in re.findall(r"\{([^}]*)\}", changed)] == ["%r100,"] * 2 + ["%r1100"] * 2
+
+
 @pytest.mark.parametrize(
     "follows",
     [
@@ -64,6 +74,11 @@ def test_each_note_is_of_the_two_that_follow_it() -> None:
         products(128, 100) + products(16, 200, steps=1),
         products(MOST_COLUMNS, 100) + products(16, 200),
         products(128, 100) + products(16, 200, before=["mov.b32 %r203, 0;"]),
+        products(128, 100, blocks=2) + products(16, 200, blocks=2, before=["mov.b32 %r1203, 0;"]),
+        products(128, 100) + products(16, 200, before=["mov.f32 %f203, 0;"], file="f"),
+        products(128, 100) + products(16, 200, before=["wgmma.wait_group.sync.aligned 0;"]),
+        products(128, 100) + products(16, 200, before=["bar.sync 0;"]),
+        products(128, 100, before=["@%p3 bra $L__BB0_7;"]) + products(16, 200),
         products(128, 100) + products(16, 200, before=["@%p3 bra $L__BB0_7;"]),
         products(128, 100) + products(16, 200, before=["$L__BB0_7:"]),
     ],
@@ -75,6 +90,11 @@ def test_each_note_is_of_the_two_that_follow_it() -> None:
         "fewer steps",
         "too wide",
         "sums set between",
+        "of the second block",
+        "in another file",
+        "a wait between",
+        "a barrier between",
+        "a jump before",
         "a jump between",
         "another block",
     ],
@@ -93,6 +113,8 @@ def test_others_may_change_what_triton_compiles_as_well(monkeypatch: pytest.Monk
     triton.knobs.runtime.add_stages_inspection_hook("backend", stages, "options", "language", 90)
     assert [given[0] for given in heard] == ["backend"]
     assert columns_of(stages["ptx"]("llir", {})) == [144, 144]
+    # Later versions of Triton ask for a key and a digest.
+    assert triton.knobs.runtime.add_stages_inspection_hook() is None and heard[-1] == ()
     # Of a backend that has no such stage nothing is changed.
     stages = {"amdgcn": None}
     triton.knobs.runtime.add_stages_inspection_hook("backend", stages, "options", "language", None)

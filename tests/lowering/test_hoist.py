@@ -107,6 +107,14 @@ def test_more_tokens_where_products_were_measured_so(
     assert hoisted(same(chain, *given(tokens))) is done
 
 
+def test_products_count_as_of_few_tokens_for_as_many_as_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    # One that was not measured so does not count; it has a border of its own.
+    measured = iter([192, 128, 160])
+    monkeypatch.setattr(rules_matmul, "_few", lambda d, w: next(measured))
+    found = [g.contract.few for g in groups(same(separate_products, *given())) if g.contract is not None]
+    assert found == [160, 128, 160]
+
+
 def test_products_of_one_operand_each_sum_its_parts() -> None:
     products = [g for g in groups(same(separate_products, *given())) if g.contract is not None]
     assert [len(g.reductions) for g in products] == [0, 1, 1]
