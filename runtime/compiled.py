@@ -156,10 +156,10 @@ class CompiledPiece:
             the regimes; those without a plan say why, and their sizes are planned one by one when they come.
 
         Raises:
-            UserError: the range is empty.
+            UserError: the range is empty, or its ends are no integers.
         """
-        if not 0 <= lo <= hi:
-            raise UserError("a range of sizes", f"{lo} to {hi}", stage="runtime", remedy="Give 0 <= lo <= hi.")
+        if type(lo) is not int or type(hi) is not int or not 0 <= lo <= hi:
+            raise UserError("a range of sizes", f"{lo!r} to {hi!r}", stage="runtime", remedy="Give ints, 0 <= lo <= hi.")
         if len(self._places) != 1:
             why = f"the piece has {len(self._places)} sizes, a range is of one"
             self._unserved = Regime(lo, hi, None, why)

@@ -174,8 +174,8 @@ def test_a_piece_of_fixed_shapes_has_no_range(device, planning):
     assert torch.equal(piece(x), x + 1)
 
 
-@pytest.mark.parametrize(("lo", "hi"), [(3, 2), (-1, 4)])
-def test_an_empty_range_is_a_mistake(middle, lo, hi):
+@pytest.mark.parametrize(("lo", "hi"), [(3, 2), (-1, 4), (1.0, 4), (1, True)])
+def test_what_is_no_range_is_a_mistake(middle, lo, hi):
     with pytest.raises(UserError, match=f"{lo} to {hi}"):
         CompiledPiece(middle.graph).ranged(lo, hi)
 
