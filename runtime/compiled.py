@@ -159,7 +159,7 @@ class CompiledPiece:
             UserError: the range is empty, or its ends are no integers.
         """
         if type(lo) is not int or type(hi) is not int or not 0 <= lo <= hi:
-            raise UserError("a range of sizes", f"{lo!r} to {hi!r}", stage="runtime", remedy="Give ints, 0 <= lo <= hi.")
+            raise UserError("a range of sizes", f"{lo!r} to {hi!r}", stage="runtime", remedy="Give ints 0 <= lo <= hi.")
         if len(self._places) != 1:
             why = f"the piece has {len(self._places)} sizes, a range is of one"
             self._unserved = Regime(lo, hi, None, why)
