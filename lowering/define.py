@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from ..kernels.gemm_stream_table import MOST_TOKENS
 from ..kernels.target import Target
 from .affine import Affine, delinearize, linear, variables
+from .depend import direct_reads
 from .errors import Unsupported
 from .expr import Const, Expr, const, keep, load
 from .ir import Node, Ref, Scalar, Spec, Trace, iter_leaves, iter_refs, op_name
@@ -104,6 +104,24 @@ def define(trace: Trace, options: Options) -> Values:
     for node in trace.nodes:
         definer.node(node)
     return definer.finish()
+
+
+def _measured_together(values: Values) -> Values:
+    """Products were measured as of few tokens with the others of their piece: none counts so for more of them than one
+    that another product follows."""
+    read: set[str] = set()
+    followed: list[Contract] = []
+    for made in reversed(list(values.definitions.values())):
+        if isinstance(made, Contract) and made.name in read:
+            followed.append(made)
+        if isinstance(made, Contract) or made.name in read:
+            read.update(direct_reads(made, values))
+    few = min((product.few for product in followed), default=None)
+    if few is None:
+        return values
+    more = [made for made in values.definitions.values() if isinstance(made, Contract) and made.few > few]
+    fewer = {made.name: replace(made, few=few) for made in more}
+    return replace(values, definitions={**values.definitions, **fewer})
 
 
 class Definer:
@@ -279,8 +297,7 @@ class Definer:
     def finish(self) -> Values:
         """The collected definitions, with outputs whose geometry differs from their value's copied to it."""
         outputs = tuple(self._output(i, o) for i, o in enumerate(self.trace.outputs))
-        self._measured_together()
-        return Values(
+        values = Values(
             self.trace.inputs,
             self.definitions,
             self.views,
@@ -291,12 +308,7 @@ class Definer:
             self.trace.nodes,
             self.trace.absolute,
         )
-
-    def _measured_together(self) -> None:
-        """Products that count as of few tokens for more than others were measured so in one piece: all for as many."""
-        more = [made for made in self.definitions.values() if isinstance(made, Contract) and made.few > MOST_TOKENS]
-        few = min((made.few for made in more), default=0)
-        self.definitions.update({made.name: replace(made, few=few) for made in more})
+        return _measured_together(values)
 
     def _output(self, position: int, output: Any) -> Any:
         if output.kind != "value":

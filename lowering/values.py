@@ -130,8 +130,7 @@ class Contract:
     Args:
         rounded: an op of the piece ends with these sums, so that eager rounds them here; otherwise they are inside one,
             such as `addmm`, that rounds later.
-        few: up to so many rows reading `b` is what it costs, and what follows it stands in its epilogue; products
-            of a piece for which that was measured beyond what all have do so for equally many.
+        few: up to so many rows reading `b` is what it costs, and what follows it stands in its epilogue.
     """
 
     name: str

@@ -107,12 +107,21 @@ def test_more_tokens_where_products_were_measured_so(
     assert hoisted(same(chain, *given(tokens))) is done
 
 
-def test_products_count_as_of_few_tokens_for_as_many_as_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    # One that was not measured so does not count; it has a border of its own.
-    measured = iter([192, 128, 160])
-    monkeypatch.setattr(rules_matmul, "_few", lambda d, w: next(measured))
-    found = [g.contract.few for g in groups(same(separate_products, *given())) if g.contract is not None]
-    assert found == [160, 128, 160]
+@pytest.mark.parametrize(
+    ("fn", "measured", "counted"),
+    [
+        (separate_products, [192, 128, 160], [192, 128, 160]),
+        (separate_products, [160, 128, 192], [160, 128, 160]),
+        (twice, [192, 128, 192], [128, 128, 128]),
+        (twice, [192, 160, 128], [160, 160, 128]),
+    ],
+)
+def test_no_product_counts_as_of_more_tokens_than_one_that_another_follows(
+    fn: Callable[..., Any], measured: list[int], counted: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = iter(measured)
+    monkeypatch.setattr(rules_matmul, "_few", lambda d, w: next(left))
+    assert [g.contract.few for g in groups(same(fn, *given())) if g.contract is not None] == counted
 
 
 def test_products_of_one_operand_each_sum_its_parts() -> None:
