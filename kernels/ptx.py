@@ -51,6 +51,12 @@ def widened(ptx: str) -> str:
     return before + "".join(map(_widened, noted))
 
 
+def left_apart(ptx: str) -> int:
+    """How many notes there are in PTX that was to be widened whose two products are two instructions still."""
+    _, *noted = re.split(f"(?={_NOTE})", ptx)
+    return sum(_PRODUCT.search(groups[1]) is not None for text in noted if len(groups := text.split(_COMMIT, 2)) > 1)
+
+
 def _widened(ptx: str) -> str:
     """What follows one note."""
     groups = ptx.split(_COMMIT, 2)

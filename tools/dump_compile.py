@@ -18,6 +18,7 @@ from triton.runtime.jit import mangle_type
 
 from terrazzo.kernels.jobs import CompileJob
 from terrazzo.kernels.launch import DESCRIPTORS, INTERPRETED, Grid, Kernel
+from terrazzo.kernels.ptx import left_apart
 from terrazzo.kernels.target import Target
 from terrazzo.lowering.emit import Plan
 from terrazzo.lowering.errors import Unsupported, UserError
@@ -116,6 +117,8 @@ def compile_launch(launch: Launch, arch: int, code: str = "", known: dict[Any, R
         wrong.append(f"{report.shared_bytes} bytes of shared memory, the limit is {SHARED_LIMIT_BYTES[arch]}")
     if report.spills_bytes:
         wrong.append(f"{report.spills_bytes} bytes of local memory per thread")
+    if left := left_apart(report.ptx):
+        wrong.append(f"{left} products by a tile and the tokens beside it are two instructions each, not one")
     text = getattr(report, code) if code else ""
     numbers = (report.registers, report.spills_bytes, report.shared_bytes, round(report.seconds, 3))
     return Stats(launch.kernel, launch.grid, *numbers, "; ".join(wrong), text)

@@ -10,7 +10,7 @@ import pytest
 import triton
 
 from terrazzo.kernels import ptx
-from terrazzo.kernels.ptx import MOST_COLUMNS, widened
+from terrazzo.kernels.ptx import MOST_COLUMNS, left_apart, widened
 
 NOTE = "// the next two products are one %r1"
 
@@ -55,7 +55,9 @@ def test_two_products_become_one() -> None:
 def test_each_note_is_of_the_two_that_follow_it() -> None:
     both = f"{NOTE}\n{products(64, 100)}{products(32, 200)}"
     plain = products(128, 100) + products(16, 200)
-    assert columns_of(widened(plain + both + plain + both)) == [128, 128, 16, 16, 96, 96] * 2
+    changed = widened(plain + both + both)
+    assert columns_of(changed) == [128, 128, 16, 16] + [96, 96] * 2 and left_apart(changed) == 0
+    assert left_apart(plain) == 0 and left_apart(both + both) == 2
 
 
 def test_of_more_than_64_rows_each_block_has_its_own() -> None:
@@ -102,6 +104,7 @@ def test_of_more_than_64_rows_each_block_has_its_own() -> None:
 def test_what_is_not_as_expected_stays(follows: str) -> None:
     text = f"{products(8, 100)}{NOTE}\n{follows}rest\n"
     assert widened(text) == text
+    assert left_apart(text) == (follows.count("commit_group") > 1)
 
 
 def test_others_may_change_what_triton_compiles_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
