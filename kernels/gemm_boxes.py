@@ -44,10 +44,11 @@ def extra_box(config: Config) -> list[int] | None:
     return [config.extra_m, config.block_k] if config.extra_m else None
 
 
-def beside(problem: GemmProblem, config: Config) -> bool:
-    """Whether rows of x may stand beside a tile: whole lines of shared memory, that one instruction can multiply."""
+def takes_extra(problem: GemmProblem, config: Config) -> bool:
+    """Whether the rows that the config has beside a tile, if any, can stand there: whole lines of shared memory, that
+    one instruction can multiply."""
     line = config.block_k * problem.dtype.itemsize == 128
-    return line and config.tokens <= MOST_COLUMNS and not config.tokens_first
+    return not config.extra_m or (line and config.tokens <= MOST_COLUMNS and not config.tokens_first)
 
 
 def describe_x(x: torch.Tensor, box: list[int]) -> Any:

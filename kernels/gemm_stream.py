@@ -27,7 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from . import workspace
 from .gemm import GemmProblem, k_per_split, reference, tma_obstacle, type_name
-from .gemm_boxes import beside, box_type, describe_w, describe_x, extra_box, together, w_box, x_box
+from .gemm_boxes import box_type, describe_w, describe_x, extra_box, takes_extra, together, w_box, x_box
 from .gemm_jobs import job_configs, label, sample
 from .gemm_steps import (
     as_rows,
@@ -125,9 +125,10 @@ def gemm_stream_kernel(
     APART: gl.constexpr = HALVES if BLOCK_N < 2 * HALVES else 0
     # Programs that share a tile of W follow one another: the second finds it in L2. The grid's others end at 65535.
     unit, split = gl.program_id(0), gl.program_id(1)
-    tiles_m = gl.cdiv(m_size, BLOCK_M + EXTRA_M)
+    TOKENS: gl.constexpr = BLOCK_M + EXTRA_M
+    tiles_m = gl.cdiv(m_size, TOKENS)
     tile_m, tile_n = unit % tiles_m, unit // tiles_m
-    n0, m0, k0 = tile_n * BLOCK_N, tile_m * (BLOCK_M + EXTRA_M), split * K_PER_SPLIT
+    n0, m0, k0 = tile_n * BLOCK_N, tile_m * TOKENS, split * K_PER_SPLIT
     k_end = gl.minimum(k0 + K_PER_SPLIT, K)
     if PDL and not LEADS:
         let_successor_start()
@@ -136,7 +137,6 @@ def gemm_stream_kernel(
         if LEADS:
             let_successor_start()
     w_ring = gl.allocate_shared_memory(w_desc.dtype, [STAGES * ACCS] + w_desc.block_shape, w_desc.layout)
-    TOKENS: gl.constexpr = BLOCK_M + EXTRA_M
     x_ring = eights_of_rows(x_desc.dtype, STAGES * TOKENS, BLOCK_K)
     X_BYTES: gl.constexpr = x_desc.block_type.nbytes // BLOCK_M * TOKENS
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -314,7 +314,7 @@ class StreamGemm:
         slot: int,
     ) -> None:
         assert config.stages > 1, "a ring of one slot is never refilled"
-        assert not config.extra_m or beside(problem, config), "one instruction multiplies what follows one another"
+        assert takes_extra(problem, config), "one instruction multiplies what follows one another"
         self.config, self.problem, self.epilogue = config, problem, epilogue
         self.parts, self.loads, self.leads, self.slot = parts, loads, leads, slot
         constexprs = _constexprs(problem, config, epilogue, pdl, leads, parts, loads)

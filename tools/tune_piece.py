@@ -32,7 +32,7 @@ import torch
 import terrazzo.tools.device as place  # before Triton is imported, whose interpreter it may choose
 from terrazzo.kernels import gemm_persistent, gemm_stream, gemm_vendor
 from terrazzo.kernels.gemm import GemmProblem, table_columns
-from terrazzo.kernels.gemm_boxes import together
+from terrazzo.kernels.gemm_boxes import takes_extra, together
 from terrazzo.kernels.target import Target
 from terrazzo.kernels.together import compiling_together
 from terrazzo.runtime import compilers
@@ -106,8 +106,7 @@ def stream_space(problem: GemmProblem, target: Target) -> Iterator[gemm_stream.C
         shapes += [(128, 128, first, 64, s, 0) for first in (False, True) for s in (3, 4, 6) if 64 < problem.m <= 128]
         widths = (32, 64, 128) if problem.paired else (64, 128)
         for m, extra in beside(problem.m):
-            depths = (64,) if extra else (64, 128)
-            shapes += [(m, n, False, k, s, extra) for n in widths for k in depths for s in (1, 2, 3, 4, 6)]
+            shapes += [(m, n, False, k, s, extra) for n in widths for k in (64, 128) for s in (1, 2, 3, 4, 6)]
     shapes = [(m, max(n, problem.summed), first, k, split, extra) for m, n, first, k, split, extra in shapes]
     for shape, warps, resident in itertools.product(dict.fromkeys(shapes), (4, 8), (1, 2)):
         m, n, tokens_first, k, split, extra = shape
@@ -126,7 +125,7 @@ def stream_space(problem: GemmProblem, target: Target) -> Iterator[gemm_stream.C
             continue
         fits = 0.4 <= programs / target.sm_count <= 6 and (split == 1 or tiles_of_w <= 100)
         holds = sums_per_thread <= 160 and (warps == 4 or (rows >= 128 and sums_per_thread >= 32))
-        if fits and holds and stages >= 2 and in_flight >= 24_000:
+        if fits and holds and takes_extra(problem, base) and stages >= 2 and in_flight >= 24_000:
             yield replace(base, stages=stages)
 
 
